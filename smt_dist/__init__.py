@@ -1,0 +1,35 @@
+"""Sparse Matrix Tuning (arXiv 2405.15525) for models that outgrow one device."""
+
+from smt_dist.adapter import Adapter, load_adapter, read_adapter, save_adapter
+from smt_dist.blocks import BlockGrid, BlockSelection
+from smt_dist.config import SMTConfig
+from smt_dist.errors import SMTError
+from smt_dist.merge import merge_blocks, unmerge_blocks
+from smt_dist.model import apply_selection, blocks_disabled, remove_blocks, sparse_layers
+from smt_dist.scores import BlockScores
+from smt_dist.selection import select_blocks
+from smt_dist.sparse_linear import SparseLinear
+from smt_dist.warmup import collect_scores
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Adapter",
+    "BlockGrid",
+    "BlockScores",
+    "BlockSelection",
+    "SMTConfig",
+    "SMTError",
+    "SparseLinear",
+    "apply_selection",
+    "blocks_disabled",
+    "collect_scores",
+    "load_adapter",
+    "merge_blocks",
+    "read_adapter",
+    "remove_blocks",
+    "save_adapter",
+    "select_blocks",
+    "sparse_layers",
+    "unmerge_blocks",
+]

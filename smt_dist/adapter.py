@@ -1,0 +1,203 @@
+"""The small artefact on disk: an adapter folder, saved, checked and loaded.
+
+``smt_config.json``, ``smt_selection.json``, ``smt_blocks.safetensors`` (one fp32 tensor a module: the deltas'
+masters) and ``README.md`` (model card). Nothing is pickled, and nothing depends on engine or world size.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from smt_dist.blocks import BlockSelection
+from smt_dist.config import GroupConfig, SMTConfig
+from smt_dist.errors import SMTError
+from smt_dist.model import apply_selection, base_fingerprint, remove_blocks, sparse_layers
+
+CONFIG_FILE = "smt_config.json"
+SELECTION_FILE = "smt_selection.json"
+BLOCKS_FILE = "smt_blocks.safetensors"
+CARD_FILE = "README.md"
+
+
+class Adapter(NamedTuple):
+    """An adapter folder's content.
+
+    Attributes:
+        config: the config it was trained with.
+        selection: its blocks.
+        deltas: module name -> fp32 ``[blocks * block_rows, block_cols]`` on the CPU.
+        base_fingerprint: of the base it was trained on (:func:`smt_dist.model.base_fingerprint`).
+    """
+
+    config: SMTConfig
+    selection: BlockSelection
+    deltas: dict[str, torch.Tensor]
+    base_fingerprint: str
+
+
+def save_adapter(
+    model: nn.Module, folder: str | Path, deltas: Mapping[str, torch.Tensor] | None = None, card: str = ""
+) -> None:
+    """Write ``model``'s blocks as an adapter folder. Call it on one rank.
+
+    Args:
+        model: after :func:`apply_selection`.
+        folder: created if missing.
+        deltas: module -> fp32 masters, where the model's own copies are rounded or partitioned
+            (see :meth:`smt_dist.engines.Engine.read_blocks`); default: the model's.
+        card: extra lines for the model card.
+
+    Raises:
+        SMTError: the model has no blocks.
+        RuntimeError: a tensor isn't complete, as a partitioned one wouldn't be: nothing is written.
+    """
+    layers = sparse_layers(model)
+    if not layers:
+        raise SMTError(f"{folder}: the model has no blocks to save")
+    selection: BlockSelection = model.smt_selection
+    if deltas is None:
+        deltas = {name: layer.delta for name, layer in layers.items()}
+    tensors = {name: deltas[name].detach().to("cpu", torch.float32).contiguous() for name in selection.blocks}
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != _delta_shape(selection, name):
+            raise RuntimeError(
+                f"{name}: the block tensor is {tuple(tensor.shape)}, not {_delta_shape(selection, name)}"
+            )
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.smt_config or _config_of(selection)
+    metadata = {"format": "pt", "smt_format_version": "1", "base_fingerprint": model.smt_base_fingerprint}
+    replace_file(folder / BLOCKS_FILE, lambda path: save_file(tensors, path, metadata))
+    replace_file(folder / SELECTION_FILE, lambda path: path.write_text(selection.to_json()))
+    replace_file(folder / CARD_FILE, lambda path: path.write_text(_model_card(model, config, selection, card)))
+    replace_file(folder / CONFIG_FILE, lambda path: path.write_text(config.to_json()))
+
+
+def load_adapter(
+    model: nn.Module, folder: str | Path, dtype: torch.dtype = torch.float32, verify_base: bool = True
+) -> Adapter:
+    """Put an adapter's blocks into ``model``, in place; blocks that it has already are replaced.
+
+    Args:
+        model: the base that the adapter was trained on.
+        folder: the adapter.
+        dtype: of the blocks, as in :func:`apply_selection`.
+        verify_base: compare the content fingerprint of the base.
+
+    Raises:
+        SMTError: the folder is incomplete or malformed, doesn't fit the model, or belongs to another base.
+            The model is unchanged then, apart from blocks that it had.
+    """
+    adapter = read_adapter(folder)
+    if sparse_layers(model):
+        remove_blocks(model)
+    if verify_base:
+        verify_base_model(model, adapter, folder)
+    apply_selection(model, adapter.selection, adapter.config, dtype)
+    for name, layer in sparse_layers(model).items():
+        with torch.no_grad():
+            layer.delta.copy_(adapter.deltas[name])
+    return adapter
+
+
+def read_adapter(folder: str | Path) -> Adapter:
+    """Read and check an adapter folder.
+
+    Raises:
+        SMTError: a file is missing or malformed, or a tensor is missing, extra, or of another shape or dtype.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SMTError(f"{folder}: no such adapter folder")
+    config = SMTConfig.from_json_file(folder / CONFIG_FILE)
+    selection = BlockSelection.from_json_file(folder / SELECTION_FILE)
+    tensors, metadata = read_tensors(folder / BLOCKS_FILE)
+    if set(tensors) != set(selection.blocks):
+        different = sorted(set(tensors) ^ set(selection.blocks))
+        raise SMTError(f"{folder / BLOCKS_FILE}: {different[0]} is not in both this file and {SELECTION_FILE}")
+    for name, tensor in tensors.items():
+        expected = _delta_shape(selection, name)
+        if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
+            raise SMTError(
+                f"{folder / BLOCKS_FILE}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {expected} float32"
+            )
+    return Adapter(config, selection, tensors, metadata.get("base_fingerprint", ""))
+
+
+def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """All tensors (on the CPU) and the metadata of a safetensors file.
+
+    Raises:
+        SMTError: it is missing or damaged; names the file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+    except FileNotFoundError:
+        raise SMTError(f"{path}: No such file or directory") from None
+    except (SafetensorError, OSError) as error:
+        raise SMTError(f"{path}: damaged or not a safetensors file ({error})") from None
+
+
+def verify_base_model(model: nn.Module, adapter: Adapter, folder: str | Path) -> None:
+    """Check that ``model`` is the base of ``adapter``. Raises SMTError, naming the folder."""
+    from smt_dist.targets import base_modules
+
+    modules = dict(base_modules(model))
+    missing = [name for name in adapter.selection.blocks if name not in modules]
+    if missing:
+        raise SMTError(f"{folder}: trained on another model: this one ({type(model).__name__}) has no {missing[0]}")
+    if base_fingerprint(model, adapter.selection) != adapter.base_fingerprint:
+        moved = adapter.config.warmup.mode == "full_ft"
+        why = "it needs the base as its full fine-tuning warm-up moved it" if moved else "its weights differ from these"
+        raise SMTError(f"{folder}: trained on another base model (content fingerprint): {why}")
+
+
+def replace_file(path: Path, write) -> None:
+    """Write beside ``path``, sync, rename: a reader sees the old file or the new one, never half of it."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(beside)
+        with open(beside, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _delta_shape(selection: BlockSelection, name: str) -> tuple[int, int]:
+    rows, cols = selection.block_size
+    return len(selection.blocks[name]) * rows, cols
+
+
+def _config_of(selection: BlockSelection) -> SMTConfig:
+    """What a selection built by hand amounts to."""
+    group = GroupConfig(name="selected", target_modules=list(selection.blocks), blocks=len(selection))
+    return SMTConfig(block_size=selection.block_size, groups=[group])
+
+
+def _model_card(model: nn.Module, config: SMTConfig, selection: BlockSelection, extra: str) -> str:
+    front = json.dumps(["smt", "sparse-matrix-tuning"])
+    moved = (
+        "**It needs the moved base**: the warm-up ran full fine-tuning, so the blocks don't fit the original model.\n\n"
+        if config.warmup.mode == "full_ft"
+        else ""
+    )
+    return (
+        f"---\nlibrary_name: smt_dist\ntags: {front}\n---\n\n# SMT adapter for {type(model).__name__}\n\n"
+        f"{len(selection)} blocks of {selection.block_size[0]} x {selection.block_size[1]} in "
+        f"{len(selection.blocks)} modules, {selection.parameters:,} parameters in fp32. Each is the difference to the "
+        f"base's weight.\n\n{moved}"
+        "```python\nimport smt_dist\nsmt_dist.load_adapter(model, 'this folder')   # model: its base\n"
+        f"smt_dist.merge_blocks(model)                   # optional: an ordinary model\n```\n{extra}"
+    )

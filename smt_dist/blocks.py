@@ -1,0 +1,206 @@
+"""``BlockGrid`` and ``BlockSelection``: the geometry of blocks, without models or process groups."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from smt_dist.config import MAX_AUTO_BLOCK_SIZE, parse_model, read_text
+from smt_dist.errors import SMTError
+
+Block = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class BlockGrid:
+    """One weight ``[rows, cols]`` cut into blocks of ``[block_rows, block_cols]``.
+
+    Raises:
+        ValueError: the block doesn't divide the weight.
+    """
+
+    rows: int
+    cols: int
+    block_rows: int
+    block_cols: int
+
+    def __post_init__(self) -> None:
+        if self.rows % self.block_rows or self.cols % self.block_cols:
+            raise ValueError(
+                f"a weight of {self.rows} x {self.cols} can't be cut into {self.block_rows} x {self.block_cols}"
+            )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The number of blocks down and across."""
+        return self.rows // self.block_rows, self.cols // self.block_cols
+
+    @property
+    def block_elements(self) -> int:
+        """Elements of one block."""
+        return self.block_rows * self.block_cols
+
+    def __len__(self) -> int:
+        return math.prod(self.shape)
+
+    def __contains__(self, block: Block) -> bool:
+        return 0 <= block[0] < self.shape[0] and 0 <= block[1] < self.shape[1]
+
+    def row_slice(self, row: int) -> slice:
+        """The weight's rows (output features) of block row ``row``."""
+        return slice(row * self.block_rows, (row + 1) * self.block_rows)
+
+    def col_slice(self, col: int) -> slice:
+        """The weight's columns (input features) of block column ``col``."""
+        return slice(col * self.block_cols, (col + 1) * self.block_cols)
+
+
+def largest_common_block(shapes: Iterable[tuple[int, int]], limit: int = MAX_AUTO_BLOCK_SIZE) -> int:
+    """The largest square block, up to ``limit``, that divides both sides of every shape."""
+    common = math.gcd(*(side for shape in shapes for side in shape))
+    return max(size for size in range(1, min(common, limit) + 1) if common % size == 0)
+
+
+def resolve_block_size(
+    block_size: int | tuple[int, int] | Literal["auto"], shapes: Mapping[str, tuple[int, int]]
+) -> tuple[int, int]:
+    """The block size as (rows, cols), checked against the weights.
+
+    Args:
+        block_size: as in :class:`SMTConfig`.
+        shapes: module name -> weight shape (out, in).
+
+    Raises:
+        SMTError: names the first weight that the block size doesn't divide and a size that fits all.
+    """
+    if block_size == "auto":
+        side = largest_common_block(shapes.values())
+        return side, side
+    rows, cols = (block_size, block_size) if isinstance(block_size, int) else block_size
+    for name, shape in shapes.items():
+        if shape[0] % rows or shape[1] % cols:
+            fits = largest_common_block(shapes.values())
+            raise SMTError(
+                f"smt config block_size: {rows} x {cols} doesn't divide {name} ({shape[0]} x {shape[1]}); "
+                f'{fits} fits every target, or use "auto"'
+            )
+    return rows, cols
+
+
+def read_blocks(weight: torch.Tensor, grid: BlockGrid, blocks: list[Block]) -> torch.Tensor:
+    """A copy of the blocks of ``weight [out, in]``, stacked as ``[len(blocks) * block_rows, block_cols]``."""
+    return torch.cat([weight.detach()[grid.row_slice(row), grid.col_slice(col)] for row, col in blocks])
+
+
+def write_blocks(weight: torch.Tensor, grid: BlockGrid, blocks: list[Block], values: torch.Tensor) -> None:
+    """Put stacked blocks back into ``weight``, in place."""
+    with torch.no_grad():
+        for index, (row, col) in enumerate(blocks):
+            weight[grid.row_slice(row), grid.col_slice(col)] = values[grid.row_slice(index)]
+
+
+class BlockSelection(BaseModel):
+    """The chosen blocks: module name -> list of (row, col), in units of blocks.
+
+    Attributes:
+        format_version: of the file.
+        block_size: (rows, cols) of a block in elements.
+        blocks: module name -> blocks, sorted by (row, col).
+        shapes: module name -> weight shape (out, in), where known; checked when the selection is applied.
+        groups: module name -> the config group that chose it, where known.
+
+    Equal selections are equal files: nothing here depends on engine, world size, path or date.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: Literal[1] = 1
+    block_size: tuple[int, int]
+    blocks: dict[str, list[Block]] = Field(min_length=1)
+    shapes: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    groups: dict[str, str] = Field(default_factory=dict)
+
+    @field_validator("block_size")
+    @classmethod
+    def _positive(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if min(value) < 1:
+            raise ValueError("both sides must be at least 1")
+        return value
+
+    @field_validator("blocks")
+    @classmethod
+    def _sorted_and_unique(cls, value: dict[str, list[Block]]) -> dict[str, list[Block]]:
+        for module, blocks in value.items():
+            if not blocks:
+                raise ValueError(f"{module} has an empty list")
+            if len(set(blocks)) != len(blocks):
+                raise ValueError(f"{module} lists a block twice")
+            if any(row < 0 or col < 0 for row, col in blocks):
+                raise ValueError(f"{module} has a negative block index")
+        return {module: sorted(blocks) for module, blocks in value.items()}
+
+    @model_validator(mode="after")
+    def _blocks_lie_in_their_weights(self) -> BlockSelection:
+        for module, shape in self.shapes.items():
+            if module in self.blocks:
+                self.grid(module, shape)
+        return self
+
+    def grid(self, module: str, shape: tuple[int, int]) -> BlockGrid:
+        """The grid of ``module``'s weight of ``shape`` (out, in).
+
+        Raises:
+            SMTError: the block size doesn't divide it, a block lies outside, or another shape is on record.
+        """
+        if self.shapes.get(module, shape) != shape:
+            raise SMTError(f"selection: {module} was {self.shapes[module]} when selected, here it is {shape}")
+        try:
+            grid = BlockGrid(*shape, *self.block_size)
+        except ValueError as error:
+            raise SMTError(f"selection: {module}: {error}") from None
+        outside = [block for block in self.blocks[module] if block not in grid]
+        if outside:
+            raise SMTError(
+                f"selection: {module}: block {outside[0]} lies outside its {grid.shape[0]} x {grid.shape[1]} grid"
+            )
+        return grid
+
+    def __len__(self) -> int:
+        """The number of blocks."""
+        return sum(len(blocks) for blocks in self.blocks.values())
+
+    @property
+    def parameters(self) -> int:
+        """Trainable elements."""
+        return len(self) * self.block_size[0] * self.block_size[1]
+
+    def to_json(self) -> str:
+        """The file's text: one line a module."""
+
+        def lines(mapping: Mapping[str, object]) -> str:
+            rows = [f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in mapping.items()]
+            return "{\n" + ",\n".join(rows) + "\n  }" if rows else "{}"
+
+        return (
+            f'{{\n  "format_version": {self.format_version},\n'
+            f'  "block_size": {json.dumps(self.block_size)},\n'
+            f'  "blocks": {lines(self.blocks)},\n'
+            f'  "shapes": {lines(self.shapes)},\n'
+            f'  "groups": {lines(self.groups)}\n}}\n'
+        )
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> BlockSelection:
+        """Read a selection file.
+
+        Raises:
+            SMTError: missing, not JSON, or malformed; names the file and the field.
+        """
+        return parse_model(cls, read_text(path), str(path))

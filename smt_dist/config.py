@@ -1,0 +1,220 @@
+"""``SMTConfig``: the ``--smt_config`` JSON as a pydantic model. A wrong value is refused with its name."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from smt_dist.errors import SMTError
+
+ScoreName = Literal[
+    "mean_abs", "abs_mean", "l1", "l2", "mean_abs_per_step", "abs_mean_per_step", "l1_per_step", "l2_per_step"
+]
+Strategy = Literal["no_restriction", "norm_dist"]
+
+MAX_AUTO_BLOCK_SIZE = 256
+MAX_BLOCK_SIDE = 65536
+DEFAULT_FRACTION = 0.0084
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class GroupConfig(_Strict):
+    """One set of target weights with a budget of its own.
+
+    Attributes:
+        name: shown in logs and files; unique in the config.
+        target_modules: ``"attention"`` (query, key and value projections, fused ones included), ``"mlp"``,
+            a module name such as ``"o_proj"``, a regular expression that matches whole module names, or a
+            list of names. A name matches a module's last parts.
+        fraction: the budget as a share of the model's 2-D parameters, embeddings and head included, tied
+            ones counted once (as the SMT authors count). Default 0.0084.
+        blocks: the budget as a number of blocks, instead of ``fraction``.
+        lr_multiplier: factor on the learning rate for this group's blocks.
+    """
+
+    name: str = Field(default="attention", min_length=1)
+    target_modules: str | list[str] = "attention"
+    fraction: float | None = Field(default=None, gt=0, le=1)
+    blocks: int | None = Field(default=None, ge=1, strict=True)
+    lr_multiplier: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+
+    @field_validator("target_modules")
+    @classmethod
+    def _targets_not_empty(cls, value: str | list[str]) -> str | list[str]:
+        if not value or not all(value):
+            raise ValueError("names no module")
+        return value
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_budget(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            if data.get("fraction") is not None and data.get("blocks") is not None:
+                raise ValueError("give 'fraction' or 'blocks', not both")
+            if data.get("fraction") is None and data.get("blocks") is None:
+                return {**data, "fraction": DEFAULT_FRACTION}
+        return data
+
+    def budget(self, parameters_2d: int, block_elements: int) -> int:
+        """The number of blocks to select, rounded down.
+
+        Args:
+            parameters_2d: elements of all 2-D parameters of the model.
+            block_elements: elements of one block.
+
+        Raises:
+            SMTError: the budget is smaller than one block.
+        """
+        if self.blocks is not None:
+            return self.blocks
+        assert self.fraction is not None
+        # The tiny term keeps a fraction such as 3 / 10 of 10 blocks from losing one to rounding.
+        count = math.floor(self.fraction * parameters_2d / block_elements + 1e-9)
+        if count < 1:
+            raise SMTError(
+                f"smt config groups[{self.name}].fraction: {self.fraction} of {parameters_2d:,} parameters is less "
+                f"than one block of {block_elements:,}; use at least {block_elements / parameters_2d:.2g}"
+            )
+        return count
+
+
+class SelectionConfig(_Strict):
+    """How blocks are ranked.
+
+    Attributes:
+        score: a score of the gradient ``G`` summed over the warm-up (``mean_abs``, ``abs_mean``, ``l1``, ``l2``),
+            or the mean over steps of the score of each step's gradient (the same names with ``_per_step``),
+            which is another statistic and needs no accumulator between steps.
+        strategy: ``no_restriction`` takes the group's best blocks over all its weights; ``norm_dist`` takes the
+            same number from every weight.
+        seed: seeds random choices (dropout during the probe).
+    """
+
+    score: ScoreName = "abs_mean"
+    strategy: Strategy = "no_restriction"
+    seed: int = Field(default=0, ge=0)
+
+
+class WarmupConfig(_Strict):
+    """The probing phase before selection (not the learning-rate schedule's warm-up).
+
+    Attributes:
+        steps: global steps whose gradients are scored.
+        mode: ``probe`` moves no weight; ``full_ft`` runs real full fine-tuning, as the authors do.
+        passes: how many times the batches are run, each time for another part of the layers: the accumulator
+            of the elementwise scores shrinks by this factor and the time grows by it. ``probe`` only.
+    """
+
+    steps: int = Field(default=100, ge=1, strict=True)
+    mode: Literal["probe", "full_ft"] = "probe"
+    passes: int = Field(default=1, ge=1, strict=True)
+
+    @model_validator(mode="after")
+    def _passes_need_still_weights(self) -> WarmupConfig:
+        if self.mode == "full_ft" and self.passes > 1:
+            raise ValueError("'passes' above 1 needs mode 'probe': under 'full_ft' the weights move between passes")
+        return self
+
+
+class SMTConfig(_Strict):
+    """Everything that defines an SMT run apart from model, data and training arguments.
+
+    Attributes:
+        block_size: side of the square blocks, ``[rows, columns]``, or ``"auto"``: the largest size up to 256
+            that divides both sides of every target.
+        groups: the target weights and their budgets.
+        selection: how blocks are ranked.
+        warmup: the probing phase.
+        untie: allow a target whose weight is tied to another (an output head tied to the embedding). The
+            tie is cut when the blocks are merged.
+    """
+
+    block_size: int | tuple[int, int] | Literal["auto"] = 256
+    groups: list[GroupConfig] = Field(default_factory=lambda: [GroupConfig()], min_length=1)
+    selection: SelectionConfig = SelectionConfig()
+    warmup: WarmupConfig = WarmupConfig()
+    untie: bool = False
+
+    @field_validator("block_size", mode="before")
+    @classmethod
+    def _is_a_block_size(cls, value: Any) -> Any:
+        def is_side(side: Any) -> bool:
+            return isinstance(side, int) and not isinstance(side, bool) and 1 <= side <= MAX_BLOCK_SIDE
+
+        is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(map(is_side, value))
+        if value != "auto" and not is_side(value) and not is_pair:
+            raise ValueError(
+                f'expected a side from 1 to {MAX_BLOCK_SIDE} such as 256, [rows, columns], or "auto", not {value!r}'
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> SMTConfig:
+        names = [group.name for group in self.groups]
+        if len(set(names)) != len(names):
+            raise ValueError(f"groups: two groups have the same name in {names}")
+        return self
+
+    @classmethod
+    def from_json_file(cls, path: str | Path) -> SMTConfig:
+        """Read a config file.
+
+        Raises:
+            SMTError: the file is missing or no JSON, or a value is wrong; names the file and the field.
+        """
+        return cls.from_json(read_text(path), str(path))
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "smt config") -> SMTConfig:
+        """Parse a config; ``source`` names it in errors. Raises SMTError as :meth:`from_json_file`."""
+        return parse_model(cls, text, source)
+
+    def to_json(self) -> str:
+        """The config as JSON text, without the budget that wasn't given."""
+        return json.dumps(self.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
+
+
+def read_text(path: str | Path) -> str:
+    """A file's text.
+
+    Raises:
+        SMTError: it can't be read or isn't UTF-8; names the file.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise SMTError(f"{path}: {reason}") from None
+
+
+def parse_model(model: type[Any], text: str, source: str) -> Any:
+    """Parse JSON ``text`` as the pydantic ``model``.
+
+    Raises:
+        SMTError: one line with the source, the first wrong field, its value and what is accepted.
+    """
+    try:
+        return model.model_validate(json.loads(text))
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise SMTError(f"{source}: not valid JSON ({error})") from None
+    except ValidationError as error:
+        raise SMTError(f"{source}: {describe(error)}") from None
+
+
+def describe(error: ValidationError) -> str:
+    """The first complaint of a pydantic error in one line: field, reason, value."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"]) or "top level"
+    reason = first["msg"].removeprefix("Value error, ")
+    value = first["input"]
+    shown = "" if isinstance(value, dict | list) else f" (got {value!r})"
+    if first["type"] == "extra_forbidden":
+        reason, shown = "unknown key", ""
+    return f"{place}: {reason}{shown}"

@@ -1,0 +1,248 @@
+"""From data rows to padded batches: labels, truncation, packing and collation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from smt_dist.distributed import get_rank
+from smt_dist.errors import SMTError
+from smt_dist.prompts import PromptStyle, encode_instruction, encode_messages, encode_text, require_eos_token
+from smt_dist.rows import Rows, check_rows, load_hub_rows, read_rows
+
+logger = logging.getLogger(__name__)
+
+IGNORED = -100  # the label that torch's cross-entropy skips
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What became of the rows; :meth:`summary` is the line that rank 0 logs.
+
+    Attributes:
+        rows: rows read.
+        truncated: rows longer than ``max_seq_length`` tokens.
+        dropped: rows left without any label to train (as a rule: truncation took the whole answer).
+        sequences: rows of the data set that was built; fewer than ``rows - dropped`` when packed.
+        tokens: tokens in these sequences, without padding.
+        trained_tokens: those of them that carry a label.
+    """
+
+    rows: int
+    truncated: int
+    dropped: int
+    sequences: int
+    tokens: int
+    trained_tokens: int
+
+    def summary(self, max_seq_length: int) -> str:
+        return (
+            f"{self.rows} rows -> {self.sequences} sequences, {self.tokens} tokens "
+            f"({self.trained_tokens} trained); {self.truncated} rows ({self.truncated / self.rows:.1%}) "
+            f"truncated to {max_seq_length} tokens, {self.dropped} dropped with no label left to train"
+        )
+
+
+def load_rows(
+    train_file: str | Path | None = None,
+    dataset_name: str | None = None,
+    dataset_config: str | None = None,
+    split: str = "train",
+) -> Rows:
+    """Read the rows of a file, or else of a hub data set.
+
+    Raises:
+        SMTError: not exactly one of ``train_file`` and ``dataset_name`` is given, or it can't be read.
+    """
+    if (train_file is None) == (dataset_name is None):
+        raise SMTError("give either a data file or a data set's hub name, not both and not neither")
+    return read_rows(train_file) if train_file is not None else load_hub_rows(dataset_name, dataset_config, split)
+
+
+def get_pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The pad token's id, or the EOS token's: a new token would resize the embeddings of a frozen model."""
+    return require_eos_token(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def build_dataset(
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    max_seq_length: int,
+    prompt_style: PromptStyle = "plain",
+    packing: bool = False,
+) -> tuple[datasets.Dataset, DataReport]:
+    """Tokenise ``rows``, in order, into sequences of at most ``max_seq_length`` tokens.
+
+    The columns are ``input_ids`` and ``labels`` (the ids where trained, -100 elsewhere and on each example's
+    first token, which nothing predicts), with ``attention_mask``, or when packed with ``position_ids`` that
+    restart at every example: transformers then keeps packed examples from attending to one another, if the
+    model went through :func:`prepare_model_for_packing`.
+
+    Everything happens in memory, so ranks can't race for a cache file.
+
+    Raises:
+        SMTError: naming the row that is malformed, or when no row has a label to train.
+    """
+    if max_seq_length < 2:
+        raise SMTError(f"max_seq_length must be at least 2 tokens, not {max_seq_length}")
+    require_eos_token(tokenizer)
+    encode = {
+        "instruction": lambda index: encode_instruction(rows[index], tokenizer, prompt_style),
+        "messages": lambda index: encode_messages(rows, index, tokenizer),
+        "text": lambda index: encode_text(rows[index]["text"], tokenizer),
+    }[check_rows(rows)]
+
+    def to_example(index: int) -> dict[str, Any]:
+        ids, trained = encode(index)
+        labels = [token if learn else IGNORED for token, learn in zip(ids, trained, strict=True)]
+        labels = [IGNORED, *labels[1:max_seq_length]]
+        return {
+            "input_ids": ids[:max_seq_length],
+            "labels": labels,
+            "truncated": len(ids) > max_seq_length,
+            "trained_tokens": sum(label != IGNORED for label in labels),
+        }
+
+    with _progress_bar_on_rank_zero():
+        dataset = datasets.Dataset.from_dict({"index": range(len(rows))}).map(
+            to_example,
+            input_columns="index",
+            remove_columns="index",
+            keep_in_memory=True,
+            # Without a name of its own, `datasets` would pickle and hash the tokenizer.
+            new_fingerprint="smt-dist-tokenized",
+            desc=f"Tokenising {rows.source}",
+        )
+    kept = [index for index, count in enumerate(dataset["trained_tokens"]) if count]
+    if not kept:
+        raise SMTError(
+            f"{rows.source}: no row has a label to train within max_seq_length={max_seq_length} tokens "
+            "(answers start later, or no message is the assistant's)"
+        )
+    truncated, trained_tokens = sum(dataset["truncated"]), sum(dataset["trained_tokens"])
+    dataset = dataset.select(kept).remove_columns(["truncated", "trained_tokens"])
+    lengths = [len(ids) for ids in dataset["input_ids"]]
+    if packing:
+        dataset = _pack(dataset, pack_lengths(lengths, max_seq_length))
+    else:
+        dataset = dataset.add_column("attention_mask", [[1] * length for length in lengths])
+    report = DataReport(
+        rows=len(rows),
+        truncated=truncated,
+        dropped=len(rows) - len(kept),
+        sequences=len(dataset),
+        tokens=sum(lengths),
+        trained_tokens=trained_tokens,
+    )
+    if get_rank() == 0:
+        logger.info("%s: %s", rows.source, report.summary(max_seq_length))
+    return dataset, report
+
+
+def pack_lengths(lengths: list[int], capacity: int, open_bins: int = 64) -> list[list[int]]:
+    """First-fit: put each example, in order, into the first of the open sequences that has room for it.
+
+    Args:
+        lengths: tokens of each example, none above ``capacity``.
+        capacity: tokens a sequence holds.
+        open_bins: the oldest sequence is closed when more than this many are open, so the time stays linear.
+
+    Returns:
+        For every sequence the indices of its examples, ascending.
+    """
+    bins: list[list[int]] = []
+    room: dict[int, int] = {}  # open sequence -> tokens left, oldest first
+    for index, length in enumerate(lengths):
+        chosen = next((bin_index for bin_index, left in room.items() if left >= length), None)
+        if chosen is None:
+            chosen = len(bins)
+            bins.append([])
+            room[chosen] = capacity
+        bins[chosen].append(index)
+        room[chosen] -= length
+        if room[chosen] == 0 or len(room) > open_bins:
+            del room[chosen if room[chosen] == 0 else next(iter(room))]
+    return bins
+
+
+def prepare_model_for_packing(model: PreTrainedModel, batch_size: int) -> None:
+    """Make sure that ``model`` keeps packed examples apart; sets ``model.config.use_cache = False``.
+
+    transformers derives the block-diagonal mask from ``position_ids`` only where no cache is filled, and its
+    flash attention only where a batch is one row. Otherwise the examples silently attend to one another.
+    ``Trainer`` switches the cache off as well, but a warm-up runs before there is a ``Trainer``.
+
+    Raises:
+        SMTError: the model uses flash attention, and ``batch_size`` (rows a forward pass) is above 1.
+    """
+    attention = model.config._attn_implementation or ""
+    if "flash" in attention and batch_size > 1:
+        raise SMTError(
+            f"packing with attention '{attention}' needs a per-device batch size of 1, not {batch_size}; "
+            "raise max_seq_length instead, or use attention 'sdpa'"
+        )
+    model.config.use_cache = False
+
+
+@dataclass(frozen=True)
+class CausalLMCollator:
+    """Pads examples of :func:`build_dataset` on the right, into ``[batch, length]`` int64 tensors.
+
+    In a packed batch the padding is one more segment: its positions restart at 0, so nothing attends to it.
+
+    Attributes:
+        pad_token_id: see :func:`get_pad_token_id`.
+        pad_to_multiple_of: round ``length`` up to a multiple of this.
+    """
+
+    pad_token_id: int
+    pad_to_multiple_of: int | None = None
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        longest = max(len(example["input_ids"]) for example in examples)
+        if self.pad_to_multiple_of:
+            longest += -longest % self.pad_to_multiple_of
+        batch = {}
+        for name in ("input_ids", "labels", "attention_mask", "position_ids"):
+            if name in examples[0]:
+                columns = [list(example[name]) for example in examples]
+                padded = [column + self._padding(name, longest - len(column)) for column in columns]
+                batch[name] = torch.tensor(padded, dtype=torch.int64)
+        return batch
+
+    def _padding(self, name: str, count: int) -> list[int]:
+        if name == "position_ids":
+            return list(range(count))
+        return [{"input_ids": self.pad_token_id, "labels": IGNORED, "attention_mask": 0}[name]] * count
+
+
+def _pack(dataset: datasets.Dataset, bins: list[list[int]]) -> datasets.Dataset:
+    ids, labels = dataset["input_ids"][:], dataset["labels"][:]
+    return datasets.Dataset.from_dict(
+        {
+            "input_ids": [[token for index in members for token in ids[index]] for members in bins],
+            "labels": [[label for index in members for label in labels[index]] for members in bins],
+            "position_ids": [[p for index in members for p in range(len(ids[index]))] for members in bins],
+        }
+    )
+
+
+@contextmanager
+def _progress_bar_on_rank_zero() -> Iterator[None]:
+    hide = get_rank() != 0 and not datasets.are_progress_bars_disabled()
+    if hide:
+        datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if hide:
+            datasets.enable_progress_bars()

@@ -1,0 +1,110 @@
+"""The few collective helpers that everything else shares; each works on one process without a process group."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from smt_dist.errors import SMTError
+
+T = TypeVar("T")
+
+
+def is_distributed() -> bool:
+    """Whether a process group of more than one rank exists."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def get_rank() -> int:
+    """This process's rank; before the process group exists, what the launcher said (0 without a launcher)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_rank()
+    return int(os.environ.get("RANK", "0"))
+
+
+def get_world_size() -> int:
+    """The number of ranks of the process group (1 without one)."""
+    return dist.get_world_size() if is_distributed() else 1
+
+
+def collective_device() -> torch.device:
+    """Where small tensors must lie to be reduced: the process group's backend decides."""
+    if is_distributed() and dist.get_backend() == "nccl":
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """Sum ``tensor`` over all ranks, in place; every rank ends with the same bits."""
+    if is_distributed():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier() -> None:
+    """Wait for all ranks."""
+    if is_distributed():
+        dist.barrier()
+
+
+def agree(action: Callable[[], T], what: str) -> T:
+    """Run ``action`` on every rank, and fail on every rank if it failed on one.
+
+    ``action`` must not contain collectives. Without this, a rank that finds its input bad exits while the
+    others wait in the next collective until the time-out.
+
+    Args:
+        action: reads or checks something local.
+        what: the phase, for the message of the ranks that themselves had no error.
+
+    Raises:
+        SMTError: the first failing rank's message, on all ranks.
+    """
+    result, error = None, None
+    try:
+        result = action()
+    except SMTError as caught:
+        error = caught
+    if is_distributed():
+        errors: list[str | None] = [None] * dist.get_world_size()
+        dist.all_gather_object(errors, None if error is None else str(error))
+        failed = [rank for rank, message in enumerate(errors) if message is not None]
+        if failed and error is None:
+            raise SMTError(f"rank {failed[0]}, {what}: {errors[failed[0]]}")
+    if error is not None:
+        raise error
+    return result  # type: ignore[return-value]
+
+
+def main_process_first(action: Callable[[], T], what: str) -> T:
+    """Run ``action`` on rank 0, then on the others: what rank 0 wrote to a cache, the others find there.
+
+    Raises:
+        SMTError: the first failing rank's message, on all ranks.
+    """
+    if get_rank() == 0:
+        result = agree(action, what)
+        agree(lambda: None, what)
+        return result
+    agree(lambda: None, what)
+    return agree(action, what)
+
+
+def assert_same_on_all_ranks(content: bytes, what: str) -> None:
+    """Compare a SHA-256 of ``content`` over all ranks.
+
+    Raises:
+        RuntimeError: on every rank, if any rank has other content: a defect, or ranks given different files.
+    """
+    if not is_distributed():
+        return
+    digests: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(digests, hashlib.sha256(content).hexdigest())
+    different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+    if different:
+        raise RuntimeError(f"{what} differs between ranks: ranks {different} don't agree with rank 0")

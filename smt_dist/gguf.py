@@ -1,0 +1,122 @@
+"""Turns a GGUF file into an ordinary Hugging Face folder, once.
+
+Loaded directly, a GGUF model carries quantisation marks although its weights are plain floats: ``Trainer`` then
+refuses to train it, ZeRO-3 to shard it and ``save_pretrained`` to save it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
+
+from smt_dist.errors import SMTError
+
+GGUF_MAGIC = b"GGUF"
+
+
+def default_cache_dir() -> Path:
+    """``$SMT_DIST_CACHE``, or ``smt_dist`` in the user's cache folder."""
+    if chosen := os.environ.get("SMT_DIST_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smt_dist"
+
+
+def find_gguf_file(model_name_or_path: str | None, gguf_file: str | Path) -> Path:
+    """The path of ``gguf_file``: as it is given, or inside the folder ``model_name_or_path``.
+
+    Raises:
+        SMTError: there is no such file in either place.
+    """
+    candidates = [Path(gguf_file)] + ([Path(model_name_or_path) / gguf_file] if model_name_or_path else [])
+    for candidate in candidates:
+        if candidate.is_file():
+            return candidate
+    raise SMTError(f"gguf_file: no such file: {' or '.join(map(str, candidates))}")
+
+
+def dequantize_gguf(
+    gguf_file: str | Path, cache_dir: str | Path | None = None, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """Write the model and tokenizer of ``gguf_file`` as safetensors, unless that was done before.
+
+    Args:
+        gguf_file: any architecture that transformers can read from GGUF.
+        cache_dir: where the folder goes (default: :func:`default_cache_dir`), named by the file's name, the first
+            16 hexadecimal digits of its SHA-256, and the dtype.
+        dtype: of the weights written.
+
+    Returns:
+        The folder, always complete: it gets its name only after everything is in it. Processes that race for it
+        do the work twice, and one result stays.
+
+    Raises:
+        SMTError: the file is missing, isn't GGUF, is damaged, or holds an unknown architecture.
+    """
+    gguf_file = Path(gguf_file)
+    digest = _check_and_hash(gguf_file)
+    cache_dir = Path(cache_dir) if cache_dir is not None else default_cache_dir()
+    folder = cache_dir / f"{gguf_file.stem}-{digest[:16]}-{str(dtype).removeprefix('torch.')}"
+    if folder.is_dir():
+        return folder
+    temporary = cache_dir / f".{folder.name}-{uuid.uuid4().hex[:8]}"
+    try:
+        temporary.mkdir(parents=True)
+        _convert(gguf_file, temporary, dtype)
+        _publish(temporary, folder)
+    except OSError as error:
+        raise SMTError(f"{folder}: can't be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _check_and_hash(gguf_file: Path) -> str:
+    digest = hashlib.sha256()
+    try:
+        with gguf_file.open("rb") as file:
+            if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+                raise SMTError(f"{gguf_file}: isn't a GGUF file (it doesn't begin with 'GGUF')")
+            digest.update(GGUF_MAGIC)
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except FileNotFoundError:
+        raise SMTError(f"{gguf_file}: no such file") from None
+    except OSError as error:
+        raise SMTError(f"{gguf_file}: can't be read: {error.strerror}") from error
+    return digest.hexdigest()
+
+
+def _convert(gguf_file: Path, target: Path, dtype: torch.dtype) -> None:
+    try:
+        source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
+        tokenizer = AutoTokenizer.from_pretrained(**source)
+        model = AutoModelForCausalLM.from_pretrained(
+            **source, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
+        )
+    # The readers parse the bytes of the file unchecked, so damage shows as any exception at all.
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SMTError(f"{gguf_file}: can't be read as a GGUF model: {reason}") from error
+    _remove_quantization_marks(model)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
+
+
+def _remove_quantization_marks(model: PreTrainedModel) -> None:
+    if quantizer := getattr(model, "hf_quantizer", None):
+        quantizer.remove_quantization_config(model)
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    try:
+        temporary.rename(folder)
+    except OSError:
+        # Another process was faster. Its content is the same, as the name holds the file's hash.
+        if not folder.is_dir():
+            raise

@@ -1,0 +1,80 @@
+"""Merging: blocks added into the base's weights, in memory or from files, one weight at a time."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from smt_dist.blocks import read_blocks, write_blocks
+from smt_dist.errors import SMTError
+from smt_dist.model import sparse_layers
+from smt_dist.sparse_linear import SparseLinear
+from smt_dist.targets import tied_parameter_names
+
+# Where a merged base keeps what `unmerge_blocks` needs: in `__dict__`, so that no submodule is registered.
+_UNDO = "_smt_undo"
+
+
+class _Undo(NamedTuple):
+    layer: SparseLinear
+    weight: nn.Parameter  # the parameter before the merge: another one after it, if it was tied
+    blocks: torch.Tensor  # its selected blocks before the merge
+
+
+def merged_blocks(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """The rounding of fp32(base) + fp32(delta) to the base's dtype; both ``[blocks * block_rows, block_cols]``."""
+    return (base.float() + delta.to(base.device, torch.float32)).to(base.dtype)
+
+
+def merge_blocks(model: nn.Module) -> None:
+    """Add the blocks into the base's weights, in place; the model is an ordinary one afterwards.
+
+    ``model.save_pretrained`` then writes an ordinary checkpoint. :func:`unmerge_blocks` undoes it bit for bit.
+
+    Raises:
+        SMTError: the model has no blocks, or a weight is sharded or quantised (merge the saved adapter with
+            ``launch/merge_adapter.py``). The model is unchanged then.
+    """
+    layers = sparse_layers(model)
+    if not layers:
+        raise SMTError("the model has no blocks to merge")
+    for name, layer in layers.items():
+        _refuse_unmergeable(name, layer)
+    for name, layer in layers.items():
+        base, original = layer.base, layer.base.weight
+        before = read_blocks(original, layer.grid, layer.blocks)
+        if tied_parameter_names(model, name):
+            base.weight = nn.Parameter(original.detach().clone(), requires_grad=False)
+            model.config.tie_word_embeddings = False
+        write_blocks(base.weight, layer.grid, layer.blocks, merged_blocks(before, layer.delta.detach()))
+        base.__dict__[_UNDO] = _Undo(layer, original, before)
+        model.set_submodule(name, base)
+
+
+def unmerge_blocks(model: nn.Module) -> None:
+    """Undo :func:`merge_blocks`: every base weight gets its own bits back and the blocks are separate again.
+
+    Raises:
+        SMTError: nothing was merged.
+    """
+    merged = {name: module for name, module in model.named_modules() if _UNDO in module.__dict__}
+    if not merged:
+        raise SMTError("the model has no merged blocks")
+    for name, base in merged.items():
+        undo: _Undo = base.__dict__.pop(_UNDO)
+        if base.weight is not undo.weight:
+            base.weight = undo.weight
+            model.config.tie_word_embeddings = True
+        else:
+            write_blocks(base.weight, undo.layer.grid, undo.layer.blocks, undo.blocks)
+        model.set_submodule(name, undo.layer)
+
+
+def _refuse_unmergeable(name: str, layer: SparseLinear) -> None:
+    weight = layer.base.weight
+    sharded = hasattr(weight, "ds_id") or hasattr(weight, "full_tensor")
+    if sharded or not weight.is_floating_point():
+        kind = "sharded" if sharded else f"quantised ({weight.dtype})"
+        raise SMTError(f"{name}: its weight is {kind}; save the adapter and use launch/merge_adapter.py")

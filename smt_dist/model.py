@@ -1,0 +1,144 @@
+"""Model surgery: put blocks into a model, switch them, take them out, tell one base from another."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from smt_dist.blocks import BlockSelection, read_blocks
+from smt_dist.config import SMTConfig
+from smt_dist.errors import SMTError
+from smt_dist.sparse_linear import SparseLinear
+from smt_dist.targets import base_modules, full_numel, is_linear, tied_parameter_names, weight_shape
+
+
+def apply_selection(
+    model: nn.Module,
+    selection: BlockSelection,
+    config: SMTConfig | None = None,
+    dtype: torch.dtype = torch.float32,
+    untie: bool = False,
+) -> None:
+    """Wrap each selected module in a :class:`SparseLinear`, in place, and freeze everything but the blocks.
+
+    Args:
+        model: any model; its weights may be partitioned by ZeRO-3.
+        selection: chosen by :func:`select_blocks`, read from a file or built by hand.
+        config: recorded in the adapters that are saved from this model.
+        dtype: of the blocks. fp32 makes each block its own master; engines with masters of their own
+            (DeepSpeed in bf16) take the base's dtype.
+        untie: allow tied targets (also ``config.untie``); the tie is cut at the merge.
+
+    Raises:
+        SMTError: a module is missing, not linear, tied, or of another shape; or the model has blocks already.
+            The model is unchanged then.
+    """
+    if sparse_layers(model):
+        raise SMTError("the model has blocks already; remove them with smt_dist.remove_blocks(model) first")
+    layers = _build_layers(model, selection, dtype, untie or (config is not None and config.untie))
+    fingerprint = base_fingerprint(model, selection)
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer)
+    model.smt_selection, model.smt_config, model.smt_base_fingerprint = selection, config, fingerprint
+
+
+def _build_layers(
+    model: nn.Module, selection: BlockSelection, dtype: torch.dtype, untie: bool
+) -> dict[str, SparseLinear]:
+    modules = dict(base_modules(model))
+    layers = {}
+    for name, blocks in selection.blocks.items():
+        if name not in modules:
+            raise SMTError(f"selection: the model ({type(model).__name__}) has no module {name}")
+        module = modules[name]
+        if not is_linear(module):
+            raise SMTError(f"selection: {name} is a {type(module).__name__}, not a linear layer")
+        grid = selection.grid(name, weight_shape(module))
+        if not untie and (others := tied_parameter_names(model, name)):
+            raise SMTError(f"selection: {name} is tied to {others[0]}; pass untie=True to cut the tie at the merge")
+        layers[name] = SparseLinear(module, grid, blocks, dtype, module.weight.device)
+        layers[name].train(module.training)
+    return layers
+
+
+def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+    """Module name -> layer with blocks, in the model's order."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+
+
+@contextmanager
+def blocks_disabled(model: nn.Module) -> Iterator[None]:
+    """The base model's outputs inside the context, without touching a weight."""
+    before = {layer: layer.enabled for layer in sparse_layers(model).values()}
+    for layer in before:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in before.items():
+            layer.enabled = enabled
+
+
+def remove_blocks(model: nn.Module) -> None:
+    """Put the base modules back, in place; the blocks are dropped. Parameters stay frozen."""
+    for name, layer in sparse_layers(model).items():
+        model.set_submodule(name, layer.base)
+    _forget(model)
+
+
+def _forget(model: nn.Module) -> None:
+    for name in ("smt_selection", "smt_config", "smt_base_fingerprint"):
+        if hasattr(model, name):
+            delattr(model, name)
+
+
+def base_fingerprint(model: nn.Module, selection: BlockSelection) -> str:
+    """A SHA-256 over the base's selected blocks, rounded to bf16, so that the dtype it was loaded in doesn't matter.
+
+    Tells whether an adapter's blocks were trained against this base. Collective under ZeRO-3.
+    """
+    digest = hashlib.sha256()
+    modules = dict(base_modules(model))
+    for name, blocks in selection.blocks.items():
+        module = modules[name]
+        module = module.base if isinstance(module, SparseLinear) else module
+        grid = selection.grid(name, weight_shape(module))
+        digest.update(f"{name} {grid}".encode())
+        with gathered(module.weight) as weight:
+            if weight.shape == (grid.rows, grid.cols) and weight.is_floating_point():
+                content = read_blocks(weight, grid, blocks).to("cpu", torch.bfloat16)
+            else:  # packed by a quantiser: its own bytes
+                content = weight.detach().cpu().contiguous()
+            digest.update(content.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def gathered(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The full value of a parameter, gathered inside the context where ZeRO-3 partitions it (collective)."""
+    if not hasattr(parameter, "ds_id"):
+        yield parameter
+        return
+    # Imported here: DeepSpeed takes seconds, and only a model that it partitioned needs it.
+    import deepspeed
+
+    with deepspeed.zero.GatheredParameters([parameter]):
+        yield parameter
+
+
+def describe_blocks(model: nn.Module) -> str:
+    """What is trained, in one line: blocks, parameters and their share of the model."""
+    layers = sparse_layers(model)
+    trained = sum(full_numel(layer.delta) for layer in layers.values())
+    base = sum(full_numel(p) for name, p in model.named_parameters() if not name.endswith(".delta"))
+    count = sum(len(layer.blocks) for layer in layers.values())
+    return (
+        f"{count} blocks in {len(layers)} modules, {trained:,} trainable parameters = "
+        f"{trained / base:.2%} of the model's {base:,}"
+    )

@@ -1,0 +1,164 @@
+"""Turns one data row into token ids and a mask of the tokens to train: prompts, chat turns, plain text.
+
+Training and evaluation share :func:`format_prompt` and :func:`encode_prompt`, for equal tokens in both.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any, Literal
+
+import jinja2
+from transformers import PreTrainedTokenizerBase
+
+from smt_dist.errors import SMTError
+from smt_dist.rows import Rows
+
+PromptStyle = Literal["plain", "chat"]
+Encoded = tuple[list[int], list[bool]]  # token ids; whether each is trained
+
+PLAIN_PROMPT = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+PLAIN_PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+def format_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prompt_style: PromptStyle) -> str:
+    """The prompt of an ``instruction`` row, up to where the answer begins.
+
+    Raises:
+        SMTError: ``prompt_style`` is unknown, or "chat" while the tokenizer has no usable chat template.
+    """
+    context = row.get("input") or ""
+    if prompt_style == "plain":
+        template = PLAIN_PROMPT_WITH_INPUT if context else PLAIN_PROMPT
+        return template.format(instruction=row["instruction"], input=context)
+    if prompt_style != "chat":
+        raise SMTError(f"prompt_style must be 'plain' or 'chat', not '{prompt_style}'")
+    content = row["instruction"] + (f"\n{context}" if context else "")
+    return _render_chat([{"role": "user", "content": content}], tokenizer, add_generation_prompt=True)
+
+
+def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, prompt_style: PromptStyle) -> list[int]:
+    """Token ids of a prompt from :func:`format_prompt`, with BOS if the tokenizer uses one, without EOS."""
+    # A chat template writes its own special tokens.
+    return _encode(prompt, tokenizer, add_special_tokens=prompt_style == "plain")
+
+
+def require_eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id of the end-of-sequence token; raises :class:`SMTError` if the tokenizer has none."""
+    if tokenizer.eos_token_id is None:
+        raise SMTError(f"tokenizer '{tokenizer.name_or_path}' has no end-of-sequence token: answers couldn't end")
+    return tokenizer.eos_token_id
+
+
+def encode_instruction(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prompt_style: PromptStyle) -> Encoded:
+    """An ``instruction`` row: the prompt, not trained, then the output and EOS, trained."""
+    # Tokenised apart: in evaluation the prompt comes alone, and must give the same tokens.
+    prompt = encode_prompt(format_prompt(row, tokenizer, prompt_style), tokenizer, prompt_style)
+    output = [*_encode(row["output"], tokenizer, add_special_tokens=False), require_eos_token(tokenizer)]
+    return prompt + output, [False] * len(prompt) + [True] * len(output)
+
+
+def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Plain text and EOS, all of it trained."""
+    ids = [*_encode(text, tokenizer, add_special_tokens=True), require_eos_token(tokenizer)]
+    return ids, [True] * len(ids)
+
+
+def encode_messages(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """A ``messages`` row as the chat template writes it; the assistant's words and ends of turn are trained.
+
+    Raises:
+        SMTError: naming the row, if the template refuses it or hides where the assistant's turns are.
+    """
+    messages = rows[index]["messages"]
+    try:
+        if re.search(r"\{%-?\s*generation\s*-?%\}", _get_chat_template(tokenizer)):
+            marked = _apply_template(
+                messages, tokenizer, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+            )
+            return marked["input_ids"], [bool(trained) for trained in marked["assistant_masks"]]
+        text, spans = _find_assistant_spans(messages, tokenizer)
+    except SMTError as error:
+        raise rows.error(index, str(error)) from error
+    ids: list[int] = []
+    trained: list[bool] = []
+    borders = [0, *(border for span in spans for border in span), len(text)]
+    for number, (start, end) in enumerate(itertools.pairwise(borders)):
+        piece = _encode(text[start:end], tokenizer, add_special_tokens=False)
+        ids += piece
+        trained += [number % 2 == 1] * len(piece)
+    return ids, trained
+
+
+def _find_assistant_spans(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation, and the [start, end) characters of each assistant turn in it.
+
+    A turn starts where the conversation before it, with the generation prompt, ends; it ends where the
+    conversation with it ends. Templates without a generation prompt break the first rule, and those that
+    render a turn differently once others follow (they drop its reasoning, say) the second: then the turn's
+    content is looked up.
+    """
+    text = _render_chat(messages, tokenizer)
+    spans = []
+    cursor = 0
+    for number, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        content = message["content"].strip()
+        before = _render_chat(messages[:number], tokenizer, add_generation_prompt=True) if number else ""
+        start = len(before) if before and text.startswith(before) else text.find(content, cursor)
+        through = _render_chat(messages[: number + 1], tokenizer)
+        if text.startswith(through):
+            end = len(through)
+        else:
+            turn = content + through[through.rfind(content) + len(content) :]
+            found = text.find(turn, max(start, 0))
+            end = found + len(turn) if found >= 0 else -1
+        if not cursor <= start < end:
+            raise SMTError(f"the chat template's output doesn't show where message {number + 1} begins and ends")
+        # Generation stops at EOS: a line break that the template puts after it is never the model's to write.
+        eos = tokenizer.eos_token
+        last_eos = text.rfind(eos, start, end) if eos else -1
+        cursor = end if last_eos < 0 else last_eos + len(eos)
+        spans.append((start, cursor))
+    return text, spans
+
+
+def _get_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+    try:
+        return tokenizer.get_chat_template()
+    except ValueError as error:
+        raise SMTError(f"tokenizer '{tokenizer.name_or_path}' has no chat template") from error
+
+
+def _render_chat(
+    messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, *, add_generation_prompt: bool = False
+) -> str:
+    return _apply_template(messages, tokenizer, tokenize=False, add_generation_prompt=add_generation_prompt)
+
+
+def _apply_template(messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, **options: Any) -> Any:
+    template = _get_chat_template(tokenizer)
+    try:
+        return tokenizer.apply_chat_template(messages, chat_template=template, **options)
+    except jinja2.TemplateError as error:
+        raise SMTError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+
+
+def _encode(text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> list[int]:
+    ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
+    # Some tokenizers are configured to append EOS; callers add it where they want it.
+    if add_special_tokens and ids and ids[-1] == tokenizer.eos_token_id:
+        ids = ids[:-1]
+    return ids

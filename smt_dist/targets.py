@@ -1,0 +1,180 @@
+"""Finding the weights that a config names, by module types and names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from smt_dist.config import SMTConfig
+from smt_dist.errors import SMTError
+
+ALIASES: dict[str, tuple[str, ...]] = {
+    # Query, key and value projections, separate or fused, as the architectures of transformers name them.
+    "attention": (
+        *("q_proj", "k_proj", "v_proj"),  # Llama, Mistral, Qwen2, Gemma, OLMo, OPT, ...
+        *(
+            "qkv_proj",
+            "query_key_value",
+            "Wqkv",
+            "W_pack",
+            "c_attn",
+            "att_proj",
+        ),  # Phi-3, GPT-NeoX, Falcon, MPT, ...
+        *("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj"),  # DeepSeek
+        *("query", "key", "value", "q_lin", "k_lin", "v_lin", "wq", "wk", "wv"),
+    ),
+    "mlp": (
+        *("gate_proj", "up_proj", "down_proj", "gate_up_proj"),
+        *("dense_h_to_4h", "dense_4h_to_h", "fc1", "fc2", "fc_in", "fc_out", "c_fc", "w1", "w2", "w3"),
+    ),
+}
+
+
+def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, list[str]]:
+    """The modules that each group trains, in the model's order.
+
+    Args:
+        model: before or after :func:`apply_selection`.
+        config: its groups.
+
+    Returns:
+        Group name -> module names. Names are those of the base model: wrapped layers keep theirs.
+
+    Raises:
+        SMTError: a group matches nothing, matches what isn't a 2-D linear weight, or shares a module with
+            another group; or a target is tied and ``config.untie`` is off. Names the group and the module.
+    """
+    groups: dict[str, list[str]] = {}
+    owner: dict[str, str] = {}
+    for group in config.groups:
+        names = _match(model, group.target_modules)
+        if not names:
+            raise SMTError(
+                f"smt config groups[{group.name}].target_modules: {group.target_modules!r} matches no linear "
+                f"module of {type(model).__name__}; it has {_examples(model)}"
+            )
+        for name in names:
+            if name in owner:
+                raise SMTError(f"smt config groups: {name} belongs to both {owner[name]!r} and {group.name!r}")
+            owner[name] = group.name
+            _refuse_if_tied(model, name, config.untie)
+        groups[group.name] = names
+    return groups
+
+
+def weight_shape(module: nn.Module) -> tuple[int, int]:
+    """The full (out, in) shape of a linear module's weight, also where ZeRO-3 left an empty stand-in."""
+    if hasattr(module, "out_features"):
+        return int(module.out_features), int(module.in_features)
+    shape = getattr(module.weight, "ds_shape", module.weight.shape)
+    return int(shape[0]), int(shape[1])
+
+
+def full_numel(parameter: torch.Tensor) -> int:
+    """The elements of a parameter in full, also where ZeRO-3 or FSDP2 shards it."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
+def full_ndim(parameter: torch.Tensor) -> int:
+    """The dimensions of a parameter in full."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def count_parameters_2d(model: nn.Module) -> int:
+    """Elements of all 2-D parameters, embeddings and head included, tied ones once, blocks not counted."""
+    return sum(
+        full_numel(parameter)
+        for name, parameter in model.named_parameters()
+        if full_ndim(parameter) == 2 and not name.endswith(".delta")
+    )
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules as the base model names them: a ``SparseLinear`` stands for its base."""
+    from smt_dist.sparse_linear import SparseLinear
+
+    inside: set[str] = set()
+    for name, module in model.named_modules():
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        if isinstance(module, SparseLinear):
+            inside.add(f"{name}.base")
+        yield name, module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether ``module`` computes ``x @ weight^T`` with a 2-D weight of (out, in)."""
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return False
+    return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
+def _match(model: nn.Module, target: str | list[str]) -> list[str]:
+    wanted = _matcher(target)
+    matched = []
+    for name, module in base_modules(model):
+        if wanted(name):
+            if is_linear(module):
+                matched.append(name)
+            elif any(full_ndim(parameter) >= 2 for parameter in module.parameters(recurse=False)):
+                _refuse_module(name, module)
+        for leaf, parameter in module.named_parameters(recurse=False):
+            # Fused experts are parameters of one module, not modules: [experts, out, in].
+            if full_ndim(parameter) > 2 and wanted(f"{name}.{leaf}"):
+                _refuse_parameter(f"{name}.{leaf}", parameter)
+    return matched
+
+
+def _matcher(target: str | list[str]):
+    if isinstance(target, str) and target not in ALIASES and not re.fullmatch(r"[\w.]+", target):
+        try:
+            pattern = re.compile(target)
+        except re.error as error:
+            raise SMTError(f"smt config target_modules: {target!r} is no regular expression ({error})") from None
+        return lambda name: pattern.fullmatch(name) is not None
+    names = ALIASES.get(target, (target,)) if isinstance(target, str) else tuple(target)
+    return lambda name: any(name == wanted or name.endswith(f".{wanted}") for wanted in names)
+
+
+def _refuse_module(name: str, module: nn.Module) -> None:
+    raise SMTError(
+        f"smt config target_modules: {name} is a {type(module).__name__}, not a linear layer with a weight of "
+        "(out, in); take it out of target_modules"
+    )
+
+
+def _refuse_parameter(name: str, parameter: torch.Tensor) -> None:
+    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    raise SMTError(
+        f"smt config target_modules: {name} has {len(shape)} dimensions {shape} (fused experts); only 2-D weights can "
+        "be cut into blocks: take it out of target_modules"
+    )
+
+
+def tied_parameter_names(model: nn.Module, module_name: str) -> list[str]:
+    """The other names under which the weight of ``module_name`` is known (an embedding tied to the head)."""
+    weight = model.get_submodule(module_name).weight
+    own = {f"{module_name}.weight", f"{module_name}.base.weight"}
+    return [
+        name
+        for name, parameter in model.named_parameters(remove_duplicate=False)
+        if parameter is weight and name not in own
+    ]
+
+
+def _refuse_if_tied(model: nn.Module, name: str, untie: bool) -> None:
+    others = [] if untie else tied_parameter_names(model, name)
+    if others:
+        raise SMTError(
+            f'smt config target_modules: {name} is tied to {others[0]}; set "untie": true to cut the tie when the '
+            "blocks are merged, or take it out"
+        )
+
+
+def _examples(model: nn.Module) -> str:
+    leaves = dict.fromkeys(name.rpartition(".")[2] for name, module in base_modules(model) if is_linear(module))
+    return ", ".join(list(leaves)[:12]) or "none"
