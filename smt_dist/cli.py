@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
+import logging
 import os
 import sys
 from collections.abc import Callable
+from typing import Any, NoReturn
 
 from smt_dist.errors import SMTError
 
@@ -31,3 +34,36 @@ def _leave_process_group() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
+    """Parse the command line into ``kind`` and :class:`SMTTrainingArguments`; set up logging.
+
+    Raises:
+        SMTError: a flag is unknown or has a bad value; names it.
+    """
+    from transformers import HfArgumentParser
+
+    from smt_dist.arguments import SMTTrainingArguments
+
+    parser = HfArgumentParser([kind, SMTTrainingArguments], description=description, allow_abbrev=False)
+    parser.formatter_class = _HelpFormatter
+    parser.error = _raise_usage_error
+    configure_logging()
+    own, training = parser.parse_args_into_dataclasses()
+    return own, training
+
+
+def configure_logging() -> None:
+    """INFO of this package on rank 0, warnings elsewhere."""
+    rank = int(os.environ.get("RANK", "0"))
+    logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("smt_dist").setLevel(logging.INFO if rank == 0 else logging.ERROR)
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the description's line breaks and adds defaults."""
+
+
+def _raise_usage_error(message: str) -> NoReturn:
+    raise SMTError(f"{message} (see --help)")

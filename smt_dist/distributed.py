@@ -46,6 +46,15 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def reduce_scatter_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's rows of the sum of ``tensor`` over all ranks; dimension 0 must be a multiple of the world size."""
+    shard = tensor.new_empty(tensor.shape[0] // dist.get_world_size(), *tensor.shape[1:])
+    # torch 2.13 deprecates the old name.
+    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    reduce_scatter(shard, tensor)
+    return shard
+
+
 def barrier() -> None:
     """Wait for all ranks."""
     if is_distributed():

@@ -99,6 +99,8 @@ def _convert(gguf_file: Path, target: Path, dtype: torch.dtype) -> None:
         model = AutoModelForCausalLM.from_pretrained(
             **source, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
         )
+    except ImportError as error:
+        raise SMTError(f"{gguf_file}: reading GGUF needs two more packages: pip install gguf accelerate") from error
     # The readers parse the bytes of the file unchecked, so damage shows as any exception at all.
     except Exception as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

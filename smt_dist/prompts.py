@@ -104,10 +104,8 @@ def _find_assistant_spans(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The rendered conversation, and the [start, end) characters of each assistant turn in it.
 
-    A turn starts where the conversation before it, with the generation prompt, ends; it ends where the
-    conversation with it ends. Templates without a generation prompt break the first rule, and those that
-    render a turn differently once others follow (they drop its reasoning, say) the second: then the turn's
-    content is looked up.
+    Raises:
+        SMTError: a turn's start or end can't be told for certain: better no training than on the user's words.
     """
     text = _render_chat(messages, tokenizer)
     spans = []
@@ -115,16 +113,8 @@ def _find_assistant_spans(
     for number, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        content = message["content"].strip()
-        before = _render_chat(messages[:number], tokenizer, add_generation_prompt=True) if number else ""
-        start = len(before) if before and text.startswith(before) else text.find(content, cursor)
-        through = _render_chat(messages[: number + 1], tokenizer)
-        if text.startswith(through):
-            end = len(through)
-        else:
-            turn = content + through[through.rfind(content) + len(content) :]
-            found = text.find(turn, max(start, 0))
-            end = found + len(turn) if found >= 0 else -1
+        start = _find_turn_start(text, messages[:number], message["content"].strip(), tokenizer)
+        end = _find_turn_end(text, start, messages[: number + 1], tokenizer)
         if not cursor <= start < end:
             raise SMTError(f"the chat template's output doesn't show where message {number + 1} begins and ends")
         # Generation stops at EOS: a line break that the template puts after it is never the model's to write.
@@ -133,6 +123,32 @@ def _find_assistant_spans(
         cursor = end if last_eos < 0 else last_eos + len(eos)
         spans.append((start, cursor))
     return text, spans
+
+
+def _find_turn_start(text: str, earlier: list[dict[str, str]], content: str, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where the generation prompt ends, or where ``content`` begins if the template has none; -1 if unclear."""
+    if not earlier:
+        return text.find(content)
+    prompted = _render_chat(earlier, tokenizer, add_generation_prompt=True)
+    unprompted = _render_chat(earlier, tokenizer)
+    if prompted != unprompted and text.startswith(prompted):
+        return len(prompted)
+    return text.find(content, len(unprompted)) if text.startswith(unprompted) else -1
+
+
+def _find_turn_end(text: str, start: int, through: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> int:
+    """Where the conversation ``through`` this turn ends; -1 if unclear.
+
+    A template may render a turn differently once others follow (it drops the reasoning, say): then the turn has to
+    be its content, at ``start``, and what follows the content where the turn is the last.
+    """
+    rendered = _render_chat(through, tokenizer)
+    if text.startswith(rendered):
+        return len(rendered)
+    content = through[-1]["content"].strip()
+    turn = content + rendered[rendered.rfind(content) + len(content) :]
+    found = text.find(turn, max(start, 0))
+    return found + len(turn) if found >= 0 and not text[start:found].strip() else -1
 
 
 def _get_chat_template(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -11,10 +11,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from smt_dist.blocks import BlockGrid
-from smt_dist.distributed import all_reduce_sum, collective_device, get_rank, get_world_size, is_distributed
+from smt_dist.distributed import (
+    all_reduce_sum,
+    collective_device,
+    get_rank,
+    get_world_size,
+    is_distributed,
+    reduce_scatter_rows,
+)
 
 
 @dataclass(frozen=True)
@@ -198,9 +204,7 @@ class ElementwiseAccumulator:
         padded = torch.zeros(rows * world_size, grid.cols, device=self._sums.flat.device)
         if gradient is not None:
             padded[: grid.rows] = gradient
-        shard = torch.empty(rows, grid.cols, device=padded.device)
-        dist.reduce_scatter_tensor(shard, padded)
-        self._add_shard(module, shard)
+        self._add_shard(module, reduce_scatter_rows(padded))
 
     def _add_shard(self, module: str, shard: torch.Tensor) -> None:
         if module in self._shards:

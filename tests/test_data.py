@@ -90,6 +90,24 @@ def test_only_assistant_turns_are_trained(template):
     assert trained_text(dataset[0], tokenizer) == f"Hello<eos>|{last}<eos>"
 
 
+def test_users_echo_is_not_trained():
+    """Without a generation prompt a turn is found by its content, which the user may have said before."""
+    template = CHAT_TEMPLATE.split("{% if add_generation_prompt %}")[0]
+    tokenizer = make_tokenizer(chat_template=template)
+    echo = [{"role": role, "content": "yes"} for role in ("user", "assistant", "user", "assistant")]
+    dataset, _ = build({"messages": echo}, tokenizer=tokenizer)
+    assert trained_text(dataset[0], tokenizer) == "yes<eos>|yes<eos>"
+    position = dataset[0]["labels"].index(tokenizer.eos_token_id)
+    assert tokenizer.decode(dataset[0]["input_ids"][: position + 1]).endswith("assistant\nyes<eos>")
+
+
+def test_conversation_whose_turns_cannot_be_told_is_refused():
+    """A template that writes the turns in another order would have the user's words trained."""
+    template = "{% for m in messages | reverse %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    with pytest.raises(SMTError, match="row 1: the chat template's output doesn't show where message 3 begins"):
+        build(MESSAGES, tokenizer=make_tokenizer(chat_template=template))
+
+
 def test_text_is_trained_whole():
     """The first token is the exception: nothing predicts it, and it must not count as a trained token."""
     tokenizer = make_tokenizer(add_bos=True)

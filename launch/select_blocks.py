@@ -1,0 +1,74 @@
+"""Run the warm-up only and write the chosen blocks, for `train.py --selection`.
+
+[deepspeed --num_gpus N | torchrun --nproc_per_node N | python] launch/select_blocks.py
+    --smt_config S.json --model_name_or_path M --train_file T.json --output selection.json
+    [any transformers.TrainingArguments flag, such as --per_device_train_batch_size]
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import set_seed
+
+from smt_dist.adapter import replace_file
+from smt_dist.blocks import BlockSelection
+from smt_dist.cli import parse_arguments, run_program
+from smt_dist.distributed import agree, barrier, get_rank
+from smt_dist.errors import SMTError
+from smt_dist.run import (
+    RunArguments,
+    collect_and_select,
+    initialize_process_group,
+    load_config,
+    load_data,
+    load_tokenizer_and_model,
+)
+
+
+@dataclass
+class SelectArguments(RunArguments):
+    """What to select on, and where to write it."""
+
+    output: str = field(default="selection.json", metadata={"help": "the selection file to write"})
+
+
+def main() -> None:
+    run, args = parse_arguments(SelectArguments, __doc__)
+    run.check()
+    if run.selection or run.adapter:
+        raise SMTError("--selection and --adapter belong to train.py: this program makes the selection")
+    initialize_process_group(args)
+    set_seed(args.seed)
+    config = agree(lambda: load_config(run, None), "the SMT config")
+    tokenizer, model = load_tokenizer_and_model(run, args)
+    data = load_data(run, tokenizer)
+    selection, scores = collect_and_select(model, data, config, args)
+    if get_rank() == 0:
+        write(selection, Path(run.output))
+        print(f"{summary(selection)}; {scores.steps} steps, score {scores.score}; written to {run.output}", flush=True)
+    barrier()
+
+
+def write(selection: BlockSelection, path: Path) -> None:
+    """Write the file whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda beside: beside.write_text(selection.to_json()))
+    except OSError as error:
+        raise SMTError(f"--output: {path}: {error.strerror}") from None
+
+
+def summary(selection: BlockSelection) -> str:
+    """The number of blocks, and how they spread over module kinds."""
+    kinds = Counter()
+    for module, blocks in selection.blocks.items():
+        kinds[module.rpartition(".")[2]] += len(blocks)
+    spread = ", ".join(f"{kind} {count}" for kind, count in kinds.most_common())
+    return f"{len(selection)} blocks of {selection.block_size[0]} x {selection.block_size[1]} ({spread})"
+
+
+if __name__ == "__main__":
+    run_program(main)

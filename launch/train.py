@@ -1,0 +1,82 @@
+"""Fine-tune a language model with Sparse Matrix Tuning.
+
+deepspeed --num_gpus N launch/train.py --smt_config S.json --deepspeed D.json --model_name_or_path M
+    --train_file T.json --output_dir O [any transformers.TrainingArguments flag]
+torchrun --nproc_per_node N launch/train.py --engine ddp --smt_config S.json ...
+python launch/train.py --smt_config S.json ...
+"""
+
+from __future__ import annotations
+
+import logging
+
+from transformers import set_seed
+
+from smt_dist.cli import parse_arguments, run_program
+from smt_dist.distributed import agree, get_rank
+from smt_dist.errors import SMTError
+from smt_dist.run import (
+    RunArguments,
+    attach_blocks,
+    collect_and_select,
+    find_selection,
+    initialize_process_group,
+    load_config,
+    load_data,
+    load_tokenizer_and_model,
+)
+from smt_dist.trainer import SMTTrainer, last_checkpoint
+
+logger = logging.getLogger("smt_dist.train")
+
+
+def main() -> None:
+    run, args = parse_arguments(RunArguments, __doc__)
+    run.check()
+    initialize_process_group(args)
+    set_seed(args.seed)
+
+    resume_from = agree(lambda: find_checkpoint(args.resume_from_checkpoint, args.output_dir), "the checkpoint")
+    selection, adapter = agree(lambda: find_selection(run, resume_from), "the selection")
+    config = agree(lambda: load_config(run, adapter), "the SMT config")
+
+    tokenizer, model = load_tokenizer_and_model(run, args)
+    data = load_data(run, tokenizer)
+    if selection is None:
+        selection, _ = collect_and_select(model, data, config, args)
+    attach_blocks(model, selection, config, args, adapter)
+
+    trainer = SMTTrainer(
+        model,
+        args,
+        deltas=adapter.deltas if adapter is not None else None,
+        train_dataset=data.train,
+        eval_dataset=data.evaluation,
+        data_collator=data.collator,
+        processing_class=tokenizer,
+    )
+    result = trainer.train(resume_from_checkpoint=resume_from)
+    trainer.save_model()
+    trainer.save_metrics("train", result.metrics)
+    if data.evaluation is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if get_rank() == 0:
+        print(f"adapter saved in {args.output_dir}", flush=True)
+
+
+def find_checkpoint(flag: str | None, output_dir: str) -> str | None:
+    """The folder that ``--resume_from_checkpoint`` means: a path, or ``auto`` / ``true`` for the newest."""
+    if flag is None or flag.lower() in ("false", "none"):
+        return None
+    if flag.lower() not in ("auto", "true"):
+        return flag
+    found = last_checkpoint(output_dir)
+    if found is None and flag.lower() == "true":
+        raise SMTError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint")
+    return found
+
+
+if __name__ == "__main__":
+    run_program(main)

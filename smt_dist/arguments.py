@@ -1,0 +1,166 @@
+"""``SMTTrainingArguments``: TrainingArguments with an engine and a dtype, and a clear no to what can't be honoured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from smt_dist.config import read_text
+from smt_dist.engines import ENGINES
+from smt_dist.errors import SMTError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Trainer features that would be ignored or go wrong with blocks, each with what to use instead.
+_REFUSED: dict[str, str] = {
+    "auto_find_batch_size": "it restarts training inside one process; plan the batch size instead",
+    "torch_compile": "not tested with blocks",
+    "use_liger_kernel": "not tested with blocks",
+    "push_to_hub": "upload the adapter folder with `hf upload` when the run is done",
+    "fp16": "needs a loss scaler; use --dtype bfloat16",
+    "bf16": "autocast over an unchanged base; use --dtype bfloat16",
+    "fp16_full_eval": "use --dtype",
+    "bf16_full_eval": "use --dtype",
+    "fsdp": "engine fsdp2 is planned; use --engine ddp or --deepspeed",
+    "parallelism_config": "only data parallelism is supported",
+    "enable_jit_checkpoint": "not tested with blocks",
+    "optim_target_modules": "belongs to optimizers that aren't supported",
+    "save_on_each_node": "checkpoints are written once, by rank 0",
+}
+_OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+
+
+@dataclass
+class SMTTrainingArguments(TrainingArguments):
+    """``transformers.TrainingArguments`` for SMT.
+
+    Raises:
+        SMTError: a flag that can't be honoured, by name.
+    """
+
+    engine: str = field(
+        default="auto",
+        metadata={"help": "ddp, deepspeed, or auto: deepspeed where --deepspeed is given, else ddp (default: auto)"},
+    )
+    dtype: str = field(
+        default="bfloat16",
+        metadata={
+            "help": "dtype of the frozen base: float32 or bfloat16; blocks' masters are fp32 (default: bfloat16)"
+        },
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "replace NaN losses in the logs by the last mean, which hides them"}
+    )
+
+    def __post_init__(self) -> None:
+        self._refuse_what_cannot_be_honoured()
+        if self.engine == "auto":
+            self.engine = "deepspeed" if self.deepspeed else "ddp"
+        self._check_engine()
+        if not torch.cuda.is_available():
+            self.use_cpu = True
+        if self.activation_checkpointing or self.gradient_checkpointing:
+            self._use_non_reentrant_checkpointing()
+        if self.deepspeed:
+            self.deepspeed = prepare_deepspeed_config(self.deepspeed, DTYPES[self.dtype])
+            # Trainer compares this flag with the JSON; under DeepSpeed it switches no autocast on.
+            self.bf16 = self.dtype == "bfloat16"
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            raise SMTError(" ".join(str(error).split())) from None
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """``dtype`` as a torch dtype."""
+        return DTYPES[self.dtype]
+
+    def filled_deepspeed_config(self) -> dict[str, Any] | None:
+        """The DeepSpeed JSON with every ``"auto"`` that TrainingArguments can fill."""
+        return self.hf_deepspeed_config.config if self.deepspeed else None
+
+    def _refuse_what_cannot_be_honoured(self) -> None:
+        for name, reason in _REFUSED.items():
+            if getattr(self, name, None):
+                raise SMTError(f"--{name} can't be used with SMT: {reason}")
+        optimizer = getattr(self.optim, "value", self.optim)
+        if optimizer not in _OPTIMIZERS:
+            raise SMTError(f"--optim: {optimizer!r} is not supported with SMT; use one of {', '.join(_OPTIMIZERS)}")
+        if not self.average_tokens_across_devices:
+            raise SMTError("--average_tokens_across_devices false: SMT's warm-up and training count tokens globally")
+        if self.dtype not in DTYPES:
+            raise SMTError(f"--dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+
+    def _check_engine(self) -> None:
+        if self.engine not in ENGINES:
+            raise SMTError(f"--engine: {self.engine!r} is not one of auto, {', '.join(ENGINES)} (fsdp2 is planned)")
+        if self.engine == "ddp" and self.deepspeed:
+            raise SMTError("--engine ddp together with --deepspeed: give one of them")
+        if self.engine == "deepspeed" and not self.deepspeed:
+            raise SMTError(
+                "--engine deepspeed needs --deepspeed with a JSON file, such as configs/deepspeed/zero2.json"
+            )
+
+    def _use_non_reentrant_checkpointing(self) -> None:
+        # Re-entrant checkpointing gives no gradient where a layer's input is frozen (transformers#26221).
+        given: dict[str, Any] = {}
+        for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
+            value = getattr(self, name)
+            given.update(_parse_json(value, f"--{name}") if isinstance(value, str) else value or {})
+            setattr(self, name, None)
+        if given.get("use_reentrant"):
+            raise SMTError("gradient_checkpointing_kwargs: use_reentrant gives frozen layers no gradient; leave it out")
+        self.gradient_checkpointing, self.activation_checkpointing = None, True
+        self.activation_checkpointing_kwargs = {**given, "use_reentrant": False}
+
+
+def prepare_deepspeed_config(source: str | dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """A DeepSpeed config completed for SMT: the base's dtype, fp32 gradients, batch sizes from the flags.
+
+    Args:
+        source: a JSON file or its content.
+        dtype: of the base.
+
+    Raises:
+        SMTError: unreadable, or a section that would be ignored or contradicts the flags; names it.
+    """
+    config, name = (
+        (source, "--deepspeed") if isinstance(source, dict) else (_parse_json(read_text(source), source), source)
+    )
+    config = json.loads(json.dumps(config))
+    wants_bf16 = dtype == torch.bfloat16
+    precision = config.setdefault("bf16", {"enabled": "auto"})
+    if precision.get("enabled", "auto") not in ("auto", wants_bf16):
+        raise SMTError(f'{name}: bf16.enabled is {precision["enabled"]} but --dtype is {str(dtype)[6:]}; use "auto"')
+    precision["enabled"] = wants_bf16
+    if config.get("fp16", {}).get("enabled", False) is True:
+        raise SMTError(f"{name}: fp16 isn't supported with SMT; use bf16")
+    if "scheduler" in config:
+        raise SMTError(f"{name}: remove the 'scheduler' section; --lr_scheduler_type sets the schedule")
+    zero = config.setdefault("zero_optimization", {"stage": 2})
+    if zero.get("stage", 0) not in (1, 2, 3):
+        raise SMTError(f"{name}: zero_optimization.stage must be 1, 2 or 3, not {zero.get('stage', 0)}")
+    # A client AdamW with offloaded state is what DeepSpeed calls untested; it is torch's own.
+    config.setdefault("zero_force_ds_cpu_optimizer", False)
+    config.setdefault("zero_allow_untested_optimizer", True)
+    if wants_bf16:
+        config.setdefault("data_types", {}).setdefault("grad_accum_dtype", "fp32")
+        config.setdefault("communication_data_type", "fp32")
+    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        config.setdefault(key, "auto")
+    config.setdefault("gradient_clipping", "auto")
+    return config
+
+
+def _parse_json(text: str, source: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SMTError(f"{source}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise SMTError(f"{source}: expected a JSON object")
+    return content

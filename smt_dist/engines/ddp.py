@@ -1,0 +1,59 @@
+"""``ddp``: every rank holds the whole base and the whole optimizer state; Trainer wraps the model in DDP."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from smt_dist.engines import BlockState
+from smt_dist.model import sparse_layers
+
+
+class DDPEngine:
+    """One process, or several with plain replicas."""
+
+    name = "ddp"
+
+    def delta_dtype(self, base_dtype: torch.dtype) -> torch.dtype:  # noqa: ARG002
+        return torch.float32
+
+    def probing(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
+        return nullcontext()
+
+    def read_blocks(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: layer.delta.detach().cpu() for name, layer in sparse_layers(model).items()}
+
+    def write_blocks(self, model: nn.Module, deltas: dict[str, torch.Tensor]) -> None:
+        for name, layer in sparse_layers(model).items():
+            with torch.no_grad():
+                layer.delta.copy_(deltas[name])
+
+    def read_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Iterator[BlockState], int]:
+        layers = sparse_layers(model)
+        steps = {int(state["step"]) for state in optimizer.state.values()}
+
+        def states() -> Iterator[BlockState]:
+            for name, layer in layers.items():
+                moments = {
+                    key: value.detach().cpu()
+                    for key, value in optimizer.state[layer.delta].items()
+                    if torch.is_tensor(value) and value.shape == layer.delta.shape
+                }
+                yield BlockState(name, layer.delta.detach().cpu(), moments)
+
+        return states(), max(steps, default=0)
+
+    def write_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, states: Iterator[BlockState], step: int
+    ) -> None:
+        layers = sparse_layers(model)
+        for state in states:
+            delta = layers[state.module].delta
+            with torch.no_grad():
+                delta.copy_(state.delta)
+            if state.moments:
+                moments = {key: value.to(delta.device, copy=True) for key, value in state.moments.items()}
+                optimizer.state[delta] = {"step": torch.tensor(float(step)), **moments}

@@ -1,0 +1,165 @@
+"""``deepspeed``: ZeRO-1, 2 and 3. DeepSpeed shards the base (stage 3) and the blocks' optimizer state itself.
+
+Blocks, masters and moments are read and written through ``deepspeed.utils``' public ``safe_get`` and ``safe_set``
+functions. What has no public way stands in ``_flat_partitions`` and ``_create_moments``, checked on
+DeepSpeed 0.19.8.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.utils import (
+    lazy_init_hp_params_optimizer_state,
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+)
+from torch import nn
+
+from smt_dist.engines import BlockState
+from smt_dist.errors import SMTError
+from smt_dist.model import sparse_layers
+
+
+class DeepSpeedEngine:
+    """ZeRO as the DeepSpeed JSON says.
+
+    Args:
+        config: the JSON with every ``"auto"`` filled in.
+    """
+
+    name = "deepspeed"
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage."""
+        return int(self.config.get("zero_optimization", {}).get("stage", 0))
+
+    def delta_dtype(self, base_dtype: torch.dtype) -> torch.dtype:
+        return base_dtype  # DeepSpeed wants one dtype for all parameters and keeps fp32 masters itself
+
+    @contextmanager
+    def probing(self, model: nn.Module) -> Iterator[None]:
+        """Under ZeRO-3 an engine without optimizer gathers the weights; destroyed at the end."""
+        if self.stage < 3:
+            yield
+            return
+        config = copy.deepcopy(self.config)
+        for key in ("optimizer", "scheduler"):
+            config.pop(key, None)
+        # Offloaded optimizer state belongs to an optimizer, which this engine doesn't have.
+        config["zero_optimization"].pop("offload_optimizer", None)
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+        try:
+            yield
+        finally:
+            engine.destroy()
+
+    def read_blocks(self, model: nn.Module) -> dict[str, torch.Tensor]:
+        return {name: self._master(layer.delta) for name, layer in sparse_layers(model).items()}
+
+    def write_blocks(self, model: nn.Module, deltas: dict[str, torch.Tensor]) -> None:
+        for name, layer in sparse_layers(model).items():
+            self._set_master(layer.delta, deltas[name])
+
+    def read_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Iterator[BlockState], int]:
+        zero = _zero_optimizer(optimizer)
+        inner = zero.optimizer.state
+        flats = [flat for flat in _flat_partitions(zero) if flat in inner]
+        keys = sorted({key for flat in flats for key, value in inner[flat].items() if _is_moment(flat, value)})
+
+        def states() -> Iterator[BlockState]:
+            for name, layer in sparse_layers(model).items():
+                moments = {key: safe_get_full_optimizer_state(layer.delta, key).cpu() for key in keys}
+                shape = _full_shape(layer.delta)
+                yield BlockState(
+                    name, self._master(layer.delta), {key: value.view(shape) for key, value in moments.items()}
+                )
+
+        steps = [int(inner[flat]["step"]) for flat in flats if "step" in inner[flat]]
+        steps += [int(group["step"]) for group in zero.optimizer.param_groups if "step" in group]  # FusedAdam
+        return states(), max(steps, default=0)
+
+    def write_state(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, states: Iterator[BlockState], step: int
+    ) -> None:
+        zero = _zero_optimizer(optimizer)
+        layers = sparse_layers(model)
+        created: set[str] = set()
+        for state in states:
+            delta = layers[state.module].delta
+            self._set_master(delta, state.delta)
+            if state.moments and not created:
+                created = set(state.moments)
+                _create_moments(zero, sorted(created), step)
+            for key, value in state.moments.items():
+                safe_set_full_optimizer_state(delta, value.to(delta.device), key)
+
+    def _master(self, delta: nn.Parameter) -> torch.Tensor:
+        value = safe_get_full_fp32_param(delta)
+        if value is None:
+            raise RuntimeError("DeepSpeed holds no fp32 master of a block: the engine isn't initialised for training")
+        return value.detach().view(_full_shape(delta)).float().cpu()
+
+    def _set_master(self, delta: nn.Parameter, value: torch.Tensor) -> None:
+        value = value.to(delta.device)
+        safe_set_full_fp32_param(delta, value)
+        # The copy that computes is the rounding of the master, as after an optimizer step.
+        with torch.no_grad():
+            if hasattr(delta, "ds_id"):
+                with deepspeed.zero.GatheredParameters([delta], modifier_rank=0):
+                    delta.copy_(value)
+            else:
+                delta.copy_(value)
+
+
+def _full_shape(delta: torch.Tensor) -> torch.Size:
+    return getattr(delta, "ds_shape", delta.shape)
+
+
+def _is_moment(flat: torch.Tensor, value: Any) -> bool:
+    return torch.is_tensor(value) and value.shape == flat.shape
+
+
+def _zero_optimizer(optimizer: Any) -> Any:
+    """DeepSpeed's optimizer inside accelerate's wrapper."""
+    zero = getattr(optimizer, "optimizer", optimizer)
+    if not hasattr(zero, "optimizer"):
+        raise SMTError(
+            f"deepspeed: a checkpoint needs ZeRO-1, 2 or 3; this engine's optimizer is {type(zero).__name__}"
+        )
+    return zero
+
+
+def _flat_partitions(zero: Any) -> list[torch.Tensor]:
+    """This rank's flat fp32 partitions, to which the inner optimizer's state belongs."""
+    for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
+        if hasattr(zero, name):  # ZeRO-1/2, ZeRO-3, bf16 with fp32 gradients under stage 1
+            return list(getattr(zero, name))
+    raise SMTError(f"deepspeed: {type(zero).__name__} is not known to smt_dist (checked on DeepSpeed 0.19.8)")
+
+
+def _create_moments(zero: Any, keys: list[str], step: int) -> None:
+    """Create the inner optimizer's state, which otherwise appears in its first step, and link it to the blocks."""
+    inner = zero.optimizer
+    flats = _flat_partitions(zero)
+    for flat in flats:
+        inner.state[flat] = {"step": torch.tensor(float(step)), **{key: torch.zeros_like(flat) for key in keys}}
+    for group in inner.param_groups:
+        if "step" in group:
+            group["step"] = step
+    # ZeRO-3 looks the state up itself; the others keep a link per parameter.
+    parameters = getattr(zero, "bit16_groups", getattr(zero, "bf16_groups", None))
+    if parameters is not None:
+        for group, flat in zip(parameters, flats, strict=True):
+            lazy_init_hp_params_optimizer_state(group, flat, inner.state)

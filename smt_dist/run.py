@@ -1,0 +1,248 @@
+"""The steps that ``launch/train.py`` and ``launch/select_blocks.py`` share, in the order in which they run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+
+from smt_dist.adapter import SELECTION_FILE, Adapter, read_adapter, verify_base_model
+from smt_dist.arguments import SMTTrainingArguments
+from smt_dist.blocks import BlockSelection
+from smt_dist.config import SMTConfig
+from smt_dist.data import (
+    CausalLMCollator,
+    build_dataset,
+    get_pad_token_id,
+    load_rows,
+    prepare_model_for_packing,
+)
+from smt_dist.distributed import agree, get_rank, get_world_size, main_process_first
+from smt_dist.engines import make_engine
+from smt_dist.errors import SMTError
+from smt_dist.full_ft import collect_scores_full_ft
+from smt_dist.gguf import dequantize_gguf, find_gguf_file
+from smt_dist.model import apply_selection, describe_blocks, sparse_layers
+from smt_dist.scores import BlockScores
+from smt_dist.selection import select_blocks
+from smt_dist.trainer import STATE_BYTES, state_bytes_per_rank
+from smt_dist.warmup import collect_scores
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class RunArguments:
+    """What to tune, on what."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "model folder or hub name"})
+    smt_config: str | None = field(
+        default=None, metadata={"help": "SMT config, JSON (default: q, k, v; blocks of 256; 0.84 % of parameters)"}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "JSON or JSONL rows: instruction/input/output, messages, or text"}
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "rows for the evaluation loss, same formats"})
+    dataset_name: str | None = field(default=None, metadata={"help": "hub data set, instead of --train_file"})
+    dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
+    max_seq_length: int = field(default=1024, metadata={"help": "tokens; longer rows are cut, and counted"})
+    packing: bool = field(default=False, metadata={"help": "put whole rows together up to --max_seq_length"})
+    prompt_style: str = field(
+        default="plain", metadata={"help": "instruction rows: plain (Alpaca template) or chat (chat template)"}
+    )
+    selection: str | None = field(default=None, metadata={"help": "selection file: use it, run no warm-up"})
+    adapter: str | None = field(default=None, metadata={"help": "adapter folder: go on training its blocks"})
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "GGUF file (in the model folder, or a path): dequantised once and cached"}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "such as sdpa or flash_attention_2"})
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+
+    def check(self) -> None:
+        """Raise SMTError for what can be seen without reading anything."""
+        if self.model_name_or_path is None and self.gguf_file is None:
+            raise SMTError("--model_name_or_path is missing (or --gguf_file)")
+        if self.prompt_style not in ("plain", "chat"):
+            raise SMTError(f"--prompt_style: {self.prompt_style!r} is not one of plain, chat")
+        if self.selection and self.adapter:
+            raise SMTError("--selection together with --adapter: the adapter brings its own selection")
+
+
+@dataclass
+class TrainingData:
+    """Tokenised rows and what turns them into batches."""
+
+    train: datasets.Dataset
+    evaluation: datasets.Dataset | None
+    collator: CausalLMCollator
+
+
+def initialize_process_group(args: SMTTrainingArguments) -> None:
+    """Trainer's own set-up of the process group, and DeepSpeed's on top, before any model is built."""
+    _ = args.device  # sets the process group up
+    if args.engine == "deepspeed":
+        # Imported here: DeepSpeed takes seconds, and ddp doesn't need it.
+        import deepspeed
+
+        # Before from_pretrained: without it zero.Init would reckon with one rank.
+        deepspeed.init_distributed()
+
+
+def load_config(run: RunArguments, adapter: Adapter | None) -> SMTConfig:
+    """The config: the file that is given, or else the adapter's, or else the defaults. Raises SMTError."""
+    if run.smt_config is not None:
+        return SMTConfig.from_json_file(run.smt_config)
+    return adapter.config if adapter is not None else SMTConfig()
+
+
+def load_tokenizer_and_model(
+    run: RunArguments, args: SMTTrainingArguments
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load the base in its dtype; under ZeRO-3 each rank keeps its partition only.
+
+    Raises:
+        SMTError: it can't be read; names the folder.
+    """
+    source = run.model_name_or_path
+    if run.gguf_file is not None:
+        with _without_zero_init(args):
+            source = str(main_process_first(lambda: _dequantize(run, args.base_dtype), "dequantising the GGUF file"))
+    options = {"trust_remote_code": run.trust_remote_code}
+    if run.attn_implementation is not None:
+        options["attn_implementation"] = run.attn_implementation
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=run.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=args.base_dtype, **options)
+    except (OSError, ValueError, KeyError) as error:
+        raise SMTError(f"{source}: can't be loaded as a causal language model ({_first_line(error)})") from None
+    if args.engine == "ddp":
+        model.to(args.device)
+    if args.activation_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if run.packing:
+        prepare_model_for_packing(model, args.per_device_train_batch_size)
+    return tokenizer, model
+
+
+def load_data(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
+    """Read and tokenise the training rows, and the evaluation rows where given. Raises SMTError on all ranks."""
+
+    def build(train_file: str | None, dataset_name: str | None) -> datasets.Dataset:
+        rows = load_rows(train_file, dataset_name, run.dataset_config)
+        dataset, _ = build_dataset(
+            rows,
+            tokenizer,
+            max_seq_length=run.max_seq_length,
+            prompt_style=run.prompt_style,
+            packing=run.packing,
+        )
+        return dataset
+
+    def build_all() -> TrainingData:
+        return TrainingData(
+            train=build(run.train_file, run.dataset_name),
+            evaluation=build(run.eval_file, None) if run.eval_file else None,
+            collator=CausalLMCollator(get_pad_token_id(tokenizer)),
+        )
+
+    return agree(build_all, "reading the data")
+
+
+def warmup_batches(
+    data: TrainingData, args: SMTTrainingArguments, steps: int
+) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """This rank's micro-batches of each global step, in an order that depends on the seed only.
+
+    A global step's rows are the same for every world size and engine with the same global batch; rows are drawn
+    anew, in another order, each time the data is used up.
+    """
+    per_device, rank = args.per_device_train_batch_size, get_rank()
+    micro_batch = per_device * get_world_size()
+    global_batch = micro_batch * args.gradient_accumulation_steps
+    generator = torch.Generator().manual_seed(args.seed if args.data_seed is None else args.data_seed)
+    order: list[int] = []
+    for _ in range(steps):
+        while len(order) < global_batch:
+            order += torch.randperm(len(data.train), generator=generator).tolist()
+        step, order = order[:global_batch], order[global_batch:]
+        yield [
+            data.collator([data.train[index] for index in step[start + rank * per_device :][:per_device]])
+            for start in range(0, global_batch, micro_batch)
+        ]
+
+
+def collect_and_select(
+    model: PreTrainedModel, data: TrainingData, config: SMTConfig, args: SMTTrainingArguments
+) -> tuple[BlockSelection, BlockScores]:
+    """Run the warm-up under the engine and choose the blocks."""
+    if config.warmup.mode == "full_ft":
+        scores = collect_scores_full_ft(model, data.train, data.collator, config, args)
+    else:
+        engine = make_engine(args.engine, args.filled_deepspeed_config())
+        batches = warmup_batches(data, args, config.warmup.steps)
+        with engine.probing(model):
+            scores = collect_scores(model, batches, config, progress=not args.disable_tqdm)
+    return select_blocks(scores, config), scores
+
+
+def find_selection(run: RunArguments, resume_from: str | None) -> tuple[BlockSelection | None, Adapter | None]:
+    """A selection made earlier (checkpoint, adapter or file), and the adapter whose blocks to go on from."""
+    if resume_from is not None:
+        return BlockSelection.from_json_file(Path(resume_from) / SELECTION_FILE), None
+    if run.adapter is not None:
+        adapter = read_adapter(run.adapter)
+        return adapter.selection, adapter
+    return (BlockSelection.from_json_file(run.selection), None) if run.selection is not None else (None, None)
+
+
+def attach_blocks(
+    model: PreTrainedModel,
+    selection: BlockSelection,
+    config: SMTConfig,
+    args: SMTTrainingArguments,
+    adapter: Adapter | None = None,
+) -> None:
+    """Put the blocks into the model, in the dtype that the engine wants, and say what is trained."""
+    engine = make_engine(args.engine, args.filled_deepspeed_config())
+    if adapter is not None:
+        verify_base_model(model, adapter, "--adapter")
+    apply_selection(model, selection, config, engine.delta_dtype(args.base_dtype))
+    if adapter is not None:
+        for name, layer in sparse_layers(model).items():
+            with torch.no_grad():
+                layer.delta.copy_(adapter.deltas[name])
+    share = "replicated on each" if args.engine == "ddp" else f"sharded over {get_world_size()}"
+    logger.info("SMT trains %s", describe_blocks(model))
+    logger.info(
+        "optimizer state: %s bytes a rank (%d a parameter: fp32 master and two moments, %s rank)",
+        f"{state_bytes_per_rank(model, args.engine):,}",
+        STATE_BYTES,
+        share,
+    )
+
+
+def _dequantize(run: RunArguments, dtype: torch.dtype) -> Path:
+    return dequantize_gguf(find_gguf_file(run.model_name_or_path, run.gguf_file), dtype=dtype)
+
+
+@contextmanager
+def _without_zero_init(args: SMTTrainingArguments) -> Iterator[None]:
+    """Load an ordinary model inside although a ZeRO-3 config is active: it is converted, not trained."""
+    if args.deepspeed:
+        unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if args.deepspeed:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0][:300]
