@@ -47,7 +47,7 @@ def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
     from smt_dist.arguments import SMTTrainingArguments
 
     parser = HfArgumentParser([kind, SMTTrainingArguments], description=description, allow_abbrev=False)
-    parser.formatter_class = _HelpFormatter
+    parser.formatter_class = HelpFormatter
     parser.error = _raise_usage_error
     configure_logging()
     own, training = parser.parse_args_into_dataclasses()
@@ -61,7 +61,7 @@ def configure_logging() -> None:
     logging.getLogger("smt_dist").setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Keeps the description's line breaks and adds defaults."""
 
 

@@ -99,24 +99,40 @@ def _forget(model: nn.Module) -> None:
 
 
 def base_fingerprint(model: nn.Module, selection: BlockSelection) -> str:
-    """A SHA-256 over the base's selected blocks, rounded to bf16, so that the dtype it was loaded in doesn't matter.
+    """Tells whether an adapter's blocks were trained against this base (:class:`Fingerprint`).
 
-    Tells whether an adapter's blocks were trained against this base. Collective under ZeRO-3.
+    Collective under ZeRO-3.
     """
-    digest = hashlib.sha256()
+    fingerprint = Fingerprint(selection)
     modules = dict(base_modules(model))
-    for name, blocks in selection.blocks.items():
+    for name in selection.blocks:
         module = modules[name]
         module = module.base if isinstance(module, SparseLinear) else module
-        grid = selection.grid(name, weight_shape(module))
-        digest.update(f"{name} {grid}".encode())
         with gathered(module.weight) as weight:
-            if weight.shape == (grid.rows, grid.cols) and weight.is_floating_point():
-                content = read_blocks(weight, grid, blocks).to("cpu", torch.bfloat16)
-            else:  # packed by a quantiser: its own bytes
-                content = weight.detach().cpu().contiguous()
-            digest.update(content.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+            fingerprint.add(name, weight, weight_shape(module))
+    return fingerprint.hexdigest()
+
+
+class Fingerprint:
+    """A SHA-256 over a base's selected blocks, rounded to bf16 so that the dtype they were loaded in doesn't matter."""
+
+    def __init__(self, selection: BlockSelection) -> None:
+        self._selection = selection
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, weight: torch.Tensor, shape: tuple[int, int]) -> None:
+        """Count one module's weight of ``shape`` (out, in); modules come in the selection's order."""
+        grid = self._selection.grid(name, shape)
+        self._digest.update(f"{name} {grid}".encode())
+        if weight.shape == shape and weight.is_floating_point():
+            content = read_blocks(weight, grid, self._selection.blocks[name]).to("cpu", torch.bfloat16)
+        else:  # packed by a quantiser: its own bytes
+            content = weight.detach().cpu().contiguous()
+        self._digest.update(content.view(torch.uint8).numpy().tobytes())
+
+    def hexdigest(self) -> str:
+        """The fingerprint."""
+        return self._digest.hexdigest()
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ class SparseLinear(nn.Module):
         base: a module that computes ``x @ weight^T (+ bias)`` with a weight of ``[out, in]``.
         grid: the geometry of the base's weight.
         blocks: the (row, col) of each trainable block, sorted.
-        dtype: of ``delta``. fp32 makes the parameter its own master; it computes in the input's dtype either way.
+        dtype: of ``delta``. fp32 makes the parameter its own master; it computes in the base's output dtype either way.
         device: of ``delta``.
 
     Attributes:
@@ -81,65 +82,71 @@ class SparseLinear(nn.Module):
         return f"blocks={len(self.blocks)} of {self.grid.block_rows}x{self.grid.block_cols}"
 
 
-class _Layout:
-    """Where each block reads its input and writes its output, as slices, worked out once."""
+@dataclass(frozen=True)
+class _Place:
+    """Where one block reads its input, writes its output and keeps its values."""
 
-    def __init__(self, columns: list[slice], reads: list[slice], writes: list[slice], deltas: list[slice]) -> None:
-        self.columns = columns  # input columns to keep, each once
-        self.reads = reads  # per block: its place in the kept columns
-        self.writes = writes  # per block: its output rows
-        self.deltas = deltas  # per block: its rows of delta
+    column: int  # index into the layout's columns
+    outputs: slice  # of the base's output features
+    rows: slice  # of delta
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """The places of all blocks, worked out once."""
+
+    columns: list[slice]  # of the input features; each that a block reads, once
+    places: list[_Place]
 
     @staticmethod
     def of(grid: BlockGrid, blocks: list[Block]) -> _Layout:
         cols = sorted({col for _, col in blocks})
-        place = {col: index for index, col in enumerate(cols)}
         return _Layout(
             columns=[grid.col_slice(col) for col in cols],
-            reads=[grid.col_slice(place[col]) for _, col in blocks],
-            writes=[grid.row_slice(row) for row, _ in blocks],
-            deltas=[grid.row_slice(index) for index in range(len(blocks))],
+            places=[
+                _Place(cols.index(col), grid.row_slice(row), grid.row_slice(index))
+                for index, (row, col) in enumerate(blocks)
+            ],
         )
-
-    def keep(self, x: torch.Tensor) -> torch.Tensor:
-        """A copy ``[tokens, kept columns]``: a saved view would keep all of ``x`` alive."""
-        flat = x.reshape(-1, x.shape[-1])
-        return torch.cat([flat[:, columns] for columns in self.columns], dim=1)
 
 
 class _AddBlocks(torch.autograd.Function):
-    """``y + scatter(x[:, cols] @ delta^T)``; saves the needed input columns only."""
+    """``y + scatter(x[:, cols] @ delta^T)``, computed in y's dtype; saves the needed input columns only.
+
+    Out of place: y may be a view that a custom Function made (ZeRO-3's hooks do) or a tensor that a hook on the
+    base holds, and neither may be written. The copy costs under 1 % of the base's matrix products.
+    """
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, layout: _Layout) -> torch.Tensor:
-        kept = layout.keep(x)
-        weights = delta.to(x.dtype)
-        out = y.clone()
-        flat = out.view(-1, out.shape[-1])
-        for read, write, rows in zip(layout.reads, layout.writes, layout.deltas, strict=True):
-            flat[:, write].addmm_(kept[:, read], weights[rows].t())
-        ctx.save_for_backward(kept, delta)
+        # Copies, as a saved view would keep all of x alive. x may be wider than y: autocast converts inside the base.
+        inputs = [_flat(x)[:, columns].to(y.dtype, copy=True) for columns in layout.columns]
+        weights = delta.to(y.dtype)
+        out = y.clone(memory_format=torch.contiguous_format)
+        for place in layout.places:
+            _flat(out)[:, place.outputs].addmm_(inputs[place.column], weights[place.rows].t())
+        ctx.save_for_backward(delta, *(inputs if ctx.needs_input_grad[2] else []))
         ctx.layout, ctx.x_shape = layout, x.shape
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        kept, delta = ctx.saved_tensors
-        layout: _Layout = ctx.layout
-        flat = grad_y.reshape(-1, grad_y.shape[-1])
+        delta, *inputs = ctx.saved_tensors
+        flat = _flat(grad_y)
         grad_x = grad_delta = None
+        if ctx.needs_input_grad[1]:
+            weights = delta.to(grad_y.dtype)
+            grad_x = grad_y.new_zeros(ctx.x_shape)  # autograd converts it to x's dtype
+            for place in ctx.layout.places:
+                columns = ctx.layout.columns[place.column]
+                _flat(grad_x)[:, columns].addmm_(flat[:, place.outputs], weights[place.rows])
         if ctx.needs_input_grad[2]:
             grad_delta = torch.empty_like(delta)
-            for read, write, rows in zip(layout.reads, layout.writes, layout.deltas, strict=True):
-                grad_delta[rows] = flat[:, write].t() @ kept[:, read]
-        if ctx.needs_input_grad[1]:
-            weights = delta.to(flat.dtype)
-            grad_kept = torch.zeros_like(kept)
-            for read, write, rows in zip(layout.reads, layout.writes, layout.deltas, strict=True):
-                grad_kept[:, read].addmm_(flat[:, write], weights[rows])
-            grad_x = flat.new_zeros(ctx.x_shape)
-            grad_x_flat = grad_x.view(-1, grad_x.shape[-1])
-            for place, columns in enumerate(layout.columns):
-                width = columns.stop - columns.start
-                grad_x_flat[:, columns] = grad_kept[:, place * width : (place + 1) * width]
+            for place in ctx.layout.places:
+                grad_delta[place.rows] = flat[:, place.outputs].t() @ inputs[place.column]
         return grad_y, grad_x, grad_delta, None
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """``[..., features]`` -> ``[tokens, features]``; a view of contiguous tensors."""
+    return tensor.reshape(-1, tensor.shape[-1])
