@@ -6,7 +6,9 @@ Also measures each method's peak memory above the loaded model, in a fresh proce
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -15,14 +17,19 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smt_dist.cli import run_program
-from smt_dist.errors import SMTError
+import numpy as np
+import torch
+from tqdm import tqdm, trange
 
-if TYPE_CHECKING:
-    import torch
+from smt_dist import BlockScores, BlockSelection, SMTConfig, SMTError, apply_selection, select_blocks
+from smt_dist.blocks import resolve_block_size
+from smt_dist.cli import run_program
+from smt_dist.config import parse_model
+from smt_dist.targets import count_parameters_2d, find_targets, weight_shape
+
+if TYPE_CHECKING:  # transformers and PEFT are imported where they are used: `--help` should not wait for them
     from transformers import PreTrainedModel
 
-MEBIBYTE = 2**20
 RATIOS = [("smt", "floor"), ("smt", "lora"), ("smt", "lora_cast"), ("smt", "full"), ("smt_upper", "smt")]
 
 
@@ -30,7 +37,8 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line; argparse itself exits with 2 on a bad flag."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help=_describe_methods())
+    methods_help = "; ".join(f"{name}: {meaning}" for name, (meaning, _) in METHODS.items())
+    add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help=methods_help)
     add("--repetitions", type=_positive_int, default=20, help="timed steps of each method")
     add("--warmup_steps", type=_positive_int, default=2, help="untimed steps of each method before them")
     add("--hidden_size", type=_positive_int, default=1024, help="features of a layer's input")
@@ -41,19 +49,15 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_size", type=_positive_int, default=4, help="sequences a step")
     add("--sequence_length", type=_positive_int, default=512, help="tokens a sequence")
     add("--block_size", type=_positive_int, default=256, help="side of a square block, in elements")
-    add("--fraction", type=_fraction, default=0.0265, help="share of the 2-D parameters that SMT trains, in (0, 1]")
+    add("--fraction", type=float, default=0.0265, help="share of the 2-D parameters that SMT trains, in (0, 1]")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the model's weights")
-    add("--threads", type=_positive_int, help="CPU threads (default: torch's own choice)")
+    add("--threads", type=_positive_int, help="CPU threads; None leaves the choice to torch")
     add("--seed", type=int, default=0, help="of weights, tokens, blocks and bootstrap")
-    add("--skip_memory", action="store_true", help="measure times only")
-    add("--output", type=Path, help="JSON file to write: arguments, every time, ratios, memory")
-    # What the fresh processes are started with; prints one number.
+    add("--skip_memory", action="store_true", help="measure times only; peak memory needs Linux")
+    add("--output", type=Path, help="JSON file to write: arguments, all times, ratios and peaks in bytes")
+    # How this program starts itself to measure one method's peak; prints one number.
     add("--memory_of", choices=METHODS, help=argparse.SUPPRESS)
     return parser.parse_args()
-
-
-def _describe_methods() -> str:
-    return "; ".join(f"{name}: {' '.join((prepare.__doc__ or '').split())}" for name, prepare in METHODS.items())
 
 
 def _positive_int(text: str) -> int:
@@ -63,81 +67,19 @@ def _positive_int(text: str) -> int:
     return value
 
 
-def _fraction(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {value}")
-    return value
+def add_blocks(model: PreTrainedModel, arguments: argparse.Namespace, layers: range) -> None:
+    """SMT with random blocks in these layers."""
+    apply_selection(model, _random_selection(model, arguments, layers))
 
 
-# --- the methods: each takes a fresh model and leaves exactly its own parameters trainable ---
-
-
-def prepare_smt(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
-    """SMT blocks in fp32 at random places, as many in each query, key and value projection."""
-    _apply_random_blocks(model, arguments, "attention")
-
-
-def prepare_smt_upper(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
-    """as smt, with all blocks in the upper half of the layers: the lower half needs no backward."""
-    upper = "|".join(str(index) for index in range(arguments.layers // 2, arguments.layers))
-    _apply_random_blocks(model, arguments, rf".*\.layers\.({upper})\.self_attn\.[qkv]_proj")
-
-
-def prepare_full(model: PreTrainedModel, _: argparse.Namespace) -> None:
-    """all weights, with weights, gradients and AdamW moments in --dtype."""
-    model.requires_grad_(True)
-
-
-def prepare_lora(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
-    """PEFT LoRA on the same projections with the nearest number of trainable parameters, fp32 (PEFT's default)."""
-    _apply_lora(model, arguments, autocast=True)
-
-
-def prepare_lora_cast(model: PreTrainedModel, arguments: argparse.Namespace) -> None:
-    """as lora, with the adapter in --dtype: faster and smaller, but without fp32 masters."""
-    _apply_lora(model, arguments, autocast=False)
-
-
-def prepare_floor(model: PreTrainedModel, _: argparse.Namespace) -> None:
-    """trains nothing: forward, and input gradients down to the embeddings' output."""
-    model.requires_grad_(False)
-    model.enable_input_require_grads()
-
-
-METHODS: dict[str, Callable[[Any, argparse.Namespace], None]] = {
-    "smt": prepare_smt,
-    "smt_upper": prepare_smt_upper,
-    "lora": prepare_lora,
-    "lora_cast": prepare_lora_cast,
-    "full": prepare_full,
-    "floor": prepare_floor,
-}
-
-
-def _apply_random_blocks(model: PreTrainedModel, arguments: argparse.Namespace, targets: str) -> None:
-    import smt_dist
-
-    smt_dist.apply_selection(model, _random_selection(model, arguments, targets))
-
-
-def _random_selection(model: PreTrainedModel, arguments: argparse.Namespace, targets: str) -> Any:
-    """A :class:`BlockSelection` spread evenly over the modules: random scores under the strategy ``norm_dist``."""
-    import torch
-
-    import smt_dist
-    from smt_dist.blocks import resolve_block_size
-    from smt_dist.scores import BlockScores
-    from smt_dist.targets import count_parameters_2d, find_targets, weight_shape
-
-    config = smt_dist.SMTConfig.model_validate(
-        {
-            "groups": [{"name": "benchmark", "target_modules": targets, "fraction": arguments.fraction}],
-            "selection": {"strategy": "norm_dist"},
-        }
-    )
+def _random_selection(model: PreTrainedModel, arguments: argparse.Namespace, layers: range) -> BlockSelection:
+    """Blocks spread evenly over the targets: random scores under the strategy ``norm_dist``."""
+    targets = rf".*\.layers\.({'|'.join(map(str, layers))})\.self_attn\.[qkv]_proj"
+    group = {"name": "qkv", "target_modules": targets, "fraction": arguments.fraction}
+    text = json.dumps({"groups": [group], "selection": {"strategy": "norm_dist"}})
+    config = parse_model(SMTConfig, text, "the flags")
     groups = find_targets(model, config)
-    shapes = {name: weight_shape(model.get_submodule(name)) for name in groups["benchmark"]}
+    shapes = {name: weight_shape(model.get_submodule(name)) for name in groups["qkv"]}
     side, _ = resolve_block_size(arguments.block_size, shapes)
     generator = torch.Generator().manual_seed(arguments.seed)
     tables = {
@@ -145,43 +87,56 @@ def _random_selection(model: PreTrainedModel, arguments: argparse.Namespace, tar
         for name, (rows, cols) in shapes.items()
     }
     scores = BlockScores((side, side), tables, shapes, groups, count_parameters_2d(model), "random", 1)
-    return smt_dist.select_blocks(scores, config)
+    return select_blocks(scores, config)
 
 
-def _apply_lora(model: PreTrainedModel, arguments: argparse.Namespace, autocast: bool) -> None:
+def add_lora(model: PreTrainedModel, arguments: argparse.Namespace, autocast: bool) -> None:
+    """LoRA on the projections that :func:`add_blocks` trains, with the rank nearest to its trainable parameters."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise SMTError('--methods lora: PEFT is not installed; pip install "smt_dist[benchmark]"') from None
-    selection = _random_selection(model, arguments, "attention")
-    parameters_per_rank = sum(sum(shape) for shape in selection.shapes.values())
-    config = LoraConfig(
-        r=max(1, round(selection.parameters / parameters_per_rank)),
-        target_modules=["q_proj", "k_proj", "v_proj"],
-        lora_dropout=0.0,
-    )
+    selection = _random_selection(model, arguments, range(arguments.layers))
+    rank = max(1, round(selection.parameters / sum(sum(shape) for shape in selection.shapes.values())))
+    config = LoraConfig(r=rank, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=0.0)
     get_peft_model(model, config, autocast_adapter_dtype=autocast)
 
 
-# --- one training step ---
+METHODS: dict[str, tuple[str, Callable[[Any, argparse.Namespace], object]]] = {
+    "smt": (
+        "SMT blocks in fp32, random, evenly spread over q, k and v",
+        lambda m, a: add_blocks(m, a, range(a.layers)),
+    ),
+    "smt_upper": (
+        "as smt, all in the upper half of the layers, so that the lower half needs no backward",
+        lambda m, a: add_blocks(m, a, range(a.layers // 2, a.layers)),
+    ),
+    "lora": (
+        "PEFT LoRA on q, k and v, nearest number of trainable parameters, in fp32 (PEFT's default)",
+        lambda m, a: add_lora(m, a, autocast=True),
+    ),
+    "lora_cast": ("as lora, in --dtype: no fp32 masters", lambda m, a: add_lora(m, a, autocast=False)),
+    "full": ("all weights; they, their gradients and moments in --dtype", lambda m, _: m.requires_grad_(True)),
+    "floor": (
+        "forward and input gradients only, down to the embeddings' output",
+        lambda m, _: m.requires_grad_(False).enable_input_require_grads(),
+    ),
+}
 
 
 class Run:
     """A method ready to train: a model with weights of its own, an optimizer and a fixed batch."""
 
     def __init__(self, method: str, arguments: argparse.Namespace, model: PreTrainedModel | None = None) -> None:
-        import torch
-
         self.model = model if model is not None else build_model(arguments)
-        METHODS[method](self.model, arguments)
+        _, prepare = METHODS[method]
+        prepare(self.model, arguments)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trainable = sum(parameter.numel() for parameter in trained)
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
-        self.tokens = torch.randint(
-            arguments.vocab_size,
-            (arguments.batch_size, arguments.sequence_length),
-            generator=torch.Generator().manual_seed(arguments.seed),
-        )
+        shape = (arguments.batch_size, arguments.sequence_length)
+        generator = torch.Generator().manual_seed(arguments.seed)
+        self.tokens = torch.randint(arguments.vocab_size, shape, generator=generator)
 
     def step(self) -> float:
         """One whole training step; returns its seconds."""
@@ -196,7 +151,6 @@ class Run:
 
 def build_model(arguments: argparse.Namespace) -> PreTrainedModel:
     """A Llama with seeded random weights, made directly in ``--dtype``: no copy in another one inflates the peak."""
-    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     if arguments.hidden_size % (2 * arguments.heads):
@@ -216,8 +170,6 @@ def build_model(arguments: argparse.Namespace) -> PreTrainedModel:
 
 def time_steps(runs: dict[str, Run], warmup_steps: int, repetitions: int) -> dict[str, list[float]]:
     """Seconds of each method's steps; repetition i of all methods is one stretch of time, in rotating order."""
-    from tqdm import trange
-
     names = list(runs)
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repetition in trange(-warmup_steps, repetitions, desc="steps of every method", unit="repetition"):
@@ -229,17 +181,12 @@ def time_steps(runs: dict[str, Run], warmup_steps: int, repetitions: int) -> dic
     return seconds
 
 
-# --- memory ---
-
-
 def measure_peak(method: str, arguments: argparse.Namespace, steps: int = 3) -> int:
     """Bytes of this process's peak resident memory over a few steps, above the loaded model (Linux)."""
     model = build_model(arguments)
     loaded = _resident_bytes("VmRSS")
-    try:
+    with contextlib.suppress(OSError):  # where it is forbidden, the mark includes loading, which the steps outgrow
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
-    except OSError:
-        pass  # some containers forbid it: the mark then includes loading, which the steps outgrow
     run = Run(method, arguments, model)
     for _ in range(steps):
         run.step()
@@ -247,17 +194,12 @@ def measure_peak(method: str, arguments: argparse.Namespace, steps: int = 3) -> 
 
 
 def _resident_bytes(field: str) -> int:
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        raise SMTError("memory is read from /proc, which this system lacks; use --skip_memory") from None
+    lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def measure_peaks(methods: Iterable[str]) -> dict[str, int]:
     """Peak bytes above the loaded model, each method in a fresh process with this one's flags."""
-    from tqdm import tqdm
-
     # glibc keeps freed memory for later; with every tensor mapped on its own, what is resident is what is alive.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     peaks = {}
@@ -270,13 +212,8 @@ def measure_peaks(methods: Iterable[str]) -> dict[str, int]:
     return peaks
 
 
-# --- the report ---
-
-
 def paired_ratio(numerator: list[float], denominator: list[float], seed: int) -> dict[str, float]:
     """Median of the per-repetition ratios, with a 95 % bootstrap interval of that median."""
-    import numpy as np
-
     ratios = np.array(numerator) / np.array(denominator)
     samples = np.random.default_rng(seed).choice(ratios, (10_000, len(ratios)))
     low, high = np.percentile(np.median(samples, axis=1), [2.5, 97.5])
@@ -285,9 +222,8 @@ def paired_ratio(numerator: list[float], denominator: list[float], seed: int) ->
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Everything that ``--output`` holds: arguments, environment, methods, time and memory ratios."""
-    import torch
-
-    peaks = {} if arguments.skip_memory else measure_peaks(arguments.methods)
+    skip = arguments.skip_memory or not Path("/proc/self/status").exists()
+    peaks = {} if skip else measure_peaks(arguments.methods)
     runs = {method: Run(method, arguments) for method in arguments.methods}
     seconds = time_steps(runs, arguments.warmup_steps, arguments.repetitions)
     pairs = [(above, below) for above, below in RATIOS if above in runs and below in runs]
@@ -296,11 +232,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "environment": {"torch": torch.__version__, "threads": torch.get_num_threads()},
         "model_parameters": sum(parameter.numel() for parameter in build_model(arguments).parameters()),
         "methods": {
-            method: {
-                "trainable": run.trainable,
-                "seconds": {**five_numbers(seconds[method]), "all": seconds[method]},
-                "peak_memory_bytes": peaks.get(method),
-            }
+            method: {"trainable": run.trainable, "seconds": seconds[method], "peak_memory_bytes": peaks.get(method)}
             for method, run in runs.items()
         },
         "time_ratios": {f"{a}/{b}": paired_ratio(seconds[a], seconds[b], arguments.seed) for a, b in pairs},
@@ -308,45 +240,32 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def five_numbers(values: list[float]) -> dict[str, float]:
-    """Minimum, quartiles, median and maximum."""
-    import numpy as np
-
-    names = ("min", "lower_quartile", "median", "upper_quartile", "max")
-    return dict(zip(names, np.percentile(values, [0, 25, 50, 75, 100]).tolist(), strict=True))
-
-
 def print_report(report: dict[str, Any]) -> None:
     """The table on stdout."""
     arguments, environment = report["arguments"], report["environment"]
     print(
-        f"Llama, {report['model_parameters']:,} parameters, {arguments['dtype']}, {arguments['batch_size']} x "
-        f"{arguments['sequence_length']} tokens a step, {environment['threads']} threads, torch {environment['torch']}, "
-        f"{arguments['repetitions']} interleaved repetitions"
+        f"Llama of {report['model_parameters']:,} parameters in {arguments['dtype']}, {arguments['batch_size']} x "
+        f"{arguments['sequence_length']} tokens a step, {arguments['repetitions']} interleaved repetitions, "
+        f"{environment['threads']} threads, torch {environment['torch']}\n\n"
+        f"{'method':<10} {'trainable':>11} {'median s':>9} {'quartiles s':>15} {'min .. max s':>15} {'peak MiB':>9}"
     )
-    print(f"{'method':<10} {'trainable':>11} {'median s':>9} {'quartiles s':>15} {'min .. max s':>15} {'peak MiB':>9}")
     for method, result in report["methods"].items():
-        s, peak = result["seconds"], result["peak_memory_bytes"]
+        least, lower, median, upper, most = np.percentile(result["seconds"], [0, 25, 50, 75, 100])
         print(
-            f"{method:<10} {result['trainable']:>11,} {s['median']:>9.3f} "
-            f"{s['lower_quartile']:>6.3f} .. {s['upper_quartile']:<5.3f} {s['min']:>6.3f} .. {s['max']:<5.3f} "
-            f"{f'{peak / MEBIBYTE:.0f}' if peak else '-':>9}"
+            f"{method:<10} {result['trainable']:>11,} {median:>9.3f} {lower:>6.3f} .. {upper:<5.3f} "
+            f"{least:>6.3f} .. {most:<5.3f} {(result['peak_memory_bytes'] or math.nan) / 2**20:>9.0f}"
         )
-    print(f"\n{'ratio':<16} {'time, median of pairs':>21} {'95 % interval':>16} {'memory':>7}")
+    print(f"\n{'ratio':<16} {'time, median of pairs':>21} {'95 % interval':>16} {'peak':>7}")
     for pair, ratio in report["time_ratios"].items():
-        memory = report["memory_ratios"].get(pair)
         print(
             f"{pair:<16} {ratio['median']:>21.3f} {ratio['low']:>7.3f} .. {ratio['high']:.3f} "
-            f"{f'{memory:.3f}' if memory else '-':>7}"
+            f"{report['memory_ratios'].get(pair, math.nan):>7.3f}"
         )
 
 
 def main() -> None:
     """Measure, print the table, write the JSON."""
     arguments = parse_arguments()
-    # Imported late: `--help` and bad flags should answer at once.
-    import torch
-
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     if arguments.memory_of:
@@ -357,17 +276,16 @@ def main() -> None:
     report = measure(arguments)
     print_report(report)
     if arguments.output:
-        arguments.output.write_text(json.dumps(report, indent=2, default=str) + "\n")
+        arguments.output.write_text(json.dumps(report, indent=1, default=str) + "\n")
 
 
 def check_output(path: Path) -> None:
-    """Make the folder; fail before the measurement, not after it."""
-    if path.is_dir():
-        raise SMTError(f"--output {path}: is a folder, expected a file name")
+    """Fail before the measurement, not after it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        path.open("a").close()
     except OSError as error:
-        raise SMTError(f"--output {path}: {error.strerror}") from error
+        raise SMTError(f"--output {path}: {error.strerror}") from None
 
 
 if __name__ == "__main__":

@@ -9,8 +9,10 @@ python launch/train.py --smt_config S.json ...
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from transformers import set_seed
+from transformers.trainer import TRAINER_STATE_NAME
 
 from smt_dist.cli import parse_arguments, run_program
 from smt_dist.distributed import agree, get_rank
@@ -71,6 +73,8 @@ def find_checkpoint(flag: str | None, output_dir: str) -> str | None:
     if flag is None or flag.lower() in ("false", "none"):
         return None
     if flag.lower() not in ("auto", "true"):
+        if not (Path(flag) / TRAINER_STATE_NAME).is_file():
+            raise SMTError(f"--resume_from_checkpoint: {flag} is no checkpoint folder (it has no {TRAINER_STATE_NAME})")
         return flag
     found = last_checkpoint(output_dir)
     if found is None and flag.lower() == "true":

@@ -76,7 +76,8 @@ def save_adapter(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.smt_config or _config_of(selection)
-    metadata = {"format": "pt", "smt_format_version": "1", "base_fingerprint": model.smt_base_fingerprint}
+    # One key only: safetensors writes several in a random order, and equal adapters should be equal files.
+    metadata = {"base_fingerprint": model.smt_base_fingerprint}
     replace_file(folder / BLOCKS_FILE, lambda path: save_file(tensors, path, metadata))
     replace_file(folder / SELECTION_FILE, lambda path: path.write_text(selection.to_json()))
     replace_file(folder / CARD_FILE, lambda path: path.write_text(_model_card(model, config, selection, card)))
@@ -131,6 +132,8 @@ def read_adapter(folder: str | Path) -> Adapter:
             raise SMTError(
                 f"{folder / BLOCKS_FILE}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {expected} float32"
             )
+        if not tensor.isfinite().all():
+            raise SMTError(f"{folder / BLOCKS_FILE}: {name} is not finite (NaN or infinity): its training diverged")
     return Adapter(config, selection, tensors, metadata.get("base_fingerprint", ""))
 
 
@@ -151,13 +154,17 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def verify_base_model(model: nn.Module, adapter: Adapter, folder: str | Path) -> None:
     """Check that ``model`` is the base of ``adapter``. Raises SMTError, naming the folder."""
-    from smt_dist.targets import base_modules
+    from smt_dist.targets import base_modules, is_linear
 
     modules = dict(base_modules(model))
-    missing = [name for name in adapter.selection.blocks if name not in modules]
+    missing = [name for name in adapter.selection.blocks if name not in modules or not is_linear(modules[name])]
     if missing:
         raise SMTError(f"{folder}: trained on another model: this one ({type(model).__name__}) has no {missing[0]}")
-    if base_fingerprint(model, adapter.selection) != adapter.base_fingerprint:
+    try:
+        fingerprint = base_fingerprint(model, adapter.selection)
+    except SMTError as error:
+        raise SMTError(f"{folder}: trained on another model: {error}") from None
+    if fingerprint != adapter.base_fingerprint:
         moved = adapter.config.warmup.mode == "full_ft"
         why = "it needs the base as its full fine-tuning warm-up moved it" if moved else "its weights differ from these"
         raise SMTError(f"{folder}: trained on another base model (content fingerprint): {why}")

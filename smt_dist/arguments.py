@@ -19,6 +19,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _REFUSED: dict[str, str] = {
     "auto_find_batch_size": "it restarts training inside one process; plan the batch size instead",
     "torch_compile": "not tested with blocks",
+    "torch_compile_backend": "not tested with blocks",
+    "torch_compile_mode": "not tested with blocks",
     "use_liger_kernel": "not tested with blocks",
     "push_to_hub": "upload the adapter folder with `hf upload` when the run is done",
     "fp16": "needs a loss scaler; use --dtype bfloat16",
@@ -29,6 +31,8 @@ _REFUSED: dict[str, str] = {
     "parallelism_config": "only data parallelism is supported",
     "enable_jit_checkpoint": "not tested with blocks",
     "optim_target_modules": "belongs to optimizers that aren't supported",
+    "label_smoothing_factor": "the warm-up scores the plain loss",
+    "do_predict": "use launch/evaluate_model.py",
     "save_on_each_node": "checkpoints are written once, by rank 0",
 }
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
@@ -44,13 +48,11 @@ class SMTTrainingArguments(TrainingArguments):
 
     engine: str = field(
         default="auto",
-        metadata={"help": "ddp, deepspeed, or auto: deepspeed where --deepspeed is given, else ddp (default: auto)"},
+        metadata={"help": "ddp, deepspeed, or auto: deepspeed where --deepspeed is given, else ddp"},
     )
     dtype: str = field(
         default="bfloat16",
-        metadata={
-            "help": "dtype of the frozen base: float32 or bfloat16; blocks' masters are fp32 (default: bfloat16)"
-        },
+        metadata={"help": "dtype of the frozen base: float32 or bfloat16; blocks' masters are fp32"},
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "replace NaN losses in the logs by the last mean, which hides them"}
@@ -132,6 +134,9 @@ def prepare_deepspeed_config(source: str | dict[str, Any], dtype: torch.dtype) -
         (source, "--deepspeed") if isinstance(source, dict) else (_parse_json(read_text(source), source), source)
     )
     config = json.loads(json.dumps(config))
+    for section in ("bf16", "fp16", "zero_optimization", "data_types", "optimizer"):
+        if not isinstance(config.get(section, {}), dict):
+            raise SMTError(f"{name}: {section} must be an object, not {config[section]!r}")
     wants_bf16 = dtype == torch.bfloat16
     precision = config.setdefault("bf16", {"enabled": "auto"})
     if precision.get("enabled", "auto") not in ("auto", wants_bf16):

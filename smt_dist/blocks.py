@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
@@ -16,6 +16,8 @@ from smt_dist.config import MAX_AUTO_BLOCK_SIZE, parse_model, read_text
 from smt_dist.errors import SMTError
 
 Block = tuple[int, int]
+# In files: no number that is a string, a truth value or a fraction.
+_Whole = Annotated[int, Field(strict=True)]
 
 
 @dataclass(frozen=True)
@@ -122,9 +124,9 @@ class BlockSelection(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     format_version: Literal[1] = 1
-    block_size: tuple[int, int]
-    blocks: dict[str, list[Block]] = Field(min_length=1)
-    shapes: dict[str, tuple[int, int]] = Field(default_factory=dict)
+    block_size: tuple[_Whole, _Whole]
+    blocks: dict[str, list[tuple[_Whole, _Whole]]] = Field(min_length=1)
+    shapes: dict[str, tuple[_Whole, _Whole]] = Field(default_factory=dict)
     groups: dict[str, str] = Field(default_factory=dict)
 
     @field_validator("block_size")

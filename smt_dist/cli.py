@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -50,7 +51,9 @@ def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
     parser.formatter_class = HelpFormatter
     parser.error = _raise_usage_error
     configure_logging()
-    own, training = parser.parse_args_into_dataclasses()
+    own, training, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    if unknown:
+        _raise_usage_error(f"unknown flag or value: {' '.join(unknown)}")
     return own, training
 
 
@@ -58,6 +61,8 @@ def configure_logging() -> None:
     """INFO of this package on rank 0, warnings elsewhere."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, at every step.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     logging.getLogger("smt_dist").setLevel(logging.INFO if rank == 0 else logging.ERROR)
 
 

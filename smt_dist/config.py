@@ -19,6 +19,8 @@ Strategy = Literal["no_restriction", "norm_dist"]
 MAX_AUTO_BLOCK_SIZE = 256
 MAX_BLOCK_SIDE = 65536
 DEFAULT_FRACTION = 0.0084
+MAX_SEED = 2**32 - 1  # numpy's and transformers' limit
+MAX_SHOWN = 80  # characters of a wrong value in a message
 
 
 class _Strict(BaseModel):
@@ -41,9 +43,9 @@ class GroupConfig(_Strict):
 
     name: str = Field(default="attention", min_length=1)
     target_modules: str | list[str] = "attention"
-    fraction: float | None = Field(default=None, gt=0, le=1)
+    fraction: float | None = Field(default=None, gt=0, le=1, strict=True)
     blocks: int | None = Field(default=None, ge=1, strict=True)
-    lr_multiplier: float = Field(default=1.0, gt=0, allow_inf_nan=False)
+    lr_multiplier: float = Field(default=1.0, gt=0, allow_inf_nan=False, strict=True)
 
     @field_validator("target_modules")
     @classmethod
@@ -80,9 +82,15 @@ class GroupConfig(_Strict):
         if count < 1:
             raise SMTError(
                 f"smt config groups[{self.name}].fraction: {self.fraction} of {parameters_2d:,} parameters is less "
-                f"than one block of {block_elements:,}; use at least {block_elements / parameters_2d:.2g}"
+                f"than one block of {block_elements:,}; use at least {_round_up(block_elements / parameters_2d)}"
             )
         return count
+
+
+def _round_up(value: float) -> float:
+    """To two significant digits, so that a limit that is shown is one that works."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1)
+    return float(f"{math.ceil(value / unit) * unit:.2g}")
 
 
 class SelectionConfig(_Strict):
@@ -99,7 +107,7 @@ class SelectionConfig(_Strict):
 
     score: ScoreName = "abs_mean"
     strategy: Strategy = "no_restriction"
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, strict=True)
 
 
 class WarmupConfig(_Strict):
@@ -140,7 +148,7 @@ class SMTConfig(_Strict):
     groups: list[GroupConfig] = Field(default_factory=lambda: [GroupConfig()], min_length=1)
     selection: SelectionConfig = SelectionConfig()
     warmup: WarmupConfig = WarmupConfig()
-    untie: bool = False
+    untie: bool = Field(default=False, strict=True)
 
     @field_validator("block_size", mode="before")
     @classmethod
@@ -150,17 +158,17 @@ class SMTConfig(_Strict):
 
         is_pair = isinstance(value, list | tuple) and len(value) == 2 and all(map(is_side, value))
         if value != "auto" and not is_side(value) and not is_pair:
-            raise ValueError(
-                f'expected a side from 1 to {MAX_BLOCK_SIDE} such as 256, [rows, columns], or "auto", not {value!r}'
-            )
+            raise ValueError(f'expected a side from 1 to {MAX_BLOCK_SIDE} such as 256, [rows, columns], or "auto"')
         return value
 
-    @model_validator(mode="after")
-    def _names_are_unique(self) -> SMTConfig:
-        names = [group.name for group in self.groups]
-        if len(set(names)) != len(names):
-            raise ValueError(f"groups: two groups have the same name in {names}")
-        return self
+    @field_validator("groups")
+    @classmethod
+    def _names_are_unique(cls, value: list[GroupConfig]) -> list[GroupConfig]:
+        names = [group.name for group in value]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two groups have the name {name!r}")
+        return value
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> SMTConfig:
@@ -201,20 +209,36 @@ def parse_model(model: type[Any], text: str, source: str) -> Any:
         SMTError: one line with the source, the first wrong field, its value and what is accepted.
     """
     try:
-        return model.model_validate(json.loads(text))
-    except (json.JSONDecodeError, RecursionError) as error:
+        content = json.loads(text, object_pairs_hook=_refuse_double_keys)
+    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
         raise SMTError(f"{source}: not valid JSON ({error})") from None
+    try:
+        return model.model_validate(content)
     except ValidationError as error:
         raise SMTError(f"{source}: {describe(error)}") from None
+
+
+def _refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        double = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {_shorten(repr(double))} stands twice in one object")
+    return content
 
 
 def describe(error: ValidationError) -> str:
     """The first complaint of a pydantic error in one line: field, reason, value."""
     first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"]) or "top level"
+    # A key may hold line breaks; repr escapes them.
+    place = ".".join(_shorten(repr(str(part))[1:-1]) for part in first["loc"]) or "top level"
     reason = first["msg"].removeprefix("Value error, ")
     value = first["input"]
-    shown = "" if isinstance(value, dict | list) else f" (got {value!r})"
+    shown = "" if isinstance(value, dict) else f" (got {_shorten(repr(value))})"
     if first["type"] == "extra_forbidden":
         reason, shown = "unknown key", ""
     return f"{place}: {reason}{shown}"
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

@@ -5,81 +5,57 @@ Its peak memory is full fine-tuning's, and it moves the base: the blocks then be
 
 from __future__ import annotations
 
-import copy
-from typing import Any
+from collections.abc import Iterable
 
-import datasets
+import torch
 from torch import nn
-from transformers import Trainer, TrainerCallback
 
-from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.config import SMTConfig
-from smt_dist.data import CausalLMCollator
 from smt_dist.distributed import get_world_size
-from smt_dist.errors import SMTError
-from smt_dist.scores import BlockScores, ScoreAccumulator, make_accumulator
-from smt_dist.warmup import build_scores, plan_grids, probe_modules
+from smt_dist.engines import Engine, Tuning
+from smt_dist.scores import BlockScores, make_accumulator
+from smt_dist.warmup import Batch, build_scores, plan_grids, probe_modules, run_steps
 
 
 def collect_scores_full_ft(
     model: nn.Module,
-    dataset: datasets.Dataset,
-    collator: CausalLMCollator,
+    batches: Iterable[list[Batch]],
     config: SMTConfig,
-    args: SMTTrainingArguments,
+    engine: Engine,
+    learning_rate: float,
+    accumulation: int = 1,
+    progress: bool = False,
 ) -> BlockScores:
-    """Fully fine-tune ``model`` for ``config.warmup.steps`` steps with Trainer and score the gradients.
+    """Fully fine-tune ``model`` for ``config.warmup.steps`` steps and score the gradients.
 
     Args:
-        model: moved in place.
-        dataset: tokenised rows.
-        collator: makes micro-batches.
+        model: moved in place; all its weights end frozen or not as :func:`apply_selection` wants.
+        batches: as for :func:`collect_scores`.
         config: its score and targets.
-        args: engine, batch size, learning rate and optimizer of the run to come.
+        engine: trains the full model.
+        learning_rate: of AdamW, constant.
+        accumulation: micro-batches a global step.
+        progress: show a progress bar on rank 0.
 
     Raises:
-        SMTError: a non-finite gradient; names the module. And what :func:`find_targets` refuses.
+        SMTError: as :func:`collect_scores`.
     """
     groups, grids = plan_grids(model, config)
-    accumulator = make_accumulator(config.selection.score, grids, args.device)
+    accumulator = make_accumulator(config.selection.score, grids, next(model.parameters()).device)
     for parameter in model.parameters():
         parameter.requires_grad_(True)
-    trainer = Trainer(
-        model=model,
-        args=_warmup_arguments(args, config.warmup.steps),
-        train_dataset=dataset,
-        data_collator=collator,
-        callbacks=[_StepEnds(accumulator)],
-    )
-    with probe_modules(model, accumulator, grids):
-        trainer.train()
-    if args.engine == "deepspeed":
-        trainer.model_wrapped.destroy()
-    if (module := accumulator.non_finite_module()) is not None:
-        raise SMTError(f"full_ft warm-up: the gradient of {module} is not finite (NaN or infinity)")
-    # Trainer multiplies the loss by the world size, for engines that average gradients over ranks.
+    model.train()
+    label = "warm-up (full fine-tuning)" if progress else None
+    with engine.full_finetuning(model, learning_rate, accumulation) as tuning, probe_modules(model, accumulator, grids):
+        steps = run_steps(model, _summed(tuning), batches, config.warmup.steps, accumulator, label)
     tables = {name: table / get_world_size() for name, table in accumulator.tables().items()}
-    return build_scores(model, config, groups, grids, tables, trainer.state.global_step)
+    return build_scores(model, config, groups, grids, tables, steps)
 
 
-def _warmup_arguments(args: SMTTrainingArguments, steps: int) -> SMTTrainingArguments:
-    """``args`` for a short run that saves, evaluates and reports nothing."""
-    own = copy.copy(args)
-    own.max_steps, own.warmup_steps = steps, 0
-    own.save_strategy, own.eval_strategy, own.load_best_model_at_end = "no", "no", False
-    own.report_to, own.resume_from_checkpoint = [], None
-    return own
+def _summed(tuning: Tuning) -> Tuning:
+    """Engines average gradients over ranks; the loss's gradient is their sum. The scores are scaled back."""
 
+    def backward(loss: torch.Tensor) -> None:
+        tuning.backward(loss * get_world_size())
 
-class _StepEnds(TrainerCallback):
-    """Tells the accumulator where micro-batches and steps end."""
-
-    def __init__(self, accumulator: ScoreAccumulator) -> None:
-        self._accumulator = accumulator
-
-    def on_substep_end(self, *_: Any, **__: Any) -> None:
-        self._accumulator.end_micro_batch()
-
-    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        self._accumulator.end_micro_batch()
-        self._accumulator.end_step()
+    return tuning._replace(backward=backward)

@@ -42,6 +42,8 @@ def merge_blocks(model: nn.Module) -> None:
         raise SMTError("the model has no blocks to merge")
     for name, layer in layers.items():
         _refuse_unmergeable(name, layer)
+    for module in model.modules():
+        module.__dict__.pop(_UNDO, None)  # of an earlier merge, which is part of the base from here on
     for name, layer in layers.items():
         base, original = layer.base, layer.base.weight
         before = read_blocks(original, layer.grid, layer.blocks)
@@ -57,8 +59,10 @@ def unmerge_blocks(model: nn.Module) -> None:
     """Undo :func:`merge_blocks`: every base weight gets its own bits back and the blocks are separate again.
 
     Raises:
-        SMTError: nothing was merged.
+        SMTError: nothing was merged, or the model got other blocks since.
     """
+    if sparse_layers(model):
+        raise SMTError("the model has blocks that aren't merged; remove them with smt_dist.remove_blocks(model) first")
     merged = {name: module for name, module in model.named_modules() if _UNDO in module.__dict__}
     if not merged:
         raise SMTError("the model has no merged blocks")

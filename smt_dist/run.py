@@ -10,8 +10,13 @@ from pathlib import Path
 
 import datasets
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import set_hf_deepspeed_config, unset_hf_deepspeed_config
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
 
 from smt_dist.adapter import SELECTION_FILE, Adapter, read_adapter, verify_base_model
 from smt_dist.arguments import SMTTrainingArguments
@@ -44,7 +49,7 @@ class RunArguments:
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "model folder or hub name"})
     smt_config: str | None = field(
-        default=None, metadata={"help": "SMT config, JSON (default: q, k, v; blocks of 256; 0.84 % of parameters)"}
+        default=None, metadata={"help": "SMT config, JSON; without it: q, k, v; blocks of 256; 0.84 %% of parameters"}
     )
     train_file: str | None = field(
         default=None, metadata={"help": "JSON or JSONL rows: instruction/input/output, messages, or text"}
@@ -71,6 +76,10 @@ class RunArguments:
             raise SMTError("--model_name_or_path is missing (or --gguf_file)")
         if self.prompt_style not in ("plain", "chat"):
             raise SMTError(f"--prompt_style: {self.prompt_style!r} is not one of plain, chat")
+        if self.train_file is None and self.dataset_name is None:
+            raise SMTError("--train_file is missing (or --dataset_name)")
+        if self.train_file is not None and self.dataset_name is not None:
+            raise SMTError("--train_file together with --dataset_name: give one of them")
         if self.selection and self.adapter:
             raise SMTError("--selection together with --adapter: the adapter brings its own selection")
 
@@ -117,15 +126,16 @@ def load_tokenizer_and_model(
     options = {"trust_remote_code": run.trust_remote_code}
     if run.attn_implementation is not None:
         options["attn_implementation"] = run.attn_implementation
+    agree(lambda: _check_model_folder(source, run.trust_remote_code), "reading the model's config")
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=run.trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=args.base_dtype, **options)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise SMTError(f"{source}: can't be loaded as a causal language model ({_first_line(error)})") from None
-    if args.engine == "ddp":
+    if not is_deepspeed_zero3_enabled():
         model.to(args.device)
-    if args.activation_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.activation_checkpointing:  # for the warm-up; Trainer enables it again with all its options
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     if run.packing:
         prepare_model_for_packing(model, args.per_device_train_batch_size)
     return tokenizer, model
@@ -182,13 +192,16 @@ def collect_and_select(
     model: PreTrainedModel, data: TrainingData, config: SMTConfig, args: SMTTrainingArguments
 ) -> tuple[BlockSelection, BlockScores]:
     """Run the warm-up under the engine and choose the blocks."""
+    engine = make_engine(args.engine, args.filled_deepspeed_config())
+    batches = warmup_batches(data, args, config.warmup.steps)
+    progress = not args.disable_tqdm
     if config.warmup.mode == "full_ft":
-        scores = collect_scores_full_ft(model, data.train, data.collator, config, args)
+        scores = collect_scores_full_ft(
+            model, batches, config, engine, args.learning_rate, args.gradient_accumulation_steps, progress
+        )
     else:
-        engine = make_engine(args.engine, args.filled_deepspeed_config())
-        batches = warmup_batches(data, args, config.warmup.steps)
         with engine.probing(model):
-            scores = collect_scores(model, batches, config, progress=not args.disable_tqdm)
+            scores = collect_scores(model, batches, config, progress)
     return select_blocks(scores, config), scores
 
 
@@ -218,14 +231,22 @@ def attach_blocks(
         for name, layer in sparse_layers(model).items():
             with torch.no_grad():
                 layer.delta.copy_(adapter.deltas[name])
-    share = "replicated on each" if args.engine == "ddp" else f"sharded over {get_world_size()}"
+    share = "replicated" if args.engine == "ddp" else f"sharded over {get_world_size()} ranks"
     logger.info("SMT trains %s", describe_blocks(model))
     logger.info(
-        "optimizer state: %s bytes a rank (%d a parameter: fp32 master and two moments, %s rank)",
+        "optimizer state: %s bytes a rank (%d a parameter: fp32 master and two moments; %s)",
         f"{state_bytes_per_rank(model, args.engine):,}",
         STATE_BYTES,
         share,
     )
+
+
+def _check_model_folder(source: str, trust_remote_code: bool) -> None:
+    """What fails on one rank only (a folder that a node lacks) must be found before ranks load together."""
+    try:
+        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise SMTError(f"{source}: no model folder, nor a model on the hub ({_first_line(error)})") from None
 
 
 def _dequantize(run: RunArguments, dtype: torch.dtype) -> Path:

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from smt_dist.blocks import BlockGrid, resolve_block_size
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import all_reduce_sum, collective_device, get_rank, is_distributed
+from smt_dist.engines import Tuning
 from smt_dist.errors import SMTError
 from smt_dist.scores import BlockScores, ScoreAccumulator, layer_key, make_accumulator
 from smt_dist.targets import count_parameters_2d, find_targets, weight_shape
@@ -63,7 +64,8 @@ def collect_scores(
         accumulator = make_accumulator(config.selection.score, part, _device_of(model))
         with _frozen(model), probe_modules(model, accumulator, part), _seeded(config.selection.seed):
             label = "warm-up" if len(parts) == 1 else f"warm-up, pass {index + 1} of {len(parts)}"
-            steps = _run_steps(model, batches, config.warmup.steps, accumulator, label if progress else None)
+            probing = Tuning(model, torch.Tensor.backward, lambda: None)
+            steps = run_steps(model, probing, batches, config.warmup.steps, accumulator, label if progress else None)
         tables.update(accumulator.tables())
     if steps < config.warmup.steps:
         logger.warning("the warm-up saw %d global steps of the %d that the config asks for", steps, config.warmup.steps)
@@ -147,13 +149,24 @@ class _Probe(torch.autograd.Function):
         return grad_y, None, None, None, None
 
 
-def _run_steps(
+def run_steps(
     model: nn.Module,
+    tuning: Tuning,
     batches: Iterable[Batch | list[Batch]],
     steps: int,
     accumulator: ScoreAccumulator,
     progress: str | None,
 ) -> int:
+    """Run up to ``steps`` global steps of forwards and backwards; returns how many there were.
+
+    Args:
+        model: the bare model, with the accumulator's hooks.
+        tuning: how a forward, a backward and the end of a micro-batch go.
+        batches: as for :func:`collect_scores`.
+        steps: the most to run.
+        accumulator: is told where micro-batches and steps end.
+        progress: the bar's label; None for no bar.
+    """
     iterator = iter(batches)
     names = list(dict(model.named_modules()))
     bar = tqdm(total=steps, desc=progress, unit="step", disable=progress is None or get_rank() != 0)
@@ -162,8 +175,9 @@ def _run_steps(
         while done < steps and (step := _next_step(iterator, done)) is not None:
             micro_batches, tokens = step
             for batch in micro_batches:
-                _backward(model, batch, tokens)
+                tuning.backward(_loss(model, tuning, batch, tokens))
                 accumulator.end_micro_batch()
+                tuning.step()
             accumulator.end_step()
             _refuse_non_finite(accumulator, names, done)
             done += 1
@@ -175,11 +189,14 @@ def _next_step(iterator: Iterator[Batch | list[Batch]], index: int) -> tuple[Glo
     """This rank's micro-batches of the next global step and all ranks' label tokens; None at the common end."""
     item = next(iterator, None)
     micro_batches = [] if item is None else list(item) if isinstance(item, list) else [item]
-    tokens = sum(count_label_tokens(batch) for batch in micro_batches)
+    unlabelled = sum("labels" not in batch for batch in micro_batches)
+    tokens = 0 if unlabelled else sum(count_label_tokens(batch) for batch in micro_batches)
     count = len(micro_batches)
     # Equal counts on all ranks: sum(n)^2 == W * sum(n^2). Checked, for a rank that runs out makes the others hang.
-    totals = torch.tensor([tokens, count, count * count, 1], dtype=torch.float64)
-    tokens, counts, squares, ranks = all_reduce_sum(totals.to(collective_device())).tolist()
+    totals = torch.tensor([tokens, count, count * count, 1, unlabelled], dtype=torch.float64)
+    tokens, counts, squares, ranks, unlabelled = all_reduce_sum(totals.to(collective_device())).tolist()
+    if unlabelled:
+        raise SMTError(f"warm-up step {index + 1}: a batch has no 'labels'")
     if counts**2 != ranks * squares:
         raise SMTError(f"warm-up step {index + 1}: the ranks have different numbers of micro-batches")
     if counts == 0:
@@ -193,21 +210,18 @@ def _next_step(iterator: Iterator[Batch | list[Batch]], index: int) -> tuple[Glo
 
 def count_label_tokens(batch: Batch) -> int:
     """The number of predicted tokens: a causal model predicts the labels from the second on."""
-    if "labels" not in batch:
-        raise SMTError(f"warm-up: a batch has no 'labels' (it has {', '.join(batch)})")
     return int((batch["labels"][..., 1:] != -100).sum())
 
 
-def _backward(model: nn.Module, batch: Batch, tokens: int) -> None:
+def _loss(model: nn.Module, tuning: Tuning, batch: Batch, tokens: int) -> torch.Tensor:
+    """The batch's sum of token losses over the global step's number of label tokens."""
     device = _device_of(model)
     inputs = {name: value.to(device) for name, value in batch.items()}
     if _takes_token_count(model):
-        loss = model(**inputs, num_items_in_batch=tokens).loss
-    else:
-        outputs, own = model(**inputs), count_label_tokens(batch)
-        # The mean over no token is NaN: such a batch still runs, for the other ranks' collectives, and adds zero.
-        loss = outputs.loss * (own / tokens) if own else outputs.logits.sum() * 0
-    loss.backward()
+        return tuning.forward(**inputs, num_items_in_batch=tokens).loss
+    outputs, own = tuning.forward(**inputs), count_label_tokens(batch)
+    # The mean over no token is NaN: such a batch still runs, for the other ranks' collectives, and adds zero.
+    return outputs.loss * (own / tokens) if own else outputs.logits.sum() * 0
 
 
 def _takes_token_count(model: nn.Module) -> bool:

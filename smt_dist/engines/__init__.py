@@ -5,9 +5,9 @@ One file an engine. ``fsdp2`` gets its file here when it comes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
@@ -31,6 +31,20 @@ class BlockState(NamedTuple):
     moments: dict[str, torch.Tensor]
 
 
+class Tuning(NamedTuple):
+    """How one micro-batch is trained.
+
+    Attributes:
+        forward: keyword inputs -> model outputs.
+        backward: takes the loss.
+        step: ends the micro-batch; at the end of a global step it moves the weights, if anything does.
+    """
+
+    forward: Callable[..., Any]
+    backward: Callable[[torch.Tensor], Any]
+    step: Callable[[], Any]
+
+
 class Engine(Protocol):
     """What the rest of the package asks of an engine. All methods are collective."""
 
@@ -41,6 +55,17 @@ class Engine(Protocol):
 
     def probing(self, model: nn.Module) -> AbstractContextManager[None]:
         """Make forwards and backwards of the bare ``model`` possible, without an optimizer."""
+
+    def full_finetuning(
+        self, model: nn.Module, learning_rate: float, accumulation: int
+    ) -> AbstractContextManager[Tuning]:
+        """Train all weights with AdamW inside the context, unclipped; gradients are averaged over ranks.
+
+        Args:
+            model: moved in place.
+            learning_rate: constant.
+            accumulation: micro-batches a global step.
+        """
 
     def read_blocks(self, model: nn.Module) -> dict[str, torch.Tensor]:
         """Module -> fp32 master on the CPU."""

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import count
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
-from smt_dist.engines import BlockState
+from smt_dist.distributed import is_distributed
+from smt_dist.engines import BlockState, Tuning
 from smt_dist.model import sparse_layers
 
 
@@ -22,6 +25,19 @@ class DDPEngine:
 
     def probing(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
         return nullcontext()
+
+    @contextmanager
+    def full_finetuning(self, model: nn.Module, learning_rate: float, accumulation: int) -> Iterator[Tuning]:
+        wrapped = DistributedDataParallel(model, find_unused_parameters=True) if is_distributed() else model
+        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+        micro_batches = count(1)
+
+        def step() -> None:
+            if next(micro_batches) % accumulation == 0:
+                optimizer.step()
+                optimizer.zero_grad()
+
+        yield Tuning(wrapped, torch.Tensor.backward, step)
 
     def read_blocks(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: layer.delta.detach().cpu() for name, layer in sparse_layers(model).items()}

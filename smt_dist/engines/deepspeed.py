@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import deepspeed
@@ -23,7 +24,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from smt_dist.engines import BlockState
+from smt_dist.engines import BlockState, Tuning
 from smt_dist.errors import SMTError
 from smt_dist.model import sparse_layers
 
@@ -54,14 +55,25 @@ class DeepSpeedEngine:
         if self.stage < 3:
             yield
             return
-        config = copy.deepcopy(self.config)
-        for key in ("optimizer", "scheduler"):
-            config.pop(key, None)
+        config = _without_optimizer(self.config)
         # Offloaded optimizer state belongs to an optimizer, which this engine doesn't have.
         config["zero_optimization"].pop("offload_optimizer", None)
         engine, *_ = deepspeed.initialize(model=model, config=config)
         try:
             yield
+        finally:
+            engine.destroy()
+
+    @contextmanager
+    def full_finetuning(self, model: nn.Module, learning_rate: float, accumulation: int) -> Iterator[Tuning]:
+        parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        overrides = {"gradient_accumulation_steps": accumulation, "gradient_clipping": 0.0}
+        config = {**_without_optimizer(self.config), **overrides}
+        optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=0.0)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
+        try:
+            # The loss counts the tokens of the whole global step already.
+            yield Tuning(engine, partial(engine.backward, scale_wrt_gas=False), engine.step)
         finally:
             engine.destroy()
 
@@ -121,6 +133,17 @@ class DeepSpeedEngine:
                     delta.copy_(value)
             else:
                 delta.copy_(value)
+
+
+def _without_optimizer(config: dict[str, Any]) -> dict[str, Any]:
+    """A copy for an engine of the warm-up. Values that are still "auto" (Trainer fills them later) take defaults."""
+
+    def without_auto(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return copy.deepcopy(value)
+        return {key: without_auto(inner) for key, inner in value.items() if inner != "auto"}
+
+    return {key: value for key, value in without_auto(config).items() if key not in ("optimizer", "scheduler")}
 
 
 def _full_shape(delta: torch.Tensor) -> torch.Size:

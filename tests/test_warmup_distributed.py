@@ -1,0 +1,121 @@
+"""The warm-up on several ranks: experts that a rank never reaches, the memory it promises, and input that is wrong."""
+
+from __future__ import annotations
+
+import pytest
+from harness import launch
+from tiny_models import save_tiny_llama
+from workers.warmup import ROUTED_SCORES
+
+LAUNCHES = {1: [], 2: ["ddp", "zero3"], 4: []}
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """World size -> each rank's findings."""
+    model = str(save_tiny_llama(tmp_path_factory.mktemp("model")))
+    return {
+        world_size: launch(
+            "workers.warmup:everything",
+            world_size,
+            tmp_path_factory.mktemp(f"ranks{world_size}"),
+            model=model,
+            engines=engines,
+        )
+        for world_size, engines in LAUNCHES.items()
+    }
+
+
+# -- routing that differs by rank ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("score", ROUTED_SCORES)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_expert_that_one_rank_never_reaches_counts_as_zero_there(found, world_size, score):
+    """Were collectives issued as gradients come, ranks would pair different experts' gradients, or hang."""
+    expected = found[1][0]["routed"][score]
+    assert any(table.any() for table in expected.values())
+    for rank in found[world_size]:
+        assert list(rank["routed"][score]) == list(expected)
+        for module, table in rank["routed"][score].items():
+            assert (table - expected[module]).abs().max() <= 1e-5 * max(t.max() for t in expected.values()), module
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_of_the_toy_reach_different_experts(found, world_size):
+    """Guards the test above: a whole layer and single experts are missing on rank 0 and present elsewhere."""
+    first, last = (set(found[world_size][rank]["untouched"]) for rank in (0, -1))
+    assert {"layers.0.experts.1", "layers.1.shared", "layers.1.experts.0", "layers.2.experts.2"} <= first
+    assert not last
+
+
+# -- the memory promise ----------------------------------------------------------------------------------------
+
+WATCHED = [(2, engine) for engine in LAUNCHES[2]]
+
+
+@pytest.mark.parametrize(("world_size", "engine"), WATCHED)
+def test_probe_holds_neither_weight_gradients_nor_an_optimizer(found, world_size, engine):
+    """Otherwise the warm-up, not the sparse phase, would set the run's peak memory."""
+    for rank in found[world_size]:
+        memory = rank["memory"][engine]
+        assert memory["world_size"] == world_size
+        assert memory["calls"] == 2 * 2 * 6  # steps, micro-batches, targets: it was looked at every time
+        assert memory["weight_gradients"] == memory["weight_gradients_after"] == 0
+        assert memory["optimizers"] == 0
+
+
+@pytest.mark.parametrize(("world_size", "engine"), WATCHED)
+def test_probe_never_holds_more_than_one_layers_gradients(found, world_size, engine):
+    """A queue that grows with depth would hold the full model's gradient at the end of a backward."""
+    for rank in found[world_size]:
+        memory = rank["memory"][engine]
+        assert 0 < memory["most_gradient_elements"] <= memory["layer_elements"] < memory["target_elements"]
+
+
+@pytest.mark.parametrize(("world_size", "engine"), WATCHED)
+def test_accumulator_is_sharded_over_ranks(found, world_size, engine):
+    """4 bytes x targets / world size: replicated, it alone would be as large as the fp32 weights it probes."""
+    for rank in found[world_size]:
+        memory = rank["memory"][engine]
+        assert memory["shard_bytes"] == [4 * memory["target_elements"] // world_size] * 2
+
+
+def test_zero3_probe_leaves_the_base_partitioned(found):
+    """A probe that leaves weights gathered would need the memory that ZeRO-3 was chosen to save."""
+    for rank in found[2]:
+        memory = rank["memory"]
+        assert memory["zero3"]["base_elements_held"] == memory["ddp"]["base_elements_held"] // 2
+
+
+# -- faults ----------------------------------------------------------------------------------------------------
+
+EXPECTED = {
+    "one rank has fewer micro-batches": ("SMTError", "step 2", "different numbers of micro-batches"),
+    "one rank has fewer steps": ("SMTError", "step 2", "different numbers of micro-batches"),
+    "one rank has no batch": ("SMTError", "step 1", "different numbers of micro-batches"),
+    "one rank has a batch without labels": ("SMTError", "no 'labels'"),
+    "nothing but masked labels": ("SMTError", "step 1", "masked"),
+    "NaN on one rank, elementwise": ("SMTError", "step 1", "layers.2.shared", "not finite"),
+    "NaN on one rank, streamed": ("SMTError", "step 1", "layers.2.shared", "not finite"),
+    "the last rank differs": ("RuntimeError", "the selection differs between ranks"),
+    "the last rank fails": ("SMTError", "row 3 is malformed"),
+    "rank 0 fails first": ("SMTError", "model.gguf: damaged"),
+}
+
+
+@pytest.mark.parametrize("fault", EXPECTED)
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_fault_on_one_rank_is_raised_on_every_rank(found, world_size, fault):
+    """A rank that fails alone leaves the others waiting in a collective until the time-out, without a reason."""
+    for rank in found[world_size]:
+        for words in EXPECTED[fault]:
+            assert words in rank["faults"][fault]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_are_still_in_step_after_faults(found, world_size):
+    """A collective that one rank skipped would pair with another one later and give silently wrong numbers."""
+    for index, rank in enumerate(found[world_size]):
+        total = world_size * (world_size + 1) / 2
+        assert rank["agreement"] == {"agree": index * 10, "main_process_first": index + 1, "sum": total}

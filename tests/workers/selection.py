@@ -1,0 +1,64 @@
+"""Selections of every score, strategy and number of passes, by one engine after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from workers.runs import elements_held, engine_arguments, load_model, standard_data
+
+from smt_dist.config import SMTConfig
+from smt_dist.distributed import get_world_size
+from smt_dist.engines import make_engine
+from smt_dist.run import warmup_batches
+from smt_dist.selection import select_blocks
+from smt_dist.warmup import collect_scores, count_label_tokens
+
+SCORES = [f"{score}{suffix}" for suffix in ("", "_per_step") for score in ("mean_abs", "abs_mean", "l1", "l2")]
+STRATEGIES = ["no_restriction", "norm_dist"]
+STEPS = 3
+PASSES = {score: (1, 2) if score in ("mean_abs", "abs_mean", "l2_per_step") else (1,) for score in SCORES}
+
+
+def make_config(score: str, strategy: str = "no_restriction", passes: int = 1) -> SMTConfig:
+    """Two groups of different budgets; rectangular blocks that neither 2 nor 4 ranks' rows end on."""
+    return SMTConfig.model_validate(
+        {
+            "block_size": [16, 8],
+            "groups": [
+                {"name": "attention", "target_modules": "attention", "blocks": 13},
+                {"name": "mlp", "target_modules": ["up_proj", "down_proj"], "fraction": 0.05},
+            ],
+            "selection": {"score": score, "strategy": strategy},
+            "warmup": {"steps": STEPS, "passes": passes},
+        }
+    )
+
+
+def select_with(folder: Path, engines: list[str], model: str) -> dict[str, Any]:
+    """What each engine chose, its scores, and how the base was held."""
+    return {engine: _select(folder, engine, model) for engine in engines}
+
+
+def _select(folder: Path, engine: str, model_folder: str) -> dict[str, Any]:
+    data = standard_data()
+    found: dict[str, Any] = {"world_size": get_world_size(), "selections": {}, "tables": {}}
+    with engine_arguments(engine, folder / "out", accumulation=2) as args:
+        model = load_model(model_folder, args)
+        found["base_elements_held"] = elements_held(model)
+        found["micro_batches_without_labels"] = sum(
+            count_label_tokens(batch) == 0 for step in warmup_batches(data, args, STEPS) for batch in step
+        )
+        with make_engine(args.engine, args.filled_deepspeed_config()).probing(model):
+            for score in SCORES:
+                for passes in PASSES[score]:
+                    config = make_config(score, passes=passes)
+                    scores = collect_scores(model, warmup_batches(data, args, STEPS), config)
+                    found["tables"][f"{score}, {passes}"] = scores.tables
+                    for strategy in STRATEGIES:
+                        selection = select_blocks(scores, make_config(score, strategy, passes))
+                        found["selections"][f"{score}, {strategy}, {passes}"] = selection.to_json()
+        found["gradients"] = sum(parameter.grad is not None for parameter in model.parameters())
+        assert all(torch.isfinite(table).all() for table in scores.tables.values())
+    return found
