@@ -23,14 +23,17 @@ from tqdm import tqdm, trange
 
 from smt_dist import BlockScores, BlockSelection, SMTConfig, SMTError, apply_selection, select_blocks
 from smt_dist.blocks import resolve_block_size
-from smt_dist.cli import run_program
+from smt_dist.cli import raise_usage_error, run_program
 from smt_dist.config import parse_model
 from smt_dist.targets import count_parameters_2d, find_targets, weight_shape
 
 if TYPE_CHECKING:  # transformers and PEFT are imported where they are used: `--help` should not wait for them
     from transformers import PreTrainedModel
 
-RATIOS = [("smt", "floor"), ("smt", "lora"), ("smt", "lora_cast"), ("smt", "full"), ("smt_upper", "smt")]
+RATIOS = [
+    *(("smt", "floor"), ("smt", "lora"), ("smt", "lora_cast"), ("smt", "full"), ("smt_upper", "smt")),
+    ("floor", "full"),  # the least that smt/full can be: blocks in the first layer need all input gradients
+]
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -57,6 +60,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--output", type=Path, help="JSON file to write: arguments, all times, ratios and peaks in bytes")
     # How this program starts itself to measure one method's peak; prints one number.
     add("--memory_of", choices=METHODS, help=argparse.SUPPRESS)
+    parser.error = raise_usage_error
     return parser.parse_args()
 
 

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smt_dist.cli import run_program
+from smt_dist.cli import raise_usage_error, run_program
 from smt_dist.errors import SMTError
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", choices=dtypes, default="auto", help=dtype_help)
     devices = ["auto", "cpu", "cuda"]
     add("--device", choices=devices, default="auto", help="auto is cuda where there is one (default: %(default)s)")
+    parser.error = raise_usage_error
     return parser.parse_args()
 
 

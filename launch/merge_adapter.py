@@ -9,7 +9,7 @@ import argparse
 
 import torch
 
-from smt_dist.cli import HelpFormatter, run_program
+from smt_dist.cli import HelpFormatter, raise_usage_error, run_program
 from smt_dist.errors import SMTError
 from smt_dist.merge_files import merge_adapter_files
 
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("--output_dir", required=True, help="new model folder; must not exist, or be empty")
     parser.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of the result's weights (default: the base's)")
     parser.add_argument("--max_shard_gib", type=float, default=2.0, help="largest file of the result, GiB")
+    parser.error = raise_usage_error
     args = parser.parse_args()
     if args.max_shard_gib <= 0:
         raise SMTError(f"--max_shard_gib: {args.max_shard_gib} is not above 0")

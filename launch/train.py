@@ -8,7 +8,7 @@ python launch/train.py --smt_config S.json ...
 
 from __future__ import annotations
 
-import logging
+import os
 from pathlib import Path
 
 from transformers import set_seed
@@ -17,6 +17,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from smt_dist.cli import parse_arguments, run_program
 from smt_dist.distributed import agree, get_rank
 from smt_dist.errors import SMTError
+from smt_dist.full_ft import save_moved_base
 from smt_dist.run import (
     RunArguments,
     attach_blocks,
@@ -29,24 +30,31 @@ from smt_dist.run import (
 )
 from smt_dist.trainer import SMTTrainer, last_checkpoint
 
-logger = logging.getLogger("smt_dist.train")
+
+MOVED_BASE = "moved_base"
 
 
 def main() -> None:
     run, args = parse_arguments(RunArguments, __doc__)
     run.check()
+    if args.do_eval and run.eval_file is None:  # --eval_strategy switches do_eval on
+        raise SMTError("--eval_strategy (or --do_eval) needs --eval_file")
     initialize_process_group(args)
     set_seed(args.seed)
+    agree(lambda: check_output(Path(args.output_dir)), "the output folder")
 
     resume_from = agree(lambda: find_checkpoint(args.resume_from_checkpoint, args.output_dir), "the checkpoint")
     selection, adapter = agree(lambda: find_selection(run, resume_from), "the selection")
-    config = agree(lambda: load_config(run, adapter), "the SMT config")
+    config = agree(lambda: load_config(run, adapter, resume_from), "the SMT config")
 
     tokenizer, model = load_tokenizer_and_model(run, args)
     data = load_data(run, tokenizer)
     if selection is None:
         selection, _ = collect_and_select(model, data, config, args)
-    attach_blocks(model, selection, config, args, adapter)
+        if config.warmup.mode == "full_ft":  # the blocks belong to the base as the warm-up left it
+            save_moved_base(model, Path(args.output_dir) / MOVED_BASE)
+            tokenizer.save_pretrained(Path(args.output_dir) / MOVED_BASE)
+    attach_blocks(model, selection, config, args, adapter, run.adapter)
 
     trainer = SMTTrainer(
         model,
@@ -66,6 +74,13 @@ def main() -> None:
         trainer.save_metrics("eval", metrics)
     if get_rank() == 0:
         print(f"adapter saved in {args.output_dir}", flush=True)
+
+
+def check_output(folder: Path) -> None:
+    """Fail before training, not after it."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise SMTError(f"--output_dir: {folder}: {nearest} is {'not writable' if nearest.is_dir() else 'not a folder'}")
 
 
 def find_checkpoint(flag: str | None, output_dir: str) -> str | None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from smt_dist.config import read_text
 from smt_dist.engines import ENGINES
@@ -34,6 +36,15 @@ _REFUSED: dict[str, str] = {
     "label_smoothing_factor": "the warm-up scores the plain loss",
     "do_predict": "use launch/evaluate_model.py",
     "save_on_each_node": "checkpoints are written once, by rank 0",
+}
+# The least value of flags that Trainer, torch or the warm-up would trip over much later.
+_LEAST: dict[str, int] = {
+    "per_device_train_batch_size": 1,
+    "per_device_eval_batch_size": 1,
+    "gradient_accumulation_steps": 1,
+    "dataloader_num_workers": 0,
+    "learning_rate": 0,
+    "weight_decay": 0,
 }
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 
@@ -75,6 +86,8 @@ class SMTTrainingArguments(TrainingArguments):
             super().__post_init__()
         except ValueError as error:
             raise SMTError(" ".join(str(error).split())) from None
+        if self.deepspeed and self.hf_deepspeed_config.mismatches:
+            raise SMTError(f"--deepspeed contradicts the flags: {self.hf_deepspeed_config.mismatches[0].lstrip('- ')}")
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -89,6 +102,14 @@ class SMTTrainingArguments(TrainingArguments):
         for name, reason in _REFUSED.items():
             if getattr(self, name, None):
                 raise SMTError(f"--{name} can't be used with SMT: {reason}")
+        for name, least in _LEAST.items():
+            if not least <= getattr(self, name) < math.inf:  # also refuses NaN
+                raise SMTError(f"--{name}: {getattr(self, name)} is not at least {least} and finite")
+        reporters = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        for reporter in reporters:
+            if reporter not in ("none", "all", *INTEGRATION_TO_CALLBACK):
+                known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+                raise SMTError(f"--report_to: {reporter!r} is not one of none, all, {known}")
         optimizer = getattr(self.optim, "value", self.optim)
         if optimizer not in _OPTIMIZERS:
             raise SMTError(f"--optim: {optimizer!r} is not supported with SMT; use one of {', '.join(_OPTIMIZERS)}")

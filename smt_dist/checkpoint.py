@@ -28,9 +28,7 @@ SCHEDULE_FILE = "smt_schedule.json"
 def save_moments(folder: Path, states: Iterable[BlockState], step: int) -> None:
     """Write the optimizer's moments as ``<module>:<moment>``, with its step count in the metadata."""
     tensors = {f"{state.module}:{key}": value.contiguous() for state in states for key, value in state.moments.items()}
-    replace_file(
-        folder / OPTIMIZER_FILE, lambda path: save_file(tensors, path, {"format": "pt", "optimizer_step": str(step)})
-    )
+    replace_file(folder / OPTIMIZER_FILE, lambda path: save_file(tensors, path, {"optimizer_step": str(step)}))
 
 
 def load_states(folder: Path, deltas: dict[str, torch.Tensor]) -> tuple[Iterator[BlockState], int]:

@@ -49,11 +49,11 @@ def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
 
     parser = HfArgumentParser([kind, SMTTrainingArguments], description=description, allow_abbrev=False)
     parser.formatter_class = HelpFormatter
-    parser.error = _raise_usage_error
+    parser.error = raise_usage_error
     configure_logging()
     own, training, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
     if unknown:
-        _raise_usage_error(f"unknown flag or value: {' '.join(unknown)}")
+        raise_usage_error(f"unknown flag or value: {' '.join(unknown)}")
     return own, training
 
 
@@ -70,5 +70,6 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
     """Keeps the description's line breaks and adds defaults."""
 
 
-def _raise_usage_error(message: str) -> NoReturn:
+def raise_usage_error(message: str) -> NoReturn:
+    """For ``ArgumentParser.error``: one line, like every other error."""
     raise SMTError(f"{message} (see --help)")

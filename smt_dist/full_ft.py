@@ -6,13 +6,16 @@ Its peak memory is full fine-tuning's, and it moves the base: the blocks then be
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from smt_dist.config import SMTConfig
-from smt_dist.distributed import get_world_size
+from smt_dist.distributed import barrier, get_rank, get_world_size
 from smt_dist.engines import Engine, Tuning
+from smt_dist.model import gathered
 from smt_dist.scores import BlockScores, make_accumulator
 from smt_dist.warmup import Batch, build_scores, plan_grids, probe_modules, run_steps
 
@@ -59,3 +62,18 @@ def _summed(tuning: Tuning) -> Tuning:
         tuning.backward(loss * get_world_size())
 
     return tuning._replace(backward=backward)
+
+
+def save_moved_base(model: PreTrainedModel, folder: Path) -> None:
+    """Write the base as the warm-up moved it, an ordinary model folder; collective.
+
+    Under ZeRO-3 weights are gathered one at a time; rank 0 holds them all, on the CPU.
+    """
+    state: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        with gathered(parameter) as weight:
+            if get_rank() == 0:
+                state[name] = weight.detach().cpu().clone()
+    if get_rank() == 0:
+        model.save_pretrained(folder, state_dict=state)
+    barrier()

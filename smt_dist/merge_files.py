@@ -106,7 +106,7 @@ class _BaseFiles:
                 return dict.fromkeys(file.keys(), self.folder / SINGLE_FILE)
         except FileNotFoundError:
             raise SMTError(f"{self.folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}") from None
-        except (KeyError, json.JSONDecodeError, SafetensorError, AttributeError) as error:
+        except (KeyError, TypeError, json.JSONDecodeError, SafetensorError, AttributeError) as error:
             raise SMTError(f"{self.folder}: damaged weights or index ({error})") from None
 
     def __contains__(self, name: str) -> bool:

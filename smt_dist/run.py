@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from smt_dist.adapter import SELECTION_FILE, Adapter, read_adapter, verify_base_model
+from smt_dist.adapter import CONFIG_FILE, SELECTION_FILE, Adapter, read_adapter, verify_base_model
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.blocks import BlockSelection
 from smt_dist.config import SMTConfig
@@ -104,10 +105,20 @@ def initialize_process_group(args: SMTTrainingArguments) -> None:
         deepspeed.init_distributed()
 
 
-def load_config(run: RunArguments, adapter: Adapter | None) -> SMTConfig:
-    """The config: the file that is given, or else the adapter's, or else the defaults. Raises SMTError."""
-    if run.smt_config is not None:
-        return SMTConfig.from_json_file(run.smt_config)
+def load_config(run: RunArguments, adapter: Adapter | None, resume_from: str | None = None) -> SMTConfig:
+    """The config: the checkpoint's, or the file that is given, or else the adapter's, or else the defaults.
+
+    Raises:
+        SMTError: it can't be read, or a file is given that isn't what the checkpoint was trained with.
+    """
+    given = SMTConfig.from_json_file(run.smt_config) if run.smt_config is not None else None
+    if resume_from is not None:
+        config = SMTConfig.from_json_file(Path(resume_from) / CONFIG_FILE)
+        if given is not None and given != config:
+            raise SMTError(f"--smt_config: {run.smt_config} isn't the config that {resume_from} was trained with")
+        return config
+    if given is not None:
+        return given
     return adapter.config if adapter is not None else SMTConfig()
 
 
@@ -221,11 +232,16 @@ def attach_blocks(
     config: SMTConfig,
     args: SMTTrainingArguments,
     adapter: Adapter | None = None,
+    adapter_folder: str | None = None,
 ) -> None:
-    """Put the blocks into the model, in the dtype that the engine wants, and say what is trained."""
+    """Put the blocks into the model, in the dtype that the engine wants, and say what is trained.
+
+    Raises:
+        SMTError: the selection doesn't fit the model, or the adapter belongs to another base.
+    """
     engine = make_engine(args.engine, args.filled_deepspeed_config())
     if adapter is not None:
-        verify_base_model(model, adapter, "--adapter")
+        verify_base_model(model, adapter, f"--adapter {adapter_folder}")
     apply_selection(model, selection, config, engine.delta_dtype(args.base_dtype))
     if adapter is not None:
         for name, layer in sparse_layers(model).items():
@@ -243,6 +259,9 @@ def attach_blocks(
 
 def _check_model_folder(source: str, trust_remote_code: bool) -> None:
     """What fails on one rank only (a folder that a node lacks) must be found before ranks load together."""
+    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith(".")
+    if not is_hub_name and not Path(source).is_dir():
+        raise SMTError(f"--model_name_or_path: {source}: no such folder")
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:

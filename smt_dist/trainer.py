@@ -14,9 +14,16 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from smt_dist import checkpoint
 from smt_dist.adapter import BLOCKS_FILE, read_adapter, save_adapter
 from smt_dist.arguments import SMTTrainingArguments
+from smt_dist.checkpoint import (
+    load_random_state,
+    load_schedule,
+    load_states,
+    save_moments,
+    save_random_state,
+    save_schedule,
+)
 from smt_dist.distributed import agree, assert_same_on_all_ranks, barrier, get_world_size
 from smt_dist.engines import Engine, make_engine
 from smt_dist.errors import SMTError
@@ -85,23 +92,19 @@ class SMTTrainer(Trainer):
         states, step = self.engine.read_state(self.model, self.optimizer)
         # Reading is collective, so every rank reads; only one keeps and writes.
         if self.args.should_save:
-            checkpoint.save_moments(Path(output_dir), states, step)
-            checkpoint.save_schedule(Path(output_dir), self.lr_scheduler.state_dict())
+            save_moments(Path(output_dir), states, step)
+            save_schedule(Path(output_dir), self.lr_scheduler.state_dict())
         else:
             for _ in states:
                 continue
         barrier()
 
     def _save_rng_state(self, output_dir: str) -> None:
-        checkpoint.save_random_state(Path(output_dir), self.args.process_index)
+        save_random_state(Path(output_dir), self.args.process_index)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None:
-            self._restore_random_state(Path(checkpoint))
-
-    def _restore_random_state(self, folder: Path) -> None:
-        if not checkpoint.load_random_state(folder, self.args.process_index):
-            logger.warning("%s has no random state for rank %d (another world size)", folder, self.args.process_index)
+        if checkpoint is not None and not load_random_state(Path(checkpoint), self.args.process_index):
+            logger.warning("%s has no random state for this rank (saved by fewer ranks)", checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: blocks and moments go in together, once the engine is there (_prepare_for_training)."""
@@ -125,8 +128,10 @@ class SMTTrainer(Trainer):
             adapter = read_adapter(folder)
             if adapter.selection.to_json() != self.model.smt_selection.to_json():
                 raise SMTError(f"{folder}: its selection isn't the model's")
-            states, step = checkpoint.load_states(folder, adapter.deltas)
-            return adapter, states, step, checkpoint.load_schedule(folder)
+            if adapter.base_fingerprint != self.model.smt_base_fingerprint:
+                raise SMTError(f"{folder}: trained on another base model (content fingerprint)")
+            states, step = load_states(folder, adapter.deltas)
+            return adapter, states, step, load_schedule(folder)
 
         _, states, step, schedule = agree(read, "reading the checkpoint")
         self.engine.write_state(self.model, self.optimizer, states, step)

@@ -140,7 +140,8 @@ class _Probe(torch.autograd.Function):
         ctx.accumulator, ctx.name, ctx.anchor_shape = accumulator, name, anchor.shape
         # Saved by autograd, not in a closure, so that gradient checkpointing can drop and recompute it.
         ctx.save_for_backward(accumulator.keep(name, x.reshape(-1, x.shape[-1])))
-        return y.view_as(y)
+        # A copy: model code may write into a target's output, which autograd forbids on a view from here.
+        return y.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -108,6 +108,9 @@ def _wait(ranks: list[subprocess.Popen], timeout: float) -> str | None:
             return f"rank {failed[0]} failed"
         if time.monotonic() > deadline:
             running = [rank for rank, code in enumerate(codes) if code is None]
+            for rank in running:
+                ranks[rank].send_signal(signal.SIGABRT)  # faulthandler writes where it hangs
+            time.sleep(1)
             return f"no end after {timeout:g} s: ranks {running} hang"
         time.sleep(0.05)
 

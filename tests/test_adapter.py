@@ -62,9 +62,7 @@ def test_the_folder_holds_what_the_documentation_says(adapter):
     assert sorted(contents(adapter)) == FILES
     config = json.loads((adapter / "smt_config.json").read_text())
     assert config["block_size"] == 8
-    assert config["groups"] == [
-        {"name": "attention", "target_modules": "attention", "blocks": 3, "lr_multiplier": 2.0}
-    ]
+    assert config["groups"] == [{"name": "attention", "target_modules": "attention", "blocks": 3, "lr_multiplier": 2.0}]
     selection = json.loads((adapter / "smt_selection.json").read_text())
     assert selection["format_version"] == 1
     assert selection["block_size"] == [8, 8]

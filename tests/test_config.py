@@ -239,7 +239,7 @@ def test_a_fraction_buys_whole_blocks_rounded_down(fraction, parameters, block, 
 
 
 def test_a_number_of_blocks_is_taken_as_it_is():
-    """"blocks" exists to say the number exactly."""
+    """ "blocks" exists to say the number exactly."""
     assert GroupConfig(blocks=890).budget(parameters_2d=10, block_elements=10) == 890
 
 

@@ -53,7 +53,9 @@ def test_selected_elements_are_rounded_sums_and_all_others_keep_their_bits(dtype
             delta = deltas[module][index * 8 : index * 8 + 8]
             expected[place] = (before[place].to(torch.float32) + delta).to(dtype)
             assert not torch.equal(expected[place], before[place])
-            rounded_sums_differ_from_sums_of_rounded |= not torch.equal(expected[place], before[place] + delta.to(dtype))
+            rounded_sums_differ_from_sums_of_rounded |= not torch.equal(
+                expected[place], before[place] + delta.to(dtype)
+            )
         assert merged[name].dtype == dtype
         assert torch.equal(bits(merged[name]), bits(expected)), name
     # Otherwise this test couldn't tell the two apart.
@@ -61,7 +63,7 @@ def test_selected_elements_are_rounded_sums_and_all_others_keep_their_bits(dtype
 
 
 def test_negative_zero_and_denormals_keep_their_bits():
-    """"Unselected is bit-identical" also where equal values have different bits."""
+    """ "Unselected is bit-identical" also where equal values have different bits."""
     model = with_blocks()
     weight = model.get_submodule(Q).base.weight
     weight.data[0, 0], weight.data[1, 0] = -0.0, 1e-42

@@ -93,7 +93,7 @@ def test_a_selection_that_does_not_fit_is_refused_and_leaves_the_model_alone(blo
 
 def test_a_block_size_that_does_not_divide_is_refused_by_module():
     """A selection for another model, most likely."""
-    with pytest.raises(SMTError, match="q_proj.*32 x 32 can't be cut into 5 x 8"):
+    with pytest.raises(SMTError, match=r"q_proj.*32 x 32 can't be cut into 5 x 8"):
         smt_dist.apply_selection(make_model("llama"), BlockSelection(block_size=(5, 8), blocks={Q: [(0, 0)]}))
 
 

@@ -124,9 +124,7 @@ def test_all_blocks_may_be_taken():
 
 
 table = st.integers(1, 4).flatmap(
-    lambda columns: st.lists(
-        st.lists(st.integers(0, 3), min_size=columns, max_size=columns), min_size=1, max_size=4
-    )
+    lambda columns: st.lists(st.lists(st.integers(0, 3), min_size=columns, max_size=columns), min_size=1, max_size=4)
 )
 
 

@@ -13,6 +13,7 @@ from workers.runs import GLOBAL_BATCH, standard_data
 from workers.selection import PASSES, SCORES, STEPS, STRATEGIES, make_config
 
 from smt_dist.targets import count_parameters_2d, find_targets
+from smt_dist.warmup import collect_scores
 
 LAUNCHES = {1: ["ddp"], 2: ["ddp", "zero1", "zero2", "zero3"], 4: ["ddp"]}
 RUNS = [(world_size, engine) for world_size, engines in LAUNCHES.items() for engine in engines]
@@ -30,9 +31,7 @@ def found(tmp_path_factory, model_folder):
     results = {}
     for world_size, engines in LAUNCHES.items():
         folder = tmp_path_factory.mktemp(f"ranks{world_size}")
-        ranks = launch(
-            "workers.selection:select_with", world_size, folder, engines=engines, model=str(model_folder)
-        )
+        ranks = launch("workers.selection:select_with", world_size, folder, engines=engines, model=str(model_folder))
         results |= {(world_size, engine): [rank[engine] for rank in ranks] for engine in engines}
     return results
 
@@ -151,6 +150,17 @@ def test_passes_change_nothing_but_memory(found, score, strategy):
         assert selections[f"{score}, {strategy}, 1"] == selections[f"{score}, {strategy}, 2"]
 
 
+def test_every_pass_sees_the_same_dropout(tmp_path):
+    """Were masks drawn anew in the second pass, its layers' scores would come from another model than the first's."""
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_llama(tmp_path, attention_dropout=0.5))
+    data = standard_data()
+    batches = [data.collator([data.train[index] for index in range(start, start + 8)]) for start in (8, 16, 24)]
+    state = torch.get_rng_state()
+    once, twice = (collect_scores(model, batches, make_config("l1", passes=passes)).tables for passes in (1, 2))
+    assert all(torch.equal(once[module], twice[module]) for module in once)
+    assert torch.equal(state, torch.get_rng_state()), "the caller's random numbers mustn't depend on the warm-up"
+
+
 def test_the_comparison_covers_what_it_should(found):
     """Guards the tests above: partitioned bases, and ranks whose micro-batch has no label at all."""
     whole = found[1, "ddp"][0]["base_elements_held"]
@@ -161,5 +171,3 @@ def test_the_comparison_covers_what_it_should(found):
         if world_size > 1:
             without = [rank["micro_batches_without_labels"] for rank in ranks]
             assert min(without) < max(without), "a rank has a micro-batch without labels where another has some"
-
-

@@ -113,7 +113,7 @@ def test_fractions_count_the_2d_parameters_with_tied_ones_once():
     ids=str,
 )
 def test_names_lists_and_patterns_match_whole_parts_in_the_models_order(target, expected):
-    """"o_proj" may not match "foo_proj", and the order breaks ties between equal scores."""
+    """ "o_proj" may not match "foo_proj", and the order breaks ties between equal scores."""
     assert targets_of(make_model("llama"), target) == expected
 
 
@@ -129,7 +129,7 @@ def test_a_target_that_matches_nothing_is_refused_with_what_there_is(target):
 @pytest.mark.parametrize("target", ["(q_proj", "[", "*_proj", "q_proj|("])
 def test_a_broken_pattern_is_refused_by_name(target):
     """`re.error` alone doesn't say which field holds the pattern."""
-    with pytest.raises(SMTError, match="target_modules.*no regular expression"):
+    with pytest.raises(SMTError, match=r"target_modules.*no regular expression"):
         targets_of(make_model("llama"), target)
 
 

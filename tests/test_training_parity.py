@@ -122,7 +122,9 @@ def masked_dense_training(model_folder):
     blocks = {
         name: torch.cat(
             [
-                (weights[name] - base[name])[row * BLOCK[0] : (row + 1) * BLOCK[0], col * BLOCK[1] : (col + 1) * BLOCK[1]]
+                (weights[name] - base[name])[
+                    row * BLOCK[0] : (row + 1) * BLOCK[0], col * BLOCK[1] : (col + 1) * BLOCK[1]
+                ]
                 for row, col in cells
             ]
         ).detach()

@@ -1,4 +1,4 @@
-"""Small seeded models and rows that every distributed test can make for itself, and a dense reference's view of them."""
+"""Small seeded models and rows that every test can make for itself, and the loss written out for dense references."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def make_rows(count: int, seed: int = 0, unlabelled: tuple[int, ...] = ()) -> da
         length = int(torch.randint(4, 16, (), generator=generator))
         prompt = length if index in unlabelled else int(torch.randint(1, length - 1, (), generator=generator))
         ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-        rows.append(
-            {"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:], "attention_mask": [1] * length}
-        )
+        rows.append({"input_ids": ids, "labels": [IGNORED] * prompt + ids[prompt:], "attention_mask": [1] * length})
     return datasets.Dataset.from_list(rows)
 
 

@@ -89,6 +89,8 @@ class DeepSpeedEngine:
         inner = zero.optimizer.state
         flats = [flat for flat in _flat_partitions(zero) if flat in inner]
         keys = sorted({key for flat in flats for key, value in inner[flat].items() if _is_moment(flat, value)})
+        if keys:
+            _link_moments(zero)
 
         def states() -> Iterator[BlockState]:
             for name, layer in sparse_layers(model).items():
@@ -181,8 +183,16 @@ def _create_moments(zero: Any, keys: list[str], step: int) -> None:
     for group in inner.param_groups:
         if "step" in group:
             group["step"] = step
-    # ZeRO-3 looks the state up itself; the others keep a link per parameter.
+    _link_moments(zero)
+
+
+def _link_moments(zero: Any) -> None:
+    """Link the inner optimizer's state to the blocks. ZeRO-3 looks it up itself; the others keep links.
+
+    Done again before reading: DeepSpeed links all groups after the first group's first step, when the others have
+    no state yet, and not again; with two learning-rate multipliers, the second group's moments would be missing.
+    """
     parameters = getattr(zero, "bit16_groups", getattr(zero, "bf16_groups", None))
     if parameters is not None:
-        for group, flat in zip(parameters, flats, strict=True):
-            lazy_init_hp_params_optimizer_state(group, flat, inner.state)
+        for group, flat in zip(parameters, _flat_partitions(zero), strict=True):
+            lazy_init_hp_params_optimizer_state(group, flat, zero.optimizer.state)

@@ -1,4 +1,4 @@
-"""What all workers share: arguments for an engine, a model in its hands, and what kind of engine it turned out to be."""
+"""What all workers share: arguments for an engine, a model in its hands, and the data."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def deepspeed_json(engine: str) -> dict[str, Any] | None:
 
 
 @contextmanager
-def engine_arguments(engine: str, output: Path, accumulation: int = 1, **options: Any) -> Iterator[SMTTrainingArguments]:
+def engine_arguments(
+    engine: str, output: Path, accumulation: int = 1, **options: Any
+) -> Iterator[SMTTrainingArguments]:
     """SMTTrainingArguments for ``engine``; the libraries' global state is as new before and after.
 
     The global batch is the same for every world size and accumulation.

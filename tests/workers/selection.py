@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from workers.runs import elements_held, engine_arguments, load_model, standard_data
 
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import get_world_size
@@ -14,6 +13,7 @@ from smt_dist.engines import make_engine
 from smt_dist.run import warmup_batches
 from smt_dist.selection import select_blocks
 from smt_dist.warmup import collect_scores, count_label_tokens
+from workers.runs import elements_held, engine_arguments, load_model, standard_data
 
 SCORES = [f"{score}{suffix}" for suffix in ("", "_per_step") for score in ("mean_abs", "abs_mean", "l1", "l2")]
 STRATEGIES = ["no_restriction", "norm_dist"]

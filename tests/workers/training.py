@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from tiny_models import make_rows
-from workers.runs import elements_held, engine_arguments, load_model, training_data
 
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.blocks import BlockSelection
@@ -16,6 +15,7 @@ from smt_dist.distributed import get_world_size
 from smt_dist.model import sparse_layers
 from smt_dist.run import TrainingData, attach_blocks
 from smt_dist.trainer import SMTTrainer
+from workers.runs import elements_held, engine_arguments, load_model, training_data
 
 STEPS = 4
 LEARNING_RATE = 1e-2
@@ -30,7 +30,7 @@ BLOCKS = {
     "model.layers.0.mlp.down_proj": [(1, 21), (3, 0)],
     "model.layers.1.self_attn.k_proj": [(0, 2)],
     "model.layers.1.self_attn.v_proj": [(0, 0), (0, 1)],
-    "model.layers.1.mlp.up_proj": [(0, 0), (10, 7), (4, 4)],
+    "model.layers.1.mlp.up_proj": [(0, 0), (4, 4), (10, 7)],
 }
 
 
@@ -66,9 +66,7 @@ def make_trainer(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     attach_blocks(model, fixed_selection(), fixed_config(), args)
-    return SMTTrainer(
-        model, args, train_dataset=data.train, eval_dataset=data.evaluation, data_collator=data.collator
-    )
+    return SMTTrainer(model, args, train_dataset=data.train, eval_dataset=data.evaluation, data_collator=data.collator)
 
 
 def engine_type(trainer: SMTTrainer) -> str:

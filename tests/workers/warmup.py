@@ -11,7 +11,6 @@ from unittest import mock
 import torch
 from tiny_models import VOCABULARY, RoutedModel
 from torch import nn
-from workers.runs import elements_held, engine_arguments, load_model, standard_data
 
 from smt_dist import warmup
 from smt_dist.config import SMTConfig
@@ -28,6 +27,7 @@ from smt_dist.errors import SMTError
 from smt_dist.run import warmup_batches
 from smt_dist.scores import ElementwiseAccumulator, layer_key
 from smt_dist.warmup import collect_scores
+from workers.runs import elements_held, engine_arguments, load_model, standard_data
 
 ROUTED_SCORES = ["mean_abs", "abs_mean", "l1", "l2", "mean_abs_per_step", "l2_per_step"]
 
@@ -98,7 +98,6 @@ class _Watched(ElementwiseAccumulator):
         super().__init__(*arguments)
         self._model = model
         self._targets = dict(self._grids)
-        self.most_gradient_layers = 0
         self.most_gradient_elements = 0
         self.shard_bytes: list[int] = []
         self.weight_gradients = 0
@@ -108,7 +107,7 @@ class _Watched(ElementwiseAccumulator):
     def add(self, module: str, grad_y: torch.Tensor, kept: torch.Tensor) -> None:
         super().add(module, grad_y, kept)
         self.calls += 1
-        self._look(module)
+        self._look()
 
     def end_step(self) -> None:
         rows = {-(-grid.rows // get_world_size()): grid.cols for grid in self._targets.values()}
@@ -116,7 +115,7 @@ class _Watched(ElementwiseAccumulator):
         self.shard_bytes.append(sum(t.numel() * t.element_size() for t in live))
         super().end_step()
 
-    def _look(self, module: str) -> None:
+    def _look(self) -> None:
         shapes = {(grid.rows, grid.cols) for grid in self._targets.values()}
         gradients = [tensor for tensor in _live_tensors() if tuple(tensor.shape) in shapes]
         self.most_gradient_elements = max(self.most_gradient_elements, sum(t.numel() for t in gradients))
