@@ -30,7 +30,6 @@ from smt_dist.run import (
 )
 from smt_dist.trainer import SMTTrainer, last_checkpoint
 
-
 MOVED_BASE = "moved_base"
 
 
