@@ -82,6 +82,12 @@ class Engine(Protocol):
         """Put back what :meth:`read_state` gave."""
 
 
+def step_tensor(optimizer: torch.optim.Optimizer, step: int, device: torch.device) -> torch.Tensor:
+    """A step count as torch's optimizers keep it: beside the parameter for fused kernels, else on the CPU."""
+    beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return torch.tensor(float(step), device=device if beside else "cpu")
+
+
 def make_engine(name: str, deepspeed_config: dict | None = None) -> Engine:
     """The engine by name.
 

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from smt_dist.distributed import is_distributed
-from smt_dist.engines import BlockState, Tuning
+from smt_dist.engines import BlockState, Tuning, step_tensor
 from smt_dist.model import sparse_layers
 
 
@@ -72,4 +72,4 @@ class DDPEngine:
                 delta.copy_(state.delta)
             if state.moments:
                 moments = {key: value.to(delta.device, copy=True) for key, value in state.moments.items()}
-                optimizer.state[delta] = {"step": torch.tensor(float(step)), **moments}
+                optimizer.state[delta] = {"step": step_tensor(optimizer, step, delta.device), **moments}

@@ -24,7 +24,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from smt_dist.engines import BlockState, Tuning
+from smt_dist.engines import BlockState, Tuning, step_tensor
 from smt_dist.errors import SMTError
 from smt_dist.model import sparse_layers
 
@@ -179,7 +179,10 @@ def _create_moments(zero: Any, keys: list[str], step: int) -> None:
     inner = zero.optimizer
     flats = _flat_partitions(zero)
     for flat in flats:
-        inner.state[flat] = {"step": torch.tensor(float(step)), **{key: torch.zeros_like(flat) for key in keys}}
+        inner.state[flat] = {
+            "step": step_tensor(inner, step, flat.device),
+            **{key: torch.zeros_like(flat) for key in keys},
+        }
     for group in inner.param_groups:
         if "step" in group:
             group["step"] = step
