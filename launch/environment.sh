@@ -8,18 +8,14 @@ smt_environment() {
   root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
   local python="${PYTHON:-python3}"
 
-  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null ||
-    { echo "smt_dist needs Python 3.10 or newer (set PYTHON to it); $python is not" >&2; return 1; }
+  "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null ||
+    { echo "smt_dist needs Python 3.11 or newer (set PYTHON to it); $python is not" >&2; return 1; }
   command -v g++ >/dev/null ||
     { echo "smt_dist needs g++: DeepSpeed compiles its collectives at first use" >&2; return 1; }
 
   [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv" || return 1
   # shellcheck disable=SC1091
   source "$root/.venv/bin/activate"
-
-  # The constraints are what was tested, on Python 3.11; some have no build for 3.10.
-  local constraints=(--constraint "$root/configs/constraints.txt")
-  python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || constraints=()
 
   wanted="$* $(cat "$root/pyproject.toml" "$root/configs/constraints.txt" | cksum)"
   stamp="$root/.venv/.smt_dist_$(echo "$*" | tr ' ' '_')"
@@ -28,7 +24,7 @@ smt_environment() {
     smt_install_torch "$torch_version" || return 1
     local extras
     extras="$(echo "$*" | tr ' ' ',')"
-    python -m pip install --quiet "${constraints[@]}" --editable "$root[$extras]" || return 1
+    python -m pip install --quiet --constraint "$root/configs/constraints.txt" --editable "$root[$extras]" || return 1
     echo "$wanted" > "$stamp"
   fi
 }

@@ -45,6 +45,9 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Read the questions, answer them, write the scores."""
     arguments = parse_arguments()
+    if arguments.adapter and arguments.dtype == "float16":
+        # Rounded to fp16, a bf16 or fp32 base can no longer be told from another one.
+        raise SMTError("--dtype float16 with --adapter: merge first (launch/merge_adapter.py --dtype float16)")
     # Imported late: `--help` and bad flags should answer at once.
     from smt_dist.evaluation import make_items
     from smt_dist.rows import read_rows

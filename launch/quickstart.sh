@@ -25,7 +25,6 @@ OMP_NUM_THREADS="$cores" python launch/evaluate_model.py --model_name_or_path "$
   --dtype bfloat16 --output "$output/before.json"
 
 echo "== 3/4 fine-tuning: $steps steps on $ranks ranks, ZeRO-2, bf16"
-rm -rf "$output/adapter"
 OMP_NUM_THREADS=$(( cores > ranks ? cores / ranks : 1 )) deepspeed --num_gpus "$ranks" launch/train.py \
   --smt_config configs/quickstart.json --deepspeed configs/deepspeed/zero2.json \
   --model_name_or_path "$output/data/model" --train_file "$output/data/train.json" --prompt_style chat \

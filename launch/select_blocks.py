@@ -20,6 +20,7 @@ from smt_dist.distributed import agree, barrier, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.run import (
     RunArguments,
+    check_writable,
     collect_and_select,
     initialize_process_group,
     load_config,
@@ -40,25 +41,23 @@ def main() -> None:
     run.check()
     if run.selection or run.adapter:
         raise SMTError("--selection and --adapter belong to train.py: this program makes the selection")
+    if run.eval_file:
+        raise SMTError("--eval_file: this program evaluates nothing")
     initialize_process_group(args)
     set_seed(args.seed)
-    config = agree(lambda: load_config(run, None), "the SMT config")
+    output = Path(run.output)
+    agree(lambda: check_writable("--output", output.parent), "the output folder")
+    config = agree(lambda: load_config(run, None, None, None), "the SMT config")
+    if config.warmup.mode == "full_ft":
+        raise SMTError("warmup.mode full_ft moves the base, which this program doesn't keep: run train.py")
     tokenizer, model = load_tokenizer_and_model(run, args)
     data = load_data(run, tokenizer)
     selection, scores = collect_and_select(model, data, config, args)
     if get_rank() == 0:
-        write(selection, Path(run.output))
+        output.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(output, lambda beside: beside.write_text(selection.to_json()))
         print(f"{summary(selection)}; {scores.steps} steps, score {scores.score}; written to {run.output}", flush=True)
     barrier()
-
-
-def write(selection: BlockSelection, path: Path) -> None:
-    """Write the file whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda beside: beside.write_text(selection.to_json()))
-    except OSError as error:
-        raise SMTError(f"--output: {path}: {error.strerror}") from None
 
 
 def summary(selection: BlockSelection) -> str:

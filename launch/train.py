@@ -8,19 +8,19 @@ python launch/train.py --smt_config S.json ...
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from transformers import set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from smt_dist.cli import parse_arguments, run_program
-from smt_dist.distributed import agree, get_rank
+from smt_dist.distributed import agree, assert_same_on_all_ranks, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.full_ft import save_moved_base
 from smt_dist.run import (
     RunArguments,
     attach_blocks,
+    check_writable,
     collect_and_select,
     find_selection,
     initialize_process_group,
@@ -40,19 +40,21 @@ def main() -> None:
         raise SMTError("--eval_strategy (or --do_eval) needs --eval_file")
     initialize_process_group(args)
     set_seed(args.seed)
-    agree(lambda: check_output(Path(args.output_dir)), "the output folder")
+    agree(lambda: check_writable("--output_dir", Path(args.output_dir)), "the output folder")
 
     resume_from = agree(lambda: find_checkpoint(args.resume_from_checkpoint, args.output_dir), "the checkpoint")
+    assert_same_on_all_ranks(str(resume_from).encode(), "the checkpoint to resume from (is --output_dir shared?)")
     selection, adapter = agree(lambda: find_selection(run, resume_from), "the selection")
-    config = agree(lambda: load_config(run, adapter, resume_from), "the SMT config")
+    config = agree(lambda: load_config(run, selection, adapter, resume_from), "the SMT config")
+    if resume_from is not None and config.warmup.mode == "full_ft":  # the checkpoint's blocks belong to that base
+        run.model_name_or_path, run.gguf_file = str(Path(resume_from).parent / MOVED_BASE), None
 
     tokenizer, model = load_tokenizer_and_model(run, args)
     data = load_data(run, tokenizer)
     if selection is None:
         selection, _ = collect_and_select(model, data, config, args)
         if config.warmup.mode == "full_ft":  # the blocks belong to the base as the warm-up left it
-            save_moved_base(model, Path(args.output_dir) / MOVED_BASE)
-            tokenizer.save_pretrained(Path(args.output_dir) / MOVED_BASE)
+            save_moved_base(model, tokenizer, Path(args.output_dir) / MOVED_BASE)
     attach_blocks(model, selection, config, args, adapter, run.adapter)
 
     trainer = SMTTrainer(
@@ -73,13 +75,6 @@ def main() -> None:
         trainer.save_metrics("eval", metrics)
     if get_rank() == 0:
         print(f"adapter saved in {args.output_dir}", flush=True)
-
-
-def check_output(folder: Path) -> None:
-    """Fail before training, not after it."""
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise SMTError(f"--output_dir: {folder}: {nearest} is {'not writable' if nearest.is_dir() else 'not a folder'}")
 
 
 def find_checkpoint(flag: str | None, output_dir: str) -> str | None:

@@ -75,7 +75,7 @@ def save_adapter(
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.smt_config or _config_of(selection)
+    config = model.smt_config or config_of(selection)
     # One key only: safetensors writes several in a random order, and equal adapters should be equal files.
     metadata = {"base_fingerprint": model.smt_base_fingerprint}
     replace_file(folder / BLOCKS_FILE, lambda path: save_file(tensors, path, metadata))
@@ -100,10 +100,10 @@ def load_adapter(
             The model is unchanged then, apart from blocks that it had.
     """
     adapter = read_adapter(folder)
-    if sparse_layers(model):
-        remove_blocks(model)
     if verify_base:
         verify_base_model(model, adapter, folder)
+    if sparse_layers(model):
+        remove_blocks(model)
     apply_selection(model, adapter.selection, adapter.config, dtype)
     for name, layer in sparse_layers(model).items():
         with torch.no_grad():
@@ -187,10 +187,16 @@ def _delta_shape(selection: BlockSelection, name: str) -> tuple[int, int]:
     return len(selection.blocks[name]) * rows, cols
 
 
-def _config_of(selection: BlockSelection) -> SMTConfig:
-    """What a selection built by hand amounts to."""
-    group = GroupConfig(name="selected", target_modules=list(selection.blocks), blocks=len(selection))
-    return SMTConfig(block_size=selection.block_size, groups=[group])
+def config_of(selection: BlockSelection) -> SMTConfig:
+    """What a selection amounts to that comes without its config: built by hand, or read from a file."""
+    modules: dict[str, list[str]] = {}
+    for module in selection.blocks:
+        modules.setdefault(selection.groups.get(module, "selected"), []).append(module)
+    groups = [
+        GroupConfig(name=name, target_modules=names, blocks=sum(len(selection.blocks[module]) for module in names))
+        for name, names in modules.items()
+    ]
+    return SMTConfig(block_size=selection.block_size, groups=groups)
 
 
 def _model_card(model: nn.Module, config: SMTConfig, selection: BlockSelection, extra: str) -> str:

@@ -16,6 +16,7 @@ from smt_dist.config import MAX_AUTO_BLOCK_SIZE, parse_model, read_text
 from smt_dist.errors import SMTError
 
 Block = tuple[int, int]
+MIN_AUTO_BLOCK_SIZE = 8  # below it a layer is a loop over crumbs
 # In files: no number that is a string, a truth value or a fraction.
 _Whole = Annotated[int, Field(strict=True)]
 
@@ -82,13 +83,18 @@ def resolve_block_size(
     Raises:
         SMTError: names the first weight that the block size doesn't divide and a size that fits all.
     """
+    fits = largest_common_block(shapes.values())
     if block_size == "auto":
-        side = largest_common_block(shapes.values())
-        return side, side
+        if fits < MIN_AUTO_BLOCK_SIZE:
+            odd = min(shapes, key=lambda name: largest_common_block([shapes[name]]))
+            raise SMTError(
+                f'smt config block_size: "auto" finds nothing above {fits} that divides every target; {odd} is '
+                f"{shapes[odd][0]} x {shapes[odd][1]}: take it out of target_modules, or give a size"
+            )
+        return fits, fits
     rows, cols = (block_size, block_size) if isinstance(block_size, int) else block_size
     for name, shape in shapes.items():
         if shape[0] % rows or shape[1] % cols:
-            fits = largest_common_block(shapes.values())
             raise SMTError(
                 f"smt config block_size: {rows} x {cols} doesn't divide {name} ({shape[0]} x {shape[1]}); "
                 f'{fits} fits every target, or use "auto"'

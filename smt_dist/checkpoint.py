@@ -40,17 +40,17 @@ def load_states(folder: Path, deltas: dict[str, torch.Tensor]) -> tuple[Iterator
     path = folder / OPTIMIZER_FILE
     tensors, metadata = read_tensors(path)
     keys = sorted({name.rpartition(":")[2] for name in tensors})
+    moments: dict[str, dict[str, torch.Tensor]] = {}
     for name, delta in deltas.items():
-        for key in keys:
-            found = tensors.get(f"{name}:{key}")
-            if found is None or found.shape != delta.shape:
-                raise SMTError(f"{path}: {key} of {name} is missing or of another shape")
-
-    def states() -> Iterator[BlockState]:
-        for name, delta in deltas.items():
-            yield BlockState(name, delta, {key: tensors[f"{name}:{key}"] for key in keys})
-
-    return states(), int(metadata.get("optimizer_step", 0))
+        # A block that never got a gradient (an expert that no token reached) has no moments at all.
+        moments[name] = {key: tensors[f"{name}:{key}"] for key in keys if f"{name}:{key}" in tensors}
+        whole = all(tensor.shape == delta.shape for tensor in moments[name].values())
+        if len(moments[name]) not in (0, len(keys)) or not whole:
+            raise SMTError(f"{path}: a moment of {name} is missing or of another shape")
+    step = metadata.get("optimizer_step", "0")
+    if not step.isdigit():
+        raise SMTError(f"{path}: optimizer_step is {step!r}, not a number")
+    return (BlockState(name, delta, moments[name]) for name, delta in deltas.items()), int(step)
 
 
 def save_schedule(folder: Path, schedule: dict[str, Any]) -> None:
@@ -60,7 +60,11 @@ def save_schedule(folder: Path, schedule: dict[str, Any]) -> None:
 
 def load_schedule(folder: Path) -> dict[str, Any]:
     """Read the schedule's state. Raises SMTError if it is missing or malformed."""
-    return _read_json(folder / SCHEDULE_FILE)
+    schedule = _read_json(folder / SCHEDULE_FILE)
+    rates = schedule.get("_last_lr")
+    if not isinstance(rates, list) or not all(isinstance(rate, float | int) for rate in rates):
+        raise SMTError(f"{folder / SCHEDULE_FILE}: has no learning rates (_last_lr)")
+    return schedule
 
 
 def save_random_state(folder: Path, rank: int) -> None:

@@ -10,20 +10,22 @@ import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from smt_dist.errors import SMTError
+from smt_dist.errors import RankError, SMTError
 
 
 def run_program(main: Callable[[], None]) -> None:
     """Run ``main``; turn an :class:`SMTError` into one line on stderr and exit code 2.
 
-    Every rank exits with 2, but only one prints: rank 0. All ranks of a job see the same error
-    (see :func:`smt_dist.distributed.agree`), so nothing is hidden.
+    Every rank exits with 2, but only rank 0 prints, since all ranks see the same error (see
+    :func:`smt_dist.distributed.agree`); a :class:`RankError`, which one rank may have alone, is printed by each.
     """
     try:
         main()
     except SMTError as error:
-        if int(os.environ.get("RANK", "0")) == 0:
-            print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK", "0"))
+        if rank == 0 or isinstance(error, RankError):
+            where = f"rank {rank}: " if rank else ""
+            print(f"{os.path.basename(sys.argv[0])}: error: {where}{error}", file=sys.stderr, flush=True)
         _leave_process_group()
         sys.exit(2)
     _leave_process_group()

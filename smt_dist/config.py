@@ -34,7 +34,7 @@ class GroupConfig(_Strict):
         name: shown in logs and files; unique in the config.
         target_modules: ``"attention"`` (query, key and value projections, fused ones included), ``"mlp"``,
             a module name such as ``"o_proj"``, a regular expression that matches whole module names, or a
-            list of names. A name matches a module's last parts.
+            list of such entries, each of which must match. A name matches a module's last parts.
         fraction: the budget as a share of the model's 2-D parameters, embeddings and head included, tied
             ones counted once (as the SMT authors count). Default 0.0084.
         blocks: the budget as a number of blocks, instead of ``fraction``.

@@ -20,6 +20,10 @@ from smt_dist.rows import Rows, check_rows, load_hub_rows, read_rows
 
 logger = logging.getLogger(__name__)
 
+# Others ignore position_ids when they make the attention mask (Falcon, BLOOM, OPT, MPT): examples would mix.
+PACKING_ARCHITECTURES = frozenset(
+    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt_neox", "olmo", "olmo2"}
+)
 IGNORED = -100  # the label that torch's cross-entropy skips
 
 
@@ -182,8 +186,14 @@ def prepare_model_for_packing(model: PreTrainedModel, batch_size: int) -> None:
     ``Trainer`` switches the cache off as well, but a warm-up runs before there is a ``Trainer``.
 
     Raises:
-        SMTError: the model uses flash attention, and ``batch_size`` (rows a forward pass) is above 1.
+        SMTError: the architecture isn't known to keep packed examples apart, or it uses flash attention and
+            ``batch_size`` (rows a forward pass) is above 1.
     """
+    if model.config.model_type not in PACKING_ARCHITECTURES:
+        raise SMTError(
+            f"--packing: {model.config.model_type} isn't known to keep packed examples apart; tested are "
+            f"{', '.join(sorted(PACKING_ARCHITECTURES))}"
+        )
     attention = model.config._attn_implementation or ""
     if "flash" in attention and batch_size > 1:
         raise SMTError(

@@ -7,3 +7,7 @@ class SMTError(ValueError):
     The message is one line that names the field or file and says what would be accepted. Command-line
     programs print it without a traceback and exit with code 2.
     """
+
+
+class RankError(SMTError):
+    """An :class:`SMTError` that perhaps only this rank has seen: each rank that has it prints it."""

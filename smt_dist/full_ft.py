@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import barrier, get_rank, get_world_size
@@ -64,7 +64,7 @@ def _summed(tuning: Tuning) -> Tuning:
     return tuning._replace(backward=backward)
 
 
-def save_moved_base(model: PreTrainedModel, folder: Path) -> None:
+def save_moved_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the base as the warm-up moved it, an ordinary model folder; collective.
 
     Under ZeRO-3 weights are gathered one at a time; rank 0 holds them all, on the CPU.
@@ -75,5 +75,8 @@ def save_moved_base(model: PreTrainedModel, folder: Path) -> None:
             if get_rank() == 0:
                 state[name] = weight.detach().cpu().clone()
     if get_rank() == 0:
+        kept = model.state_dict().keys()
+        state |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in kept}
         model.save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
     barrier()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,17 +76,15 @@ def merge_adapter_files(
     plan = _Plan(base, adapter)
     _verify_fingerprint(plan, adapter_folder)
 
-    temporary = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        report = _write_weights(plan, temporary, dtype, max_shard_bytes, progress)
-        _copy_other_files(base.folder, temporary, dtype, untied=bool(plan.copied))
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
+        folder = Path(temporary) / "model"
+        folder.mkdir()
+        report = _write_weights(plan, folder, dtype, max_shard_bytes, progress)
+        _copy_other_files(base.folder, folder, dtype, untied=plan.untied)
         if output.exists():
             output.rmdir()
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        folder.rename(output)
     return report
 
 
@@ -131,6 +130,7 @@ class _Plan:
         self.base, self.adapter = base, adapter
         self.modules: dict[str, str] = {}  # tensor name -> module
         self.copied: dict[str, str] = {}  # tensor to add -> the tied tensor that it starts as
+        self.untied = False
         model = _empty_model(base.folder)
         for module in adapter.selection.blocks:
             self._place(model, module)
@@ -147,12 +147,17 @@ class _Plan:
         tied = tied_parameter_names(model, module)
         if tied and not self.adapter.config.untie:
             raise SMTError(f'{module} is tied to {tied[0]}; the adapter\'s config must say "untie": true')
+        partners = [name for other in tied for name in (other, other.removeprefix(prefix))]
+        partner = next((name for name in partners if name in self.base), None)
+        if found is None and partner is None:
+            raise SMTError(f"{self.base.folder}: has no tensor {names[0]}")
+        # A tie is stored under one of its names; after the merge both must be there, with values of their own.
         if found is None:
-            partner = next((n for t in tied for n in (t, t.removeprefix(prefix)) if n in self.base), None)
-            if partner is None:
-                raise SMTError(f"{self.base.folder}: has no tensor {names[0]}")
             found = names[0]
             self.copied[found] = partner
+        elif tied and partner is None:
+            self.copied[tied[0]] = found
+        self.untied |= bool(tied)
         self.modules[found] = module
 
     def names(self) -> list[str]:

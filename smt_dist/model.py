@@ -39,6 +39,8 @@ def apply_selection(
     """
     if sparse_layers(model):
         raise SMTError("the model has blocks already; remove them with smt_dist.remove_blocks(model) first")
+    if config is not None:
+        _refuse_other_config(selection, config)
     layers = _build_layers(model, selection, dtype, untie or (config is not None and config.untie))
     fingerprint = base_fingerprint(model, selection)
     for parameter in model.parameters():
@@ -65,6 +67,17 @@ def _build_layers(
         layers[name] = SparseLinear(module, grid, blocks, dtype, module.weight.device)
         layers[name].train(module.training)
     return layers
+
+
+def _refuse_other_config(selection: BlockSelection, config: SMTConfig) -> None:
+    """A selection of other groups or blocks than the config's would lose multipliers and be saved beside a lie."""
+    unknown = set(selection.groups.values()) - {group.name for group in config.groups}
+    if unknown:
+        raise SMTError(f"selection: its group {min(unknown)!r} is not in the smt config's groups")
+    size = config.block_size
+    given = (size, size) if isinstance(size, int) else size
+    if size != "auto" and tuple(given) != selection.block_size:
+        raise SMTError(f"selection: its blocks are {selection.block_size}, the smt config's block_size is {size}")
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:

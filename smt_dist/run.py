@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from smt_dist.adapter import CONFIG_FILE, SELECTION_FILE, Adapter, read_adapter, verify_base_model
+from smt_dist.adapter import CONFIG_FILE, SELECTION_FILE, Adapter, config_of, read_adapter, verify_base_model
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.blocks import BlockSelection
 from smt_dist.config import SMTConfig
@@ -30,9 +31,9 @@ from smt_dist.data import (
     load_rows,
     prepare_model_for_packing,
 )
-from smt_dist.distributed import agree, get_rank, get_world_size, main_process_first
+from smt_dist.distributed import agree, assert_same_on_all_ranks, get_rank, get_world_size, main_process_first
 from smt_dist.engines import make_engine
-from smt_dist.errors import SMTError
+from smt_dist.errors import RankError, SMTError
 from smt_dist.full_ft import collect_scores_full_ft
 from smt_dist.gguf import dequantize_gguf, find_gguf_file
 from smt_dist.model import apply_selection, describe_blocks, sparse_layers
@@ -97,6 +98,8 @@ class TrainingData:
 def initialize_process_group(args: SMTTrainingArguments) -> None:
     """Trainer's own set-up of the process group, and DeepSpeed's on top, before any model is built."""
     _ = args.device  # sets the process group up
+    if args.n_gpu > 1:  # one process that sees several GPUs: Trainer would use nn.DataParallel
+        args._n_gpu = 1
     if args.engine == "deepspeed":
         # Imported here: DeepSpeed takes seconds, and ddp doesn't need it.
         import deepspeed
@@ -105,11 +108,13 @@ def initialize_process_group(args: SMTTrainingArguments) -> None:
         deepspeed.init_distributed()
 
 
-def load_config(run: RunArguments, adapter: Adapter | None, resume_from: str | None = None) -> SMTConfig:
-    """The config: the checkpoint's, or the file that is given, or else the adapter's, or else the defaults.
+def load_config(
+    run: RunArguments, selection: BlockSelection | None, adapter: Adapter | None, resume_from: str | None
+) -> SMTConfig:
+    """The config: the checkpoint's, the file that is given, the adapter's, what a selection amounts to, the defaults.
 
     Raises:
-        SMTError: it can't be read, or a file is given that isn't what the checkpoint was trained with.
+        SMTError: it can't be read, or contradicts the checkpoint, adapter or selection that is given.
     """
     given = SMTConfig.from_json_file(run.smt_config) if run.smt_config is not None else None
     if resume_from is not None:
@@ -117,9 +122,13 @@ def load_config(run: RunArguments, adapter: Adapter | None, resume_from: str | N
         if given is not None and given != config:
             raise SMTError(f"--smt_config: {run.smt_config} isn't the config that {resume_from} was trained with")
         return config
-    if given is not None:
-        return given
-    return adapter.config if adapter is not None else SMTConfig()
+    if given is None:
+        return adapter.config if adapter is not None else SMTConfig() if selection is None else config_of(selection)
+    if adapter is not None and given.warmup.mode != adapter.config.warmup.mode:
+        raise SMTError(f"--smt_config: {run.smt_config}: warmup.mode isn't that of {run.adapter}")
+    if run.selection is not None and given.warmup.mode == "full_ft":
+        raise SMTError("--selection: no warm-up runs then, so warmup.mode can't be full_ft; set it to probe")
+    return given
 
 
 def load_tokenizer_and_model(
@@ -142,13 +151,17 @@ def load_tokenizer_and_model(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=run.trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=args.base_dtype, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise SMTError(f"{source}: can't be loaded as a causal language model ({_first_line(error)})") from None
+        raise RankError(f"{source}: can't be loaded as a causal language model ({_first_line(error)})") from None
     if not is_deepspeed_zero3_enabled():
         model.to(args.device)
     if args.activation_checkpointing:  # for the warm-up; Trainer enables it again with all its options
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        # It also lets the embedding's output require a gradient, which would run the backward of layers below the
+        # lowest block; re-entrant checkpointing alone needs that.
+        model.disable_input_require_grads()
     if run.packing:
-        prepare_model_for_packing(model, args.per_device_train_batch_size)
+        rows = [args.per_device_train_batch_size, args.per_device_eval_batch_size if run.eval_file else 0]
+        prepare_model_for_packing(model, max(rows))
     return tokenizer, model
 
 
@@ -173,6 +186,8 @@ def load_data(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Training
             collator=CausalLMCollator(get_pad_token_id(tokenizer)),
         )
 
+    if run.dataset_name is not None:  # one process downloads, the others find it in the cache
+        return main_process_first(build_all, "reading the data")
     return agree(build_all, "reading the data")
 
 
@@ -239,6 +254,7 @@ def attach_blocks(
     Raises:
         SMTError: the selection doesn't fit the model, or the adapter belongs to another base.
     """
+    assert_same_on_all_ranks(selection.to_json().encode(), "the block selection")
     engine = make_engine(args.engine, args.filled_deepspeed_config())
     if adapter is not None:
         verify_base_model(model, adapter, f"--adapter {adapter_folder}")
@@ -255,6 +271,13 @@ def attach_blocks(
         STATE_BYTES,
         share,
     )
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Fail before the work, not after it. ``path`` is a folder to be. Raises SMTError, naming the flag."""
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise SMTError(f"{flag}: {path}: {nearest} is {'not writable' if nearest.is_dir() else 'not a folder'}")
 
 
 def _check_model_folder(source: str, trust_remote_code: bool) -> None:

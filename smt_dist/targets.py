@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import nn
@@ -50,12 +50,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = {}
     owner: dict[str, str] = {}
     for group in config.groups:
-        names = _match(model, group.target_modules)
-        if not names:
-            raise SMTError(
-                f"smt config groups[{group.name}].target_modules: {group.target_modules!r} matches no linear "
-                f"module of {type(model).__name__}; it has {_examples(model)}"
-            )
+        names = _match(model, group.target_modules, f"smt config groups[{group.name}].target_modules")
         for name in names:
             if name in owner:
                 raise SMTError(f"smt config groups: {name} belongs to both {owner[name]!r} and {group.name!r}")
@@ -108,13 +103,26 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` computes ``x @ weight^T`` with a 2-D weight of (out, in)."""
     weight = getattr(module, "weight", None)
-    if not isinstance(weight, torch.Tensor):
+    # A quantiser's packed weight may have another shape, and no floating dtype.
+    if not isinstance(weight, torch.Tensor) or (weight.is_floating_point() and full_ndim(weight) != 2):
         return False
     return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 
-def _match(model: nn.Module, target: str | list[str]) -> list[str]:
-    wanted = _matcher(target)
+def _match(model: nn.Module, target: str | list[str], field: str) -> list[str]:
+    """The modules that one entry or a list of entries means, in the model's order; each entry must mean some."""
+    entries = [target] if isinstance(target, str) else target
+    found = {entry: _match_one(model, _matcher(entry)) for entry in entries}
+    for entry, names in found.items():
+        if not names:
+            raise SMTError(
+                f"{field}: {entry!r} matches no linear module of {type(model).__name__}; it has {_examples(model)}"
+            )
+    wanted = set().union(*found.values())
+    return [name for name, _ in base_modules(model) if name in wanted]
+
+
+def _match_one(model: nn.Module, wanted: Callable[[str], bool]) -> list[str]:
     matched = []
     for name, module in base_modules(model):
         if wanted(name):
@@ -129,14 +137,14 @@ def _match(model: nn.Module, target: str | list[str]) -> list[str]:
     return matched
 
 
-def _matcher(target: str | list[str]):
-    if isinstance(target, str) and target not in ALIASES and not re.fullmatch(r"[\w.]+", target):
+def _matcher(entry: str) -> Callable[[str], bool]:
+    if entry not in ALIASES and not re.fullmatch(r"[\w.]+", entry):
         try:
-            pattern = re.compile(target)
+            pattern = re.compile(entry)
         except re.error as error:
-            raise SMTError(f"smt config target_modules: {target!r} is no regular expression ({error})") from None
+            raise SMTError(f"smt config target_modules: {entry!r} is no regular expression ({error})") from None
         return lambda name: pattern.fullmatch(name) is not None
-    names = ALIASES.get(target, (target,)) if isinstance(target, str) else tuple(target)
+    names = ALIASES.get(entry, (entry,))
     return lambda name: any(name == wanted or name.endswith(f".{wanted}") for wanted in names)
 
 

@@ -1,6 +1,6 @@
 """``SMTTrainer``: ``transformers.Trainer`` whose optimizer, checkpoints and resume know blocks.
 
-Overrides methods of transformers 5.23 (``tests/test_trainer.py`` checks that each still exists).
+Overrides methods of transformers 5.23 (``tests/test_checkpoint.py`` checks that each still exists).
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 
-from smt_dist.adapter import BLOCKS_FILE, read_adapter, save_adapter
+from smt_dist.adapter import read_adapter, save_adapter
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.checkpoint import (
     load_random_state,
@@ -117,6 +118,9 @@ class SMTTrainer(Trainer):
     ) -> tuple[nn.Module, Any]:
         # Without a checkpoint here, Trainer doesn't look for DeepSpeed's own checkpoint files, which we don't write.
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        if self.args.activation_checkpointing:
+            # Trainer has just enabled it; see load_tokenizer_and_model for why its hook goes.
+            self.model.disable_input_require_grads()
         if resume_from_checkpoint is not None:
             self._resume(Path(resume_from_checkpoint))
         elif self._initial_deltas is not None:
@@ -170,11 +174,12 @@ def state_bytes_per_rank(model: nn.Module, engine: str) -> int:
 
 
 def last_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint folder in ``output_dir`` that holds blocks, if any."""
+    """The newest complete checkpoint folder in ``output_dir``, if any."""
     folders = [
         folder
         for folder in Path(output_dir).glob("checkpoint-*")
-        if folder.name.rpartition("-")[2].isdigit() and (folder / BLOCKS_FILE).exists()
+        # Trainer's own file is the last to be written: without it the save was cut short.
+        if folder.name.rpartition("-")[2].isdigit() and (folder / TRAINER_STATE_NAME).exists()
     ]
     return os.fspath(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
 

@@ -133,7 +133,7 @@ def test_a_fresh_process_loads_the_adapter_with_the_same_logits(adapter, tmp_pat
 
 def test_another_adapter_replaces_the_first(adapter, tmp_path):
     """Swapping tasks on one loaded base: blocks of the first that stay would mix the two."""
-    other = tuned_model(selection=BlockSelection(block_size=(16, 4), blocks={V: [(0, 0)]}), seed=2)
+    other = tuned_model(None, BlockSelection(block_size=(16, 4), blocks={V: [(0, 0)]}), seed=2)
     smt_dist.save_adapter(other, tmp_path / "other")
     model = make_model("llama")
     smt_dist.load_adapter(model, adapter)

@@ -83,8 +83,7 @@ def test_a_grid_needs_a_block_that_divides_it(size):
         ([(4096, 4096), (1024, 4096)], 256),
         ([(512, 512)], 256),
         ([(300, 600)], 150),
-        ([(7, 11)], 1),
-        ([(514, 514)], 2),
+        ([(40, 24)], 8),
     ],
 )
 def test_auto_is_the_largest_size_up_to_256_that_divides_every_target(shapes, side):
@@ -196,3 +195,9 @@ def test_a_selection_is_refused_for_a_weight_of_another_shape():
     unknown_shape = BlockSelection(block_size=(4, 8), blocks={Q: [(3, 1)]})
     with pytest.raises(SMTError, match=r"q_proj: block \(3, 1\) lies outside its 2 x 2 grid"):
         unknown_shape.grid(Q, (8, 16))
+
+
+def test_auto_refuses_crumbs_and_names_the_odd_weight():
+    """One weight with odd sides (a head of 50257 rows) would cut every target into blocks of one element."""
+    with pytest.raises(SMTError, match="lm_head is 50257 x 768"):
+        resolve_block_size("auto", {"q_proj": (768, 768), "lm_head": (50257, 768)})

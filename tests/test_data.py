@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+from architectures import ARCHITECTURES, make_model
 from tiny_tokenizer import CHAT_TEMPLATE, GENERATION_CHAT_TEMPLATE, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smt_dist.data import (
+    PACKING_ARCHITECTURES,
     CausalLMCollator,
     build_dataset,
     get_pad_token_id,
@@ -283,3 +285,29 @@ def test_packing_refuses_attention_that_would_mix_examples():
     prepare_model_for_packing(model, batch_size=1)
     with pytest.raises(SMTError, match="batch size of 1, not 2"):
         prepare_model_for_packing(model, batch_size=2)
+
+
+KEEPS_APART = [name for name in ARCHITECTURES if name in PACKING_ARCHITECTURES]
+
+
+@pytest.mark.parametrize("architecture", KEEPS_APART)
+def test_packed_examples_do_not_see_one_another(architecture):
+    """Failure: the architecture is allowed to pack, and trains on answers that leak from the row before."""
+    assert len(KEEPS_APART) >= 8
+    model = make_model(architecture)
+    prepare_model_for_packing(model, batch_size=2)
+    ids = torch.randint(5, 60, (2, 12), generator=torch.Generator().manual_seed(0))
+    changed = ids.clone()
+    changed[:, :5] = (changed[:, :5] + 7) % 60
+    positions = torch.tensor([[*range(5), *range(7)]] * 2)
+    with torch.no_grad():
+        before, after = (model(input_ids=x, position_ids=positions).logits for x in (ids, changed))
+    assert not torch.equal(before[:, :5], after[:, :5])
+    torch.testing.assert_close(after[:, 5:], before[:, 5:], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("architecture", ["falcon", "bloom", "opt"])
+def test_architectures_that_mix_packed_examples_are_refused(architecture):
+    """These ignore position_ids in their attention mask, without a word."""
+    with pytest.raises(SMTError, match=f"--packing: {architecture}"):
+        prepare_model_for_packing(make_model(architecture), batch_size=1)

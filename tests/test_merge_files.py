@@ -191,3 +191,19 @@ def test_an_empty_output_folder_is_taken(tmp_path):
     case.output.mkdir()
     case.merge()
     assert (case.output / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("stored", ["lm_head.weight", "model.embed_tokens.weight", "both"])
+def test_merging_a_tied_head_leaves_the_embedding_alone(tmp_path, stored):
+    """A tie is stored under either name: missed, the embedding would silently get the head's blocks as well."""
+    case = Case(tmp_path, HEAD, tie_word_embeddings=True)
+    weights = load_file(case.base / "model.safetensors")
+    (shared,) = (weights.pop(name) for name in ("lm_head.weight", "model.embed_tokens.weight") if name in weights)
+    names = ["lm_head.weight", "model.embed_tokens.weight"] if stored == "both" else [stored]
+    save_file(weights | {name: shared.clone() for name in names}, case.base / "model.safetensors", {"format": "pt"})
+
+    case.merge()
+    assert json.loads((case.output / "config.json").read_text())["tie_word_embeddings"] is False
+    assert_same_bits(tensors_of(case.output), case.merged_in_memory())
+    merged = AutoModelForCausalLM.from_pretrained(case.output, dtype=torch.float32).eval()
+    torch.testing.assert_close(logits_of(merged), logits_of(case.model), rtol=1e-5, atol=1e-6)

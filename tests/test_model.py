@@ -233,3 +233,33 @@ def test_a_probe_names_the_module_whose_gradient_is_not_finite():
     with pytest.raises(SMTError, match=r"warm-up step 1: the gradient of model\.layers.*_proj is not finite"):
         smt_dist.collect_scores(model, make_batches(1), config)
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"block_size": 8, "groups": [{"name": "attn", "lr_multiplier": 10.0}]}, "group 'attention' is not in"),
+        ({"block_size": 16}, r"blocks are \(8, 8\), the smt config's block_size is 16"),
+    ],
+)
+def test_selection_of_another_config_is_refused(config, message):
+    """Taken, its blocks would train without their learning-rate multiplier, and be saved beside a false config."""
+    selection = BlockSelection(
+        block_size=(8, 8),
+        blocks={"model.layers.0.self_attn.q_proj": [(0, 0)]},
+        groups={"model.layers.0.self_attn.q_proj": "attention"},
+    )
+    with pytest.raises(SMTError, match=message):
+        smt_dist.apply_selection(make_model("llama"), selection, SMTConfig.model_validate(config))
+
+
+def test_adapter_that_is_refused_leaves_the_blocks_that_are_there(tmp_path):
+    """Failure: a wrong path or base costs the user the blocks in memory."""
+    selection = BlockSelection(block_size=(8, 8), blocks={"model.layers.0.self_attn.q_proj": [(0, 0)]})
+    other, model = make_model("llama", seed=1), make_model("llama")
+    smt_dist.apply_selection(other, selection)
+    smt_dist.save_adapter(other, tmp_path)
+    smt_dist.apply_selection(model, selection)
+    with pytest.raises(SMTError, match="another base model"):
+        smt_dist.load_adapter(model, tmp_path)
+    assert list(smt_dist.sparse_layers(model)) == ["model.layers.0.self_attn.q_proj"]

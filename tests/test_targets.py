@@ -205,3 +205,18 @@ def test_gpt_j_style_names_are_known_to_mlp():
     """fc_in and fc_out are no one else's names, so only this shows that they are in the alias."""
     model = build(tf.GPTJConfig(vocab_size=VOCAB, n_embd=32, n_layer=1, n_head=4, rotary_dim=4, n_positions=64))
     assert [name.rpartition(".")[2] for name in targets_of(model, "mlp")] == ["fc_in", "fc_out"]
+
+
+def test_every_entry_of_a_list_must_match():
+    """A misspelt name in a list would leave its weights untrained without a word."""
+    with pytest.raises(SMTError, match="'typo_proj' matches no linear module"):
+        find_targets(make_model("llama"), make_config(["q_proj", "typo_proj"]))
+
+
+def test_a_list_may_hold_aliases_and_expressions():
+    """``["attention", "mlp"]`` reads as both; taken as names, it would match nothing."""
+    model = make_model("llama")
+    (names,) = find_targets(model, make_config(["attention", r".*\.1\.mlp\.up_proj"])).values()
+    assert names == [f"model.layers.{i}.self_attn.{p}" for i in (0, 1) for p in ("q_proj", "k_proj", "v_proj")] + [
+        "model.layers.1.mlp.up_proj"
+    ]

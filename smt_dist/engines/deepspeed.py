@@ -180,7 +180,8 @@ def _create_moments(zero: Any, keys: list[str], step: int) -> None:
     flats = _flat_partitions(zero)
     for flat in flats:
         inner.state[flat] = {
-            "step": step_tensor(inner, step, flat.device),
+            # DeepSpeed's own Adam keeps a plain number.
+            "step": step_tensor(inner, step, flat.device) if isinstance(inner, torch.optim.Adam) else step,
             **{key: torch.zeros_like(flat) for key in keys},
         }
     for group in inner.param_groups:

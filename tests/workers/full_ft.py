@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tiny_tokenizer import make_tokenizer
+
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import barrier, get_world_size
 from smt_dist.engines import make_engine
@@ -29,7 +31,7 @@ def _tune(folder: Path, engine: str, model_folder: str) -> dict[str, Any]:
         selection, scores = collect_and_select(model, standard_data(), CONFIG, args)
         # A shared folder would do; here each rank's copy shows that rank 0's write is enough.
         moved = folder.parent / f"moved_{engine}_{get_world_size()}"
-        save_moved_base(model, moved)
+        save_moved_base(model, make_tokenizer(), moved)
         barrier()
         return {
             "world_size": get_world_size(),
