@@ -1,8 +1,8 @@
 """``deepspeed``: ZeRO-1, 2 and 3. DeepSpeed shards the base (stage 3) and the blocks' optimizer state itself.
 
 Blocks, masters and moments are read and written through ``deepspeed.utils``' public ``safe_get`` and ``safe_set``
-functions. What has no public way stands in ``_flat_partitions`` and ``_create_moments``, checked on
-DeepSpeed 0.19.8.
+functions. What has no public way stands in ``_flat_partitions``, ``_create_moments``, ``_link_moments`` and
+``_forget_engine``, checked on DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -63,6 +63,7 @@ class DeepSpeedEngine:
             yield
         finally:
             engine.destroy()
+            _forget_engine(model)
 
     @contextmanager
     def full_finetuning(self, model: nn.Module, learning_rate: float, accumulation: int) -> Iterator[Tuning]:
@@ -76,6 +77,7 @@ class DeepSpeedEngine:
             yield Tuning(engine, partial(engine.backward, scale_wrt_gas=False), engine.step)
         finally:
             engine.destroy()
+            _forget_engine(model)
 
     def read_blocks(self, model: nn.Module) -> dict[str, torch.Tensor]:
         return {name: self._master(layer.delta) for name, layer in sparse_layers(model).items()}
@@ -135,6 +137,17 @@ class DeepSpeedEngine:
                     delta.copy_(value)
             else:
                 delta.copy_(value)
+
+
+def _forget_engine(model: nn.Module) -> None:
+    """Take away what ``destroy`` leaves in the modules: backward functions that are bound to the dead engine.
+
+    The next engine would go on using them: it would keep the dead one alive, and under gradient checkpointing release
+    weights between recomputation and use.
+    """
+    for module in model.modules():
+        for name in ("pre_bwd_fn", "post_bwd_fn", "applied_pre_backward_ref_cnt", "ds_grads_remaining"):
+            module.__dict__.pop(name, None)
 
 
 def _without_optimizer(config: dict[str, Any]) -> dict[str, Any]:

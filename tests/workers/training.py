@@ -12,9 +12,11 @@ from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.blocks import BlockSelection
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import get_world_size
+from smt_dist.engines import make_engine
 from smt_dist.model import sparse_layers
-from smt_dist.run import TrainingData, attach_blocks
+from smt_dist.run import TrainingData, attach_blocks, warmup_batches
 from smt_dist.trainer import SMTTrainer
+from smt_dist.warmup import collect_scores
 from workers.runs import elements_held, engine_arguments, load_model, training_data
 
 STEPS = 4
@@ -65,6 +67,9 @@ def make_trainer(
     model = load_model(model_folder, args)
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    # The warm-up's own engine must leave nothing behind that the training engine stumbles over.
+    with make_engine(args.engine, args.filled_deepspeed_config()).probing(model):
+        collect_scores(model, warmup_batches(data, args, steps=1), fixed_config())
     attach_blocks(model, fixed_selection(), fixed_config(), args)
     return SMTTrainer(model, args, train_dataset=data.train, eval_dataset=data.evaluation, data_collator=data.collator)
 
