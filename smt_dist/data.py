@@ -98,34 +98,7 @@ def build_dataset(
     """
     if max_seq_length < 2:
         raise SMTError(f"max_seq_length must be at least 2 tokens, not {max_seq_length}")
-    require_eos_token(tokenizer)
-    encode = {
-        "instruction": lambda index: encode_instruction(rows[index], tokenizer, prompt_style),
-        "messages": lambda index: encode_messages(rows, index, tokenizer),
-        "text": lambda index: encode_text(rows[index]["text"], tokenizer),
-    }[check_rows(rows)]
-
-    def to_example(index: int) -> dict[str, Any]:
-        ids, trained = encode(index)
-        labels = [token if learn else IGNORED for token, learn in zip(ids, trained, strict=True)]
-        labels = [IGNORED, *labels[1:max_seq_length]]
-        return {
-            "input_ids": ids[:max_seq_length],
-            "labels": labels,
-            "truncated": len(ids) > max_seq_length,
-            "trained_tokens": sum(label != IGNORED for label in labels),
-        }
-
-    with _progress_bar_on_rank_zero():
-        dataset = datasets.Dataset.from_dict({"index": range(len(rows))}).map(
-            to_example,
-            input_columns="index",
-            remove_columns="index",
-            keep_in_memory=True,
-            # Without a name of its own, `datasets` would pickle and hash the tokenizer.
-            new_fingerprint="smt-dist-tokenized",
-            desc=f"Tokenising {rows.source}",
-        )
+    dataset = _tokenize(rows, tokenizer, max_seq_length, prompt_style)
     kept = [index for index, count in enumerate(dataset["trained_tokens"]) if count]
     if not kept:
         raise SMTError(
@@ -150,6 +123,40 @@ def build_dataset(
     if get_rank() == 0:
         logger.info("%s: %s", rows.source, report.summary(max_seq_length))
     return dataset, report
+
+
+def _tokenize(
+    rows: Rows, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, prompt_style: PromptStyle
+) -> datasets.Dataset:
+    """One example a row: ``input_ids``, ``labels``, whether it was cut, and how many labels it has."""
+    require_eos_token(tokenizer)
+    encode = {
+        "instruction": lambda index: encode_instruction(rows[index], tokenizer, prompt_style),
+        "messages": lambda index: encode_messages(rows, index, tokenizer),
+        "text": lambda index: encode_text(rows[index]["text"], tokenizer),
+    }[check_rows(rows)]
+
+    def to_example(index: int) -> dict[str, Any]:
+        ids, trained = encode(index)
+        labels = [token if learn else IGNORED for token, learn in zip(ids, trained, strict=True)]
+        labels = [IGNORED, *labels[1:max_seq_length]]
+        return {
+            "input_ids": ids[:max_seq_length],
+            "labels": labels,
+            "truncated": len(ids) > max_seq_length,
+            "trained_tokens": sum(label != IGNORED for label in labels),
+        }
+
+    with _progress_bar_on_rank_zero():
+        return datasets.Dataset.from_dict({"index": range(len(rows))}).map(
+            to_example,
+            input_columns="index",
+            remove_columns="index",
+            keep_in_memory=True,
+            # Without a name of its own, `datasets` would pickle and hash the tokenizer.
+            new_fingerprint="smt-dist-tokenized",
+            desc=f"Tokenising {rows.source}",
+        )
 
 
 def pack_lengths(lengths: list[int], capacity: int, open_bins: int = 64) -> list[list[int]]:
