@@ -80,7 +80,7 @@ def _ranked(scores: BlockScores, modules: list[str]) -> list[tuple[float, Candid
 
 def _best_of_all(scores: BlockScores, modules: list[str], budget: int, name: str) -> list[Candidate]:
     ranked = _ranked(scores, modules)
-    _log_gap(ranked, budget, name)
+    _log_gap(name, _cut_off_gap(ranked, budget))
     return [candidate for _, candidate in ranked[:budget]]
 
 
@@ -88,6 +88,7 @@ def _best_of_each(scores: BlockScores, modules: list[str], budget: int, group: G
     """``norm_dist``: the same number from every weight, the rest one each to the first weights of the model."""
     share, rest = divmod(budget, len(modules))
     picks: list[Candidate] = []
+    gaps = []
     for index, module in enumerate(modules):
         count = share + (index < rest)
         if count > scores.tables[module].numel():
@@ -96,14 +97,21 @@ def _best_of_each(scores: BlockScores, modules: list[str], budget: int, group: G
                 f"{scores.tables[module].numel()}; lower the budget or use no_restriction"
             )
         if count:
-            picks += _best_of_all(scores, [module], count, module)
+            ranked = _ranked(scores, [module])
+            gaps.append(_cut_off_gap(ranked, count))
+            picks += [candidate for _, candidate in ranked[:count]]
+    _log_gap(group.name, min(gaps))
     return picks
 
 
-def _log_gap(ranked: list[tuple[float, Candidate]], budget: int, name: str) -> None:
-    """How clear the cut-off is: below about 1e-5 another world size may choose otherwise (rounding)."""
+def _cut_off_gap(ranked: list[tuple[float, Candidate]], budget: int) -> float:
+    """How much less, relative to the last chosen score, the first block that isn't chosen has."""
     if budget >= len(ranked):
-        return
+        return float("inf")
     last, first_out = ranked[budget - 1][0], ranked[budget][0]
-    gap = (last - first_out) / last if last else 0.0
-    logger.info("selection %s: cut-off score %.6g, relative gap to the next block %.2e", name, last, gap)
+    return (last - first_out) / last if last else 0.0
+
+
+def _log_gap(name: str, gap: float) -> None:
+    """Below about 1e-5 another world size may choose otherwise (rounding)."""
+    logger.info("selection %s: relative gap at the cut-off %.2e", name, gap)
