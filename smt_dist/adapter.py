@@ -7,19 +7,18 @@ masters) and ``README.md`` (model card). Nothing is pickled, and nothing depends
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from smt_dist.blocks import BlockSelection
 from smt_dist.config import GroupConfig, SMTConfig
 from smt_dist.errors import SMTError
+from smt_dist.files import read_tensors, replace_file
 from smt_dist.model import apply_selection, base_fingerprint, remove_blocks, sparse_layers
 
 CONFIG_FILE = "smt_config.json"
@@ -137,21 +136,6 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(config, selection, tensors, metadata.get("base_fingerprint", ""))
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors (on the CPU) and the metadata of a safetensors file.
-
-    Raises:
-        SMTError: it is missing or damaged; names the file.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-    except FileNotFoundError:
-        raise SMTError(f"{path}: No such file or directory") from None
-    except (SafetensorError, OSError) as error:
-        raise SMTError(f"{path}: damaged or not a safetensors file ({error})") from None
-
-
 def verify_base_model(model: nn.Module, adapter: Adapter, folder: str | Path) -> None:
     """Check that ``model`` is the base of ``adapter``. Raises SMTError, naming the folder."""
     from smt_dist.targets import base_modules, is_linear
@@ -168,18 +152,6 @@ def verify_base_model(model: nn.Module, adapter: Adapter, folder: str | Path) ->
         moved = adapter.config.warmup.mode == "full_ft"
         why = "it needs the base as its full fine-tuning warm-up moved it" if moved else "its weights differ from these"
         raise SMTError(f"{folder}: trained on another base model (content fingerprint): {why}")
-
-
-def replace_file(path: Path, write) -> None:
-    """Write beside ``path``, sync, rename: a reader sees the old file or the new one, never half of it."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        write(beside)
-        with open(beside, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _delta_shape(selection: BlockSelection, name: str) -> tuple[int, int]:

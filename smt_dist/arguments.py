@@ -11,9 +11,9 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
-from smt_dist.config import read_text
 from smt_dist.engines import ENGINES
 from smt_dist.errors import SMTError
+from smt_dist.files import parse_json_object, read_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -133,7 +133,7 @@ class SMTTrainingArguments(TrainingArguments):
         given: dict[str, Any] = {}
         for name in ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"):
             value = getattr(self, name)
-            given.update(_parse_json(value, f"--{name}") if isinstance(value, str) else value or {})
+            given.update(parse_json_object(value, f"--{name}") if isinstance(value, str) else value or {})
             setattr(self, name, None)
         if given.get("use_reentrant"):
             raise SMTError("gradient_checkpointing_kwargs: use_reentrant gives frozen layers no gradient; leave it out")
@@ -152,7 +152,7 @@ def prepare_deepspeed_config(source: str | dict[str, Any], dtype: torch.dtype) -
         SMTError: unreadable, or a section that would be ignored or contradicts the flags; names it.
     """
     config, name = (
-        (source, "--deepspeed") if isinstance(source, dict) else (_parse_json(read_text(source), source), source)
+        (source, "--deepspeed") if isinstance(source, dict) else (parse_json_object(read_text(source), source), source)
     )
     config = json.loads(json.dumps(config))
     for section in ("bf16", "fp16", "zero_optimization", "data_types", "optimizer"):
@@ -180,13 +180,3 @@ def prepare_deepspeed_config(source: str | dict[str, Any], dtype: torch.dtype) -
         config.setdefault(key, "auto")
     config.setdefault("gradient_clipping", "auto")
     return config
-
-
-def _parse_json(text: str, source: str) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SMTError(f"{source}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise SMTError(f"{source}: expected a JSON object")
-    return content

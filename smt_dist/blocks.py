@@ -12,8 +12,9 @@ from typing import Annotated, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from smt_dist.config import MAX_AUTO_BLOCK_SIZE, parse_model, read_text
+from smt_dist.config import MAX_AUTO_BLOCK_SIZE, parse_model
 from smt_dist.errors import SMTError
+from smt_dist.files import read_text
 
 Block = tuple[int, int]
 MIN_AUTO_BLOCK_SIZE = 8  # below it a layer is a loop over crumbs

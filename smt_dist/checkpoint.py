@@ -16,10 +16,9 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-from smt_dist.adapter import read_tensors, replace_file
-from smt_dist.config import read_text
 from smt_dist.engines import BlockState
 from smt_dist.errors import SMTError
+from smt_dist.files import parse_json_object, read_tensors, read_text, replace_file
 
 OPTIMIZER_FILE = "smt_optimizer.safetensors"
 SCHEDULE_FILE = "smt_schedule.json"
@@ -60,10 +59,11 @@ def save_schedule(folder: Path, schedule: dict[str, Any]) -> None:
 
 def load_schedule(folder: Path) -> dict[str, Any]:
     """Read the schedule's state. Raises SMTError if it is missing or malformed."""
-    schedule = _read_json(folder / SCHEDULE_FILE)
+    path = folder / SCHEDULE_FILE
+    schedule = parse_json_object(read_text(path), str(path))
     rates = schedule.get("_last_lr")
     if not isinstance(rates, list) or not all(isinstance(rate, float | int) for rate in rates):
-        raise SMTError(f"{folder / SCHEDULE_FILE}: has no learning rates (_last_lr)")
+        raise SMTError(f"{path}: has no learning rates (_last_lr)")
     return schedule
 
 
@@ -95,7 +95,7 @@ def load_random_state(folder: Path, rank: int) -> bool:
     path = folder / _random_file(rank)
     if not path.exists():
         return False
-    content = _read_json(path)
+    content = parse_json_object(read_text(path), str(path))
     try:
         version, numbers, gauss = content["python"]
         name, keys, position, has_gauss, cached = content["numpy"]
@@ -111,13 +111,3 @@ def load_random_state(folder: Path, rank: int) -> bool:
 
 def _random_file(rank: int) -> str:
     return f"rng_state_{rank}.json"
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise SMTError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise SMTError(f"{path}: expected a JSON object")
-    return content

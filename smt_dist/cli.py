@@ -75,3 +75,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 def raise_usage_error(message: str) -> NoReturn:
     """For ``ArgumentParser.error``: one line, like every other error."""
     raise SMTError(f"{message} (see --help)")
+
+
+def positive_int(text: str) -> int:
+    """An argparse type: a whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value

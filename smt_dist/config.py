@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from smt_dist.errors import SMTError
+from smt_dist.files import read_text
 
 ScoreName = Literal[
     "mean_abs", "abs_mean", "l1", "l2", "mean_abs_per_step", "abs_mean_per_step", "l1_per_step", "l2_per_step"
@@ -187,19 +188,6 @@ class SMTConfig(_Strict):
     def to_json(self) -> str:
         """The config as JSON text, without the budget that wasn't given."""
         return json.dumps(self.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
-
-
-def read_text(path: str | Path) -> str:
-    """A file's text.
-
-    Raises:
-        SMTError: it can't be read or isn't UTF-8; names the file.
-    """
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise SMTError(f"{path}: {reason}") from None
 
 
 def parse_model(model: type[Any], text: str, source: str) -> Any:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
-from smt_dist.errors import SMTError
+from smt_dist.errors import SMTError, first_line
 
 GGUF_MAGIC = b"GGUF"
 
@@ -103,8 +103,7 @@ def _convert(gguf_file: Path, target: Path, dtype: torch.dtype) -> None:
         raise SMTError(f"{gguf_file}: reading GGUF needs two more packages: pip install gguf accelerate") from error
     # The readers parse the bytes of the file unchecked, so damage shows as any exception at all.
     except Exception as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise SMTError(f"{gguf_file}: can't be read as a GGUF model: {reason}") from error
+        raise SMTError(f"{gguf_file}: can't be read as a GGUF model: {first_line(error)}") from error
     _remove_quantization_marks(model)
     model.save_pretrained(target)
     tokenizer.save_pretrained(target)

@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from smt_dist.adapter import Adapter, read_adapter
 from smt_dist.blocks import read_blocks, write_blocks
-from smt_dist.errors import SMTError
+from smt_dist.errors import SMTError, first_line
 from smt_dist.model import Fingerprint
 from smt_dist.targets import tied_parameter_names, weight_shape
 
@@ -273,8 +273,7 @@ def _empty_model(folder: Path) -> nn.Module:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().split("\n")[0][:300]
-        raise SMTError(f"{folder}: not a causal language model's folder ({reason})") from None
+        raise SMTError(f"{folder}: not a causal language model's folder ({first_line(error)})") from None
 
 
 def _find_folder(model_name_or_path: str | Path) -> Path:
@@ -283,5 +282,4 @@ def _find_folder(model_name_or_path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(model_name_or_path), ignore_patterns=["*.bin", "*.pth", "*.gguf"]))
     except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().split("\n")[0][:200]
-        raise SMTError(f"{model_name_or_path}: no such folder, nor a model on the hub ({reason})") from None
+        raise SMTError(f"{model_name_or_path}: no such folder, nor a model on the hub ({first_line(error)})") from None

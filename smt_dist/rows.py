@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from smt_dist.errors import SMTError
+from smt_dist.errors import SMTError, first_line
 
 RowFormat = Literal["instruction", "messages", "text"]
 FORMATS_HELP = "'instruction' and 'output' (and perhaps 'input'), or 'messages', or 'text'"
@@ -99,7 +99,7 @@ def load_hub_rows(name: str, config: str | None = None, split: str = "train") ->
     try:
         dataset = datasets.load_dataset(name, config, split=split)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise SMTError(f"{source}: can't be loaded: {_first_line(error)}") from error
+        raise SMTError(f"{source}: can't be loaded: {first_line(error)}") from error
     if not isinstance(dataset, datasets.Dataset) or not len(dataset):
         raise SMTError(f"{source}: has no rows")
     fields = [f for f in ("instruction", "input", "output", "messages", "text") if f in dataset.column_names]
@@ -171,9 +171,5 @@ def _parse(text: str, where: str) -> Any:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise SMTError(
-            f"{where}: not JSON ({_first_line(error)}); expected a list of objects, or one object a line"
+            f"{where}: not JSON ({first_line(error)}); expected a list of objects, or one object a line"
         ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

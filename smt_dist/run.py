@@ -33,7 +33,7 @@ from smt_dist.data import (
 )
 from smt_dist.distributed import agree, assert_same_on_all_ranks, get_rank, get_world_size, main_process_first
 from smt_dist.engines import make_engine
-from smt_dist.errors import RankError, SMTError
+from smt_dist.errors import RankError, SMTError, first_line
 from smt_dist.full_ft import collect_scores_full_ft
 from smt_dist.gguf import dequantize_gguf, find_gguf_file
 from smt_dist.model import apply_selection, describe_blocks, sparse_layers
@@ -151,7 +151,7 @@ def load_tokenizer_and_model(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=run.trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(source, dtype=args.base_dtype, **options)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise RankError(f"{source}: can't be loaded as a causal language model ({_first_line(error)})") from None
+        raise RankError(f"{source}: can't be loaded as a causal language model ({first_line(error)})") from None
     if not is_deepspeed_zero3_enabled():
         model.to(args.device)
     if args.activation_checkpointing:  # for the warm-up; Trainer enables it again with all its options
@@ -288,7 +288,7 @@ def _check_model_folder(source: str, trust_remote_code: bool) -> None:
     try:
         AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
-        raise SMTError(f"{source}: no model folder, nor a model on the hub ({_first_line(error)})") from None
+        raise SMTError(f"{source}: no model folder, nor a model on the hub ({first_line(error)})") from None
 
 
 def _dequantize(run: RunArguments, dtype: torch.dtype) -> Path:
@@ -305,7 +305,3 @@ def _without_zero_init(args: SMTTrainingArguments) -> Iterator[None]:
     finally:
         if args.deepspeed:
             set_hf_deepspeed_config(args.hf_deepspeed_config)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0][:300]
