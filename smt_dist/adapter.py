@@ -20,6 +20,7 @@ from smt_dist.config import GroupConfig, SMTConfig
 from smt_dist.errors import SMTError
 from smt_dist.files import read_tensors, replace_file
 from smt_dist.model import apply_selection, base_fingerprint, remove_blocks, sparse_layers
+from smt_dist.targets import base_modules, is_linear
 
 CONFIG_FILE = "smt_config.json"
 SELECTION_FILE = "smt_selection.json"
@@ -99,14 +100,7 @@ def load_adapter(
             The model is unchanged then, apart from blocks that it had.
     """
     adapter = read_adapter(folder)
-    if verify_base:
-        verify_base_model(model, adapter, folder)
-    if sparse_layers(model):
-        remove_blocks(model)
-    apply_selection(model, adapter.selection, adapter.config, dtype)
-    for name, layer in sparse_layers(model).items():
-        with torch.no_grad():
-            layer.delta.copy_(adapter.deltas[name])
+    attach_adapter(model, adapter, str(folder), adapter.config, dtype, verify_base)
     return adapter
 
 
@@ -136,22 +130,51 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(config, selection, tensors, metadata.get("base_fingerprint", ""))
 
 
-def verify_base_model(model: nn.Module, adapter: Adapter, folder: str | Path) -> None:
-    """Check that ``model`` is the base of ``adapter``. Raises SMTError, naming the folder."""
-    from smt_dist.targets import base_modules, is_linear
+def attach_adapter(
+    model: nn.Module, adapter: Adapter, source: str, config: SMTConfig, dtype: torch.dtype, verify_base: bool = True
+) -> None:
+    """Put a read adapter's blocks into ``model``, in place; blocks that it has already are replaced.
 
+    Args:
+        model: as for :func:`load_adapter`.
+        adapter: see :func:`read_adapter`.
+        source: names the adapter in errors.
+        config: recorded in the adapters that are saved from this model.
+        dtype: of the blocks.
+        verify_base: compare the content fingerprint of the base.
+
+    Raises:
+        SMTError: as :func:`load_adapter`.
+    """
+    fingerprint = verify_base_model(model, adapter, source) if verify_base else None
+    if sparse_layers(model):
+        remove_blocks(model)
+    apply_selection(model, adapter.selection, config, dtype, fingerprint=fingerprint)
+    for name, layer in sparse_layers(model).items():
+        with torch.no_grad():
+            layer.delta.copy_(adapter.deltas[name])
+
+
+def verify_base_model(model: nn.Module, adapter: Adapter, source: str) -> str:
+    """Check that ``model`` is the base of ``adapter``; its fingerprint. Raises SMTError, naming the source."""
     modules = dict(base_modules(model))
     missing = [name for name in adapter.selection.blocks if name not in modules or not is_linear(modules[name])]
     if missing:
-        raise SMTError(f"{folder}: trained on another model: this one ({type(model).__name__}) has no {missing[0]}")
+        raise SMTError(f"{source}: trained on another model: this one ({type(model).__name__}) has no {missing[0]}")
     try:
         fingerprint = base_fingerprint(model, adapter.selection)
     except SMTError as error:
-        raise SMTError(f"{folder}: trained on another model: {error}") from None
+        raise SMTError(f"{source}: trained on another model: {error}") from None
+    verify_fingerprint(adapter, fingerprint, source)
+    return fingerprint
+
+
+def verify_fingerprint(adapter: Adapter, fingerprint: str, source: str) -> None:
+    """Refuse a base by its :class:`smt_dist.model.Fingerprint`. Raises SMTError, naming the source."""
     if fingerprint != adapter.base_fingerprint:
         moved = adapter.config.warmup.mode == "full_ft"
         why = "it needs the base as its full fine-tuning warm-up moved it" if moved else "its weights differ from these"
-        raise SMTError(f"{folder}: trained on another base model (content fingerprint): {why}")
+        raise SMTError(f"{source}: trained on another base model (content fingerprint): {why}")
 
 
 def _delta_shape(selection: BlockSelection, name: str) -> tuple[int, int]:

@@ -1,4 +1,4 @@
-"""Merging: blocks added into the base's weights, in memory or from files, one weight at a time."""
+"""Merging in memory: blocks added into the base's weights, and taken out again (on disk: ``merge_files.py``)."""
 
 from __future__ import annotations
 
@@ -25,7 +25,12 @@ class _Undo(NamedTuple):
 
 def merged_blocks(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
     """The rounding of fp32(base) + fp32(delta) to the base's dtype; both ``[blocks * block_rows, block_cols]``."""
-    return (base.float() + delta.to(base.device, torch.float32)).to(base.dtype)
+    return summed_blocks(base, delta).to(base.dtype)
+
+
+def summed_blocks(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """fp32(base) + fp32(delta), before any rounding."""
+    return base.float() + delta.to(base.device, torch.float32)
 
 
 def merge_blocks(model: nn.Module) -> None:

@@ -18,9 +18,10 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from smt_dist.adapter import Adapter, read_adapter
+from smt_dist.adapter import Adapter, read_adapter, verify_fingerprint
 from smt_dist.blocks import read_blocks, write_blocks
 from smt_dist.errors import SMTError, first_line
+from smt_dist.merge import summed_blocks
 from smt_dist.model import Fingerprint
 from smt_dist.targets import tied_parameter_names, weight_shape
 
@@ -176,10 +177,7 @@ def _verify_fingerprint(plan: _Plan, adapter_folder: str | Path) -> None:
     for module in selection.blocks:
         weight = plan.read(tensor_of[module])
         fingerprint.add(module, weight, tuple(weight.shape))
-    if fingerprint.hexdigest() != plan.adapter.base_fingerprint:
-        moved = plan.adapter.config.warmup.mode == "full_ft"
-        why = ": it needs the base as its full fine-tuning warm-up moved it" if moved else ""
-        raise SMTError(f"{adapter_folder}: trained on another base model than {plan.base.folder}{why}")
+    verify_fingerprint(plan.adapter, fingerprint.hexdigest(), str(adapter_folder))
 
 
 def _write_weights(
@@ -223,10 +221,11 @@ def _merged(plan: _Plan, name: str, dtype: torch.dtype | None) -> tuple[torch.Te
     blocks = plan.adapter.selection.blocks[module]
     grid = plan.adapter.selection.grid(module, tuple(tensor.shape))
     delta = plan.adapter.deltas[module]
-    exact = read_blocks(tensor, grid, blocks).float() + delta
+    exact = summed_blocks(read_blocks(tensor, grid, blocks), delta)
+    rounded = exact.to(target)
     result = tensor.to(target, copy=True)
-    write_blocks(result, grid, blocks, exact.to(target))
-    lost = (exact.to(target).float() - exact).square().sum().item()
+    write_blocks(result, grid, blocks, rounded)
+    lost = (rounded.float() - exact).square().sum().item()
     return result.contiguous(), lost, delta.square().sum().item()
 
 

@@ -22,6 +22,7 @@ def apply_selection(
     config: SMTConfig | None = None,
     dtype: torch.dtype = torch.float32,
     untie: bool = False,
+    fingerprint: str | None = None,
 ) -> None:
     """Wrap each selected module in a :class:`SparseLinear`, in place, and freeze everything but the blocks.
 
@@ -32,6 +33,7 @@ def apply_selection(
         dtype: of the blocks. fp32 makes each block its own master; engines with masters of their own
             (DeepSpeed in bf16) take the base's dtype.
         untie: allow tied targets (also ``config.untie``); the tie is cut at the merge.
+        fingerprint: the base's, where the caller knows it: under ZeRO-3 it takes a gather of every selected weight.
 
     Raises:
         SMTError: a module is missing, not linear, tied, or of another shape; or the model has blocks already.
@@ -42,7 +44,7 @@ def apply_selection(
     if config is not None:
         _refuse_other_config(selection, config)
     layers = _build_layers(model, selection, dtype, untie or (config is not None and config.untie))
-    fingerprint = base_fingerprint(model, selection)
+    fingerprint = fingerprint or base_fingerprint(model, selection)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     for name, layer in layers.items():

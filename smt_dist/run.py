@@ -20,7 +20,7 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from smt_dist.adapter import CONFIG_FILE, SELECTION_FILE, Adapter, config_of, read_adapter, verify_base_model
+from smt_dist.adapter import CONFIG_FILE, SELECTION_FILE, Adapter, attach_adapter, config_of, read_adapter
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.blocks import BlockSelection
 from smt_dist.config import SMTConfig
@@ -36,7 +36,7 @@ from smt_dist.engines import make_engine
 from smt_dist.errors import RankError, SMTError, first_line
 from smt_dist.full_ft import collect_scores_full_ft
 from smt_dist.gguf import dequantize_gguf, find_gguf_file
-from smt_dist.model import apply_selection, describe_blocks, sparse_layers
+from smt_dist.model import apply_selection, describe_blocks
 from smt_dist.scores import BlockScores
 from smt_dist.selection import select_blocks
 from smt_dist.trainer import STATE_BYTES, state_bytes_per_rank
@@ -122,8 +122,10 @@ def load_config(
         if given is not None and given != config:
             raise SMTError(f"--smt_config: {run.smt_config} isn't the config that {resume_from} was trained with")
         return config
+    if given is None and adapter is not None:
+        return adapter.config
     if given is None:
-        return adapter.config if adapter is not None else SMTConfig() if selection is None else config_of(selection)
+        return SMTConfig() if selection is None else config_of(selection)
     if adapter is not None and given.warmup.mode != adapter.config.warmup.mode:
         raise SMTError(f"--smt_config: {run.smt_config}: warmup.mode isn't that of {run.adapter}")
     if run.selection is not None and given.warmup.mode == "full_ft":
@@ -256,13 +258,11 @@ def attach_blocks(
     """
     assert_same_on_all_ranks(selection.to_json().encode(), "the block selection")
     engine = make_engine(args.engine, args.filled_deepspeed_config())
+    dtype = engine.delta_dtype(args.base_dtype)
     if adapter is not None:
-        verify_base_model(model, adapter, f"--adapter {adapter_folder}")
-    apply_selection(model, selection, config, engine.delta_dtype(args.base_dtype))
-    if adapter is not None:
-        for name, layer in sparse_layers(model).items():
-            with torch.no_grad():
-                layer.delta.copy_(adapter.deltas[name])
+        attach_adapter(model, adapter, f"--adapter {adapter_folder}", config, dtype)
+    else:
+        apply_selection(model, selection, config, dtype)
     share = "replicated" if args.engine == "ddp" else f"sharded over {get_world_size()} ranks"
     logger.info("SMT trains %s", describe_blocks(model))
     logger.info(

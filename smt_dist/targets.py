@@ -10,6 +10,7 @@ from torch import nn
 
 from smt_dist.config import SMTConfig
 from smt_dist.errors import SMTError
+from smt_dist.sparse_linear import SparseLinear
 
 ALIASES: dict[str, tuple[str, ...]] = {
     # Query, key and value projections, separate or fused, as the architectures of transformers name them.
@@ -64,8 +65,8 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
     """The full (out, in) shape of a linear module's weight, also where ZeRO-3 left an empty stand-in."""
     if hasattr(module, "out_features"):
         return int(module.out_features), int(module.in_features)
-    shape = getattr(module.weight, "ds_shape", module.weight.shape)
-    return int(shape[0]), int(shape[1])
+    rows, cols = full_shape(module.weight)
+    return rows, cols
 
 
 def full_numel(parameter: torch.Tensor) -> int:
@@ -73,9 +74,9 @@ def full_numel(parameter: torch.Tensor) -> int:
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
-def full_ndim(parameter: torch.Tensor) -> int:
-    """The dimensions of a parameter in full."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
+def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
+    """The shape of a parameter in full, also where ZeRO-3 left an empty stand-in."""
+    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def count_parameters_2d(model: nn.Module) -> int:
@@ -83,14 +84,12 @@ def count_parameters_2d(model: nn.Module) -> int:
     return sum(
         full_numel(parameter)
         for name, parameter in model.named_parameters()
-        if full_ndim(parameter) == 2 and not name.endswith(".delta")
+        if len(full_shape(parameter)) == 2 and not name.endswith(".delta")
     )
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules as the base model names them: a ``SparseLinear`` stands for its base."""
-    from smt_dist.sparse_linear import SparseLinear
-
     inside: set[str] = set()
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
@@ -104,7 +103,7 @@ def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` computes ``x @ weight^T`` with a 2-D weight of (out, in)."""
     weight = getattr(module, "weight", None)
     # A quantiser's packed weight may have another shape, and no floating dtype.
-    if not isinstance(weight, torch.Tensor) or (weight.is_floating_point() and full_ndim(weight) != 2):
+    if not isinstance(weight, torch.Tensor) or (weight.is_floating_point() and len(full_shape(weight)) != 2):
         return False
     return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
@@ -128,11 +127,11 @@ def _match_one(model: nn.Module, wanted: Callable[[str], bool]) -> list[str]:
         if wanted(name):
             if is_linear(module):
                 matched.append(name)
-            elif any(full_ndim(parameter) >= 2 for parameter in module.parameters(recurse=False)):
+            elif any(len(full_shape(parameter)) >= 2 for parameter in module.parameters(recurse=False)):
                 _refuse_module(name, module)
         for leaf, parameter in module.named_parameters(recurse=False):
             # Fused experts are parameters of one module, not modules: [experts, out, in].
-            if full_ndim(parameter) > 2 and wanted(f"{name}.{leaf}"):
+            if len(full_shape(parameter)) > 2 and wanted(f"{name}.{leaf}"):
                 _refuse_parameter(f"{name}.{leaf}", parameter)
     return matched
 
@@ -156,7 +155,7 @@ def _refuse_module(name: str, module: nn.Module) -> None:
 
 
 def _refuse_parameter(name: str, parameter: torch.Tensor) -> None:
-    shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+    shape = full_shape(parameter)
     raise SMTError(
         f"smt config target_modules: {name} has {len(shape)} dimensions {shape} (fused experts); only 2-D weights can "
         "be cut into blocks: take it out of target_modules"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from smt_dist.adapter import read_adapter, save_adapter
+from smt_dist.adapter import read_adapter, save_adapter, verify_fingerprint
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.checkpoint import (
     load_random_state,
@@ -26,7 +27,7 @@ from smt_dist.checkpoint import (
     save_schedule,
 )
 from smt_dist.distributed import agree, assert_same_on_all_ranks, barrier, get_world_size
-from smt_dist.engines import Engine, make_engine
+from smt_dist.engines import BlockState, Engine, make_engine
 from smt_dist.errors import SMTError
 from smt_dist.model import sparse_layers
 
@@ -128,16 +129,15 @@ class SMTTrainer(Trainer):
         return prepared
 
     def _resume(self, folder: Path) -> None:
-        def read() -> tuple[Any, Any, int, dict[str, Any]]:
+        def read() -> tuple[Iterator[BlockState], int, dict[str, Any]]:
             adapter = read_adapter(folder)
             if adapter.selection.to_json() != self.model.smt_selection.to_json():
                 raise SMTError(f"{folder}: its selection isn't the model's")
-            if adapter.base_fingerprint != self.model.smt_base_fingerprint:
-                raise SMTError(f"{folder}: trained on another base model (content fingerprint)")
+            verify_fingerprint(adapter, self.model.smt_base_fingerprint, str(folder))
             states, step = load_states(folder, adapter.deltas)
-            return adapter, states, step, load_schedule(folder)
+            return states, step, load_schedule(folder)
 
-        _, states, step, schedule = agree(read, "reading the checkpoint")
+        states, step, schedule = agree(read, "reading the checkpoint")
         self.engine.write_state(self.model, self.optimizer, states, step)
         self.lr_scheduler.load_state_dict(schedule)
         # The scheduler sets rates when it steps; the first step after a resume needs them before.

@@ -41,7 +41,7 @@ def collect_scores(
 
     Args:
         model: a causal language model on its device; under ZeRO-3 with the engine's hooks
-            (:func:`smt_dist.engines.deepspeed.probing`). Left as it was.
+            (:meth:`smt_dist.engines.Engine.probing`). Left as it was.
         batches: this rank's keyword micro-batches, one a global step, or a list of them for one global step.
             All ranks need as many.
         config: its score, targets, steps and passes. More than one pass reads ``batches`` into a list.
@@ -133,11 +133,11 @@ class _Probe(torch.autograd.Function):
         ctx: Any,
         y: torch.Tensor,
         x: torch.Tensor,
-        anchor: torch.Tensor,
+        anchor: torch.Tensor,  # noqa: ARG004 (makes the output require a gradient)
         accumulator: ScoreAccumulator,
         name: str,
     ) -> torch.Tensor:
-        ctx.accumulator, ctx.name, ctx.anchor_shape = accumulator, name, anchor.shape
+        ctx.accumulator, ctx.name = accumulator, name
         # Saved by autograd, not in a closure, so that gradient checkpointing can drop and recompute it.
         ctx.save_for_backward(accumulator.keep(name, x.reshape(-1, x.shape[-1])))
         # A copy: model code may write into a target's output, which autograd forbids on a view from here.

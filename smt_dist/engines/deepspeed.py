@@ -27,6 +27,7 @@ from torch import nn
 from smt_dist.engines import BlockState, Tuning, step_tensor
 from smt_dist.errors import SMTError
 from smt_dist.model import sparse_layers
+from smt_dist.targets import full_shape
 
 
 class DeepSpeedEngine:
@@ -97,7 +98,7 @@ class DeepSpeedEngine:
         def states() -> Iterator[BlockState]:
             for name, layer in sparse_layers(model).items():
                 moments = {key: safe_get_full_optimizer_state(layer.delta, key).cpu() for key in keys}
-                shape = _full_shape(layer.delta)
+                shape = full_shape(layer.delta)
                 yield BlockState(
                     name, self._master(layer.delta), {key: value.view(shape) for key, value in moments.items()}
                 )
@@ -125,7 +126,7 @@ class DeepSpeedEngine:
         value = safe_get_full_fp32_param(delta)
         if value is None:
             raise RuntimeError("DeepSpeed holds no fp32 master of a block: the engine isn't initialised for training")
-        return value.detach().view(_full_shape(delta)).float().cpu()
+        return value.detach().view(full_shape(delta)).float().cpu()
 
     def _set_master(self, delta: nn.Parameter, value: torch.Tensor) -> None:
         value = value.to(delta.device)
@@ -159,10 +160,6 @@ def _without_optimizer(config: dict[str, Any]) -> dict[str, Any]:
         return {key: without_auto(inner) for key, inner in value.items() if inner != "auto"}
 
     return {key: value for key, value in without_auto(config).items() if key not in ("optimizer", "scheduler")}
-
-
-def _full_shape(delta: torch.Tensor) -> torch.Size:
-    return getattr(delta, "ds_shape", delta.shape)
 
 
 def _is_moment(flat: torch.Tensor, value: Any) -> bool:
