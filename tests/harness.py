@@ -68,6 +68,27 @@ def launch(worker: str, world_size: int, folder: Path, timeout: float = TIMEOUT,
     return [torch.load(folder / f"result_{rank}.pt", weights_only=True) for rank in range(world_size)]
 
 
+def launch_engines(
+    worker: str, launches: dict[int, list[str]], folder: Path, **arguments: Any
+) -> dict[tuple[int, str], list[Any]]:
+    """One launch for each world size, all its engines in the same processes.
+
+    Args:
+        worker: as for :func:`launch`; gets ``engines`` and returns engine -> findings.
+        launches: world size -> engines.
+        folder: for the ranks' files.
+        **arguments: of the worker.
+
+    Returns:
+        (world size, engine) -> each rank's findings.
+    """
+    results = {}
+    for world_size, engines in launches.items():
+        ranks = launch(worker, world_size, folder / f"ranks{world_size}", engines=engines, **arguments)
+        results |= {(world_size, engine): [rank[engine] for rank in ranks] for engine in engines}
+    return results
+
+
 def _environment(rank: int, world_size: int) -> dict[str, str]:
     inherited = {
         name: value

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from harness import launch
-from tiny_models import save_tiny_llama
+from harness import launch_engines
 from transformers import AutoModelForCausalLM
 
 LAUNCHES = {1: ["ddp"], 2: ["ddp", "zero1", "zero2", "zero3"]}
@@ -15,19 +14,11 @@ TOLERANCE = 1e-3
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return save_tiny_llama(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def found(tmp_path_factory, model_folder):
     """(world size, engine) -> rank 0's findings."""
-    results = {}
-    for world_size, engines in LAUNCHES.items():
-        folder = tmp_path_factory.mktemp(f"ranks{world_size}")
-        ranks = launch("workers.full_ft:tune_fully", world_size, folder, engines=engines, model=str(model_folder))
-        results |= {(world_size, engine): ranks[0][engine] for engine in engines}
-    return results
+    folder = tmp_path_factory.mktemp("launches")
+    found = launch_engines("workers.full_ft:tune_fully", LAUNCHES, folder, model=str(model_folder))
+    return {run: ranks[0] for run, ranks in found.items()}
 
 
 @pytest.mark.parametrize(("world_size", "engine"), RUNS)

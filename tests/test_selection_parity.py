@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from harness import launch
+from harness import launch_engines
 from tiny_models import label_tokens, save_tiny_llama, sum_of_token_losses
 from transformers import AutoModelForCausalLM
 from workers.runs import GLOBAL_BATCH, standard_data
@@ -21,19 +21,10 @@ BLOCK_ROWS, BLOCK_COLS = 16, 8
 
 
 @pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return save_tiny_llama(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
 def found(tmp_path_factory, model_folder):
     """(world size, engine) -> each rank's findings."""
-    results = {}
-    for world_size, engines in LAUNCHES.items():
-        folder = tmp_path_factory.mktemp(f"ranks{world_size}")
-        ranks = launch("workers.selection:select_with", world_size, folder, engines=engines, model=str(model_folder))
-        results |= {(world_size, engine): [rank[engine] for rank in ranks] for engine in engines}
-    return results
+    folder = tmp_path_factory.mktemp("launches")
+    return launch_engines("workers.selection:select_with", LAUNCHES, folder, model=str(model_folder))
 
 
 @pytest.fixture(scope="module")

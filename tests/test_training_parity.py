@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from harness import launch
-from tiny_models import label_tokens, save_tiny_llama, sum_of_token_losses
+from tiny_models import label_tokens, sum_of_token_losses
 from transformers import AutoModelForCausalLM
 from workers.runs import GLOBAL_BATCH
 from workers.training import (
@@ -50,11 +50,6 @@ RUNS = [
     for plan in plans
 ]
 each_run = pytest.mark.parametrize("run", RUNS, ids=lambda r: f"{r[1]}-{r[0]}ranks-acc{r[2]}-ckpt{int(r[3])}")
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    return save_tiny_llama(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture(scope="module")
