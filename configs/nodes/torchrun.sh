@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Runs launch/train.py under torchrun. Start it on every node, with the same values; arguments go to train.py:
+#
+#   HEAD_NODE=node1 configs/nodes/torchrun.sh --engine fsdp2 --model_name_or_path M --train_file T.json ...
+#
+#   NODES          number of nodes (2)
+#   GPUS_PER_NODE  ranks on each node (8)
+#   HEAD_NODE      one of the nodes, by a name or address that all reach (needed if NODES is above 1)
+#   PORT           free on HEAD_NODE (29500)
+#   RUN_ID         the same on all nodes; another one for another run on the same PORT (smt_dist)
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
+
+nodes="${NODES:-2}"
+if [ "$nodes" = 1 ]; then
+  HEAD_NODE="${HEAD_NODE:-localhost}"
+fi
+head_node="${HEAD_NODE:?the first node, by a name or address that every node reaches}"
+
+exec torchrun --nnodes "$nodes" --nproc_per_node "${GPUS_PER_NODE:-8}" \
+  --rdzv_backend c10d --rdzv_endpoint "$head_node:${PORT:-29500}" --rdzv_id "${RUN_ID:-smt_dist}" \
+  "$root/launch/train.py" "$@"
