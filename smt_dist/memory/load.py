@@ -1,0 +1,35 @@
+"""The load phase, and host memory a node: read from how transformers 5.23 loads for each engine, not traced."""
+
+from __future__ import annotations
+
+from smt_dist.memory.categories import GIB, Memory
+from smt_dist.memory.request import Request
+from smt_dist.memory.spread import Shape
+
+# Python, torch, transformers and DeepSpeed in one process.
+HOST_PROCESS = GIB
+
+
+def load_peak(request: Request, shape: Shape) -> Memory:
+    """A device while the base is read: this rank's part, and one whole weight where parts are cut from wholes."""
+    width = request.base_dtype.itemsize
+    held = width * sum(-(-size // request.shards) for size in shape.sizes)
+    whole = width * shape.largest if request.shards > 1 else 0
+    return Memory(base_weights=held, temporary=whole)
+
+
+def host_bytes_per_node(request: Request, shape: Shape) -> int:
+    """Host memory of the fullest node while loading, without the page cache of the files.
+
+    ``ddp`` and ZeRO-1/2 read the whole base in each process before it goes to the device; ZeRO-3's rank 0 reads all
+    of it and the others none; under ``fsdp2`` each process reads its slices, weight by weight.
+    """
+    ranks = min(request.world_size, request.ranks_per_node)
+    width = request.base_dtype.itemsize
+    if request.engine == "fsdp2" and request.shards > 1:
+        weights = ranks * width * shape.largest
+    elif request.engine == "zero3":
+        weights = width * shape.parameters
+    else:
+        weights = ranks * width * shape.parameters
+    return weights + ranks * HOST_PROCESS

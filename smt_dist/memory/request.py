@@ -1,0 +1,143 @@
+"""``Request``: what is planned; everything in it can be checked without building anything."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from smt_dist.arguments import DTYPES
+from smt_dist.blocks import BlockSelection
+from smt_dist.config import SMTConfig
+from smt_dist.errors import SMTError, first_line
+
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+METHODS = ("smt", "full", "lora")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One run to plan.
+
+    Attributes:
+        model: the model's config.
+        smt: the SMT config; LoRA takes its targets and its number of trained parameters.
+        engine: one of :data:`ENGINES`.
+        world_size: ranks.
+        replicas: of the sharded base, ``fsdp2`` only (HSDP).
+        method: one of :data:`METHODS`.
+        checkpointing: recompute activations in the backward.
+        batch: rows a rank in a micro-batch.
+        sequence: tokens a row.
+        dtype: ``bfloat16`` or ``float32``: of the base, or, for ``full``, in which it computes.
+        selection: chosen blocks; None spreads them evenly.
+        ranks_per_node: for host memory.
+        device_memory: bytes a device has; None leaves open what fits.
+        zero: the ``zero_optimization`` section of a DeepSpeed JSON.
+
+    Raises:
+        SMTError: a value is out of range, or the mesh can't be built; names the flag.
+    """
+
+    model: PreTrainedConfig
+    smt: SMTConfig = field(default_factory=SMTConfig)
+    engine: str = "ddp"
+    world_size: int = 1
+    replicas: int = 1
+    method: str = "smt"
+    checkpointing: bool = False
+    batch: int = 1
+    sequence: int = 1024
+    dtype: str = "bfloat16"
+    selection: BlockSelection | None = None
+    ranks_per_node: int = 8
+    device_memory: int | None = None
+    zero: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for flag, value, known in (
+            ("engine", self.engine, ENGINES),
+            ("method", self.method, METHODS),
+            ("dtype", self.dtype, tuple(DTYPES)),
+        ):
+            if value not in known:
+                raise SMTError(f"--{flag}: {value!r} is not one of {', '.join(known)}")
+        counts = {
+            "world_size": self.world_size,
+            "dp_replicate_size": self.replicas,
+            "per_device_train_batch_size": self.batch,
+            "max_seq_length": self.sequence,
+            "gpus_per_node": self.ranks_per_node,
+        }
+        for flag, count in counts.items():
+            if count < 1:
+                raise SMTError(f"--{flag}: must be at least 1, not {count}")
+        if self.sequence < 2:
+            raise SMTError("--max_seq_length: must be at least 2: the first token predicts the second")
+        if self.replicas > 1 and self.engine != "fsdp2":
+            raise SMTError(f"--dp_replicate_size belongs to --engine fsdp2, not to {self.engine}")
+        if self.world_size % self.replicas:
+            raise SMTError(f"--world_size: {self.world_size} ranks can't be cut into {self.replicas} equal replicas")
+        limit = getattr(self.model, "max_position_embeddings", None)
+        if isinstance(limit, int) and self.sequence > limit and self.model.model_type in ("gpt2", "opt"):
+            raise SMTError(f"--max_seq_length: the model has positions for {limit} tokens, not {self.sequence}")
+
+    @property
+    def shards(self) -> int:
+        """Ranks over which one copy of the base is cut."""
+        if self.engine == "fsdp2":
+            return self.world_size // self.replicas
+        return self.world_size if self.engine == "zero3" else 1
+
+    @property
+    def layers(self) -> int:
+        """The model's depth."""
+        return int(text_config(self.model).num_hidden_layers)
+
+    @property
+    def base_dtype(self) -> torch.dtype:
+        """In which the base is stored: full fine-tuning keeps fp32 weights, except that DeepSpeed splits them."""
+        if self.method == "full" and not self.engine.startswith("zero"):
+            return torch.float32
+        return DTYPES[self.dtype]
+
+    def at_depth(self, layers: int) -> PreTrainedConfig:
+        """The model's config with another number of layers."""
+        config = copy.deepcopy(self.model)
+        text = text_config(config)
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = list(text_config(self.model).layer_types)[:layers]
+        return config
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The part of a config that describes the decoder."""
+    return config.get_text_config(decoder=True)
+
+
+def read_model_config(path: str, flag: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """A model's config from a config file, a model folder or a hub name. Weights aren't read.
+
+    Raises:
+        SMTError: it can't be read, or isn't a causal language model's.
+    """
+    if flag == "--model_config" and not Path(path).exists():
+        raise SMTError(f"{flag}: {path}: no such file")
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise SMTError(f"{flag}: {path}: no model's config.json ({first_line(error)})") from None
+    known = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    # An encoder (BERT) could be made a causal model, but isn't one.
+    other = config.architectures and known is not None and known.__name__ not in config.architectures
+    if known is None or (other and not getattr(config, "is_decoder", False)) or config.is_encoder_decoder:
+        raise SMTError(f"{flag}: {path}: {config.model_type!r} is not a causal language model")
+    if not isinstance(getattr(text_config(config), "num_hidden_layers", None), int):
+        raise SMTError(f"{flag}: {path}: the config doesn't say how many layers the model has")
+    return config

@@ -1,0 +1,131 @@
+"""Where the blocks lie: a given selection, an even spread, or the worst that a budget can do to memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from smt_dist.blocks import BlockGrid, BlockSelection
+from smt_dist.errors import SMTError
+from smt_dist.memory.fake import decoder_layers
+from smt_dist.memory.request import Request, text_config
+from smt_dist.scores import layer_key
+from smt_dist.targets import count_parameters_2d
+from smt_dist.warmup import plan_grids
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a plan needs to know of the whole model.
+
+    Attributes:
+        parameters: elements, tied ones once.
+        sizes: elements of each parameter.
+        largest: elements of the largest one.
+        grids: target module -> grid, in the model's order.
+        groups: config group -> its target modules.
+        budgets: config group -> blocks.
+        uniform: all layers are alike, so that two small depths tell the others.
+    """
+
+    parameters: int
+    sizes: list[int]
+    largest: int
+    grids: dict[str, BlockGrid]
+    groups: dict[str, list[str]]
+    budgets: dict[str, int]
+    uniform: bool
+
+    @property
+    def blocks(self) -> int:
+        """All groups' budgets together."""
+        return sum(self.budgets.values())
+
+    @property
+    def block_elements(self) -> int:
+        """Elements of one block."""
+        return next(iter(self.grids.values())).block_elements
+
+
+def measure_shape(request: Request) -> Shape:
+    """Build the whole model on fake tensors and look. Raises SMTError as finding targets and budgets does."""
+    with FakeTensorMode():
+        kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(request.model)]
+        model = kind._from_config(request.at_depth(request.layers), dtype=torch.bfloat16)
+        groups, grids = plan_grids(model, request.smt)
+        sizes = [parameter.numel() for parameter in model.parameters()]
+        parameters_2d = count_parameters_2d(model)
+        uniform = _is_uniform(model, request)
+    elements = next(iter(grids.values())).block_elements
+    budgets = {group.name: group.budget(parameters_2d, elements) for group in request.smt.groups}
+    for name, budget in budgets.items():
+        available = sum(len(grids[module]) for module in groups[name])
+        if budget > available:
+            raise SMTError(f"smt config groups[{name}]: {budget} blocks are asked for, its targets have {available}")
+    return Shape(sum(sizes), sizes, max(sizes), grids, groups, budgets, uniform)
+
+
+def _is_uniform(model: nn.Module, request: Request) -> bool:
+    kinds = getattr(text_config(request.model), "layer_types", None) or []
+    shapes = [[tuple(p.shape) for p in layer.parameters()] for layer in decoder_layers(model, request.layers)]
+    return len(set(kinds)) <= 1 and all(shape == shapes[0] for shape in shapes)
+
+
+def layer_of(module: str) -> int | None:
+    """``3`` of ``model.layers.3.self_attn.q_proj``; None outside the layers."""
+    number = layer_key(module).rpartition(".")[2]
+    return int(number) if number.isdigit() else None
+
+
+def even_counts(shape: Shape) -> tuple[dict[str, int], int]:
+    """Module -> blocks, the same for equal modules, and the blocks that are left over (fewer than modules)."""
+    counts: dict[str, int] = {}
+    left = 0
+    for name, modules in shape.groups.items():
+        open_modules, budget = list(modules), shape.budgets[name]
+        # Modules too small for an equal share are taken whole, the others share what remains.
+        while full := [m for m in open_modules if len(shape.grids[m]) <= budget // max(1, len(open_modules))]:
+            counts |= {module: len(shape.grids[module]) for module in full}
+            budget -= sum(len(shape.grids[module]) for module in full)
+            open_modules = [module for module in open_modules if module not in set(full)]
+        if open_modules:
+            share, rest = divmod(budget, len(open_modules))
+            counts |= dict.fromkeys(open_modules, share)
+            left += rest
+    return counts, left
+
+
+def worst_counts(shape: Shape) -> dict[str, int]:
+    """All blocks as low as they can lie: whole layers from the bottom.
+
+    The backward then goes through every layer, and the lowest layers save all of their inputs' columns.
+    """
+    counts: dict[str, int] = {}
+    for name, modules in shape.groups.items():
+        left = shape.budgets[name]
+        for module in modules:
+            take = min(left, len(shape.grids[module]))
+            if take:
+                counts[module] = take
+            left -= take
+    return counts
+
+
+def selection_of(counts: Mapping[str, int], grids: Mapping[str, BlockGrid], layers: int) -> BlockSelection | None:
+    """Blocks in a model cut to ``layers``: those of a module fill its first block row, then the next; None: none."""
+    chosen = {name: count for name, count in counts.items() if count and (layer_of(name) or 0) < layers}
+    if not chosen:
+        return None
+    grid = next(iter(grids.values()))
+    blocks = {name: [divmod(index, grids[name].shape[1]) for index in range(count)] for name, count in chosen.items()}
+    return BlockSelection(block_size=(grid.block_rows, grid.block_cols), blocks=blocks)
+
+
+def highest_layer(modules: Iterable[str]) -> int:
+    """The number of the highest layer among modules; -1 if all lie outside the layers."""
+    return max((layer for layer in map(layer_of, modules) if layer is not None), default=-1)

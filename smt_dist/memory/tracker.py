@@ -1,0 +1,238 @@
+"""``MemoryTracker``: follows every storage from its birth to its end and says which category it belonged to.
+
+Why not ``torch.distributed._tools.FSDPMemTracker``: it knows parameters, gradients and optimizers of ``nn.Module`` and
+``torch.optim``, while the blocks' values, gradients and states lie in flat buffers of ``ShardedBlockOptimizer``; and it
+keeps the peak only, not the moments that are needed to reckon other depths. Checked on torch 2.13.0.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._sharding_prop import ShardingPropagator
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from smt_dist.communication import NAMESPACES
+from smt_dist.memory.categories import Memory
+
+FORWARD, RECOMPUTE, BACKWARD, OTHER = "forward", "recompute", "backward", "other"
+
+
+@dataclass(eq=False)
+class _Record:
+    """One storage."""
+
+    bytes: int
+    stage: str
+    span: int  # of the stage in which it was made
+    category: str | None = None
+    died: int | None = None  # the event at which it went
+
+
+@dataclass
+class _Log:
+    """What happened, in order: (storage, bytes more or less) and where moments begin."""
+
+    events: list[tuple[_Record, int]] = field(default_factory=list)
+    moments: list[tuple[int, str]] = field(default_factory=list)
+    span_ends: dict[int, int] = field(default_factory=dict)
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Tracks storages made inside the context; put it inside ``FakeTensorMode`` (or around real tensors).
+
+    Storages that exist before are told by :meth:`register`. A storage that nobody registered is an activation if it
+    was made in the forward (or a recomputation) and outlived it, communication if a collective reads or writes it,
+    else temporary. Categories are settled at the end, so a gradient may be named when it is found.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._log = _Log()
+        self._records: dict[int, tuple[weakref.ref, _Record]] = {}
+        self._stage, self._span, self._spans = OTHER, 0, 0
+
+    # -- what the traced program says ----------------------------------------------------------------------------
+
+    def register(self, value: Any, category: str) -> None:
+        """All tensors in ``value`` (nested lists and dicts too) belong to ``category``, known ones included."""
+        for tensor in tree_leaves(value):
+            if isinstance(tensor, torch.Tensor):
+                self._record_of(_local(tensor)).category = category
+
+    def moment(self, name: str) -> None:
+        """From here on peaks are those of moment ``name``, until the next call."""
+        self._log.moments.append((len(self._log.events), name))
+
+    @property
+    def current_stage(self) -> str:
+        """The innermost :meth:`stage`."""
+        return self._stage
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """What is made inside was made in this stage."""
+        before = self._stage, self._span
+        self._spans += 1
+        self._stage, self._span = name, self._spans
+        try:
+            yield
+        finally:
+            self._log.span_ends[self._span] = len(self._log.events)
+            self._stage, self._span = before
+
+    # -- following -----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        # A DTensor takes its operation apart first; what it does locally comes here piece by piece.
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        result = func(*args, **(kwargs or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                self._record_of(value)
+        if isinstance(func, torch._ops.OpOverload):
+            self._mark(func, args, kwargs or {})
+        return result
+
+    def __enter__(self) -> MemoryTracker:
+        self._patches = [_patched_resize(self), _patched_sharding_propagation()]
+        for patch in self._patches:
+            patch.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for patch in self._patches:
+            patch.__exit__(None, None, None)
+        for reference, _ in self._records.values():
+            del reference  # callbacks after the end would write into the log
+        self._records.clear()
+
+    def _mark(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> None:
+        if func.namespace in NAMESPACES:
+            category = "communication"
+        elif func._schema.name == "fsdp::chunk_cat":  # FSDP2 packs whole gradients to reduce them
+            category = "gradients"
+            args, kwargs = (args[0],), {}
+        elif func._schema.name == "fsdp::all_gather_copy_in":
+            return
+        else:
+            return
+        for value in tree_leaves((args, kwargs)):
+            if isinstance(value, torch.Tensor):
+                record = self._record_of(value)
+                record.category = record.category or category
+
+    def _record_of(self, tensor: torch.Tensor) -> _Record:
+        storage = tensor.untyped_storage()
+        found = self._records.get(storage._cdata)
+        if found is not None:
+            return found[1]
+        record = _Record(storage.nbytes(), self._stage, self._span)
+        key = storage._cdata
+
+        def gone(_: weakref.ref) -> None:
+            if self._records.pop(key, None) is not None:
+                record.died = len(self._log.events)
+                self._log.events.append((record, -record.bytes))
+
+        self._records[key] = (weakref.ref(storage, gone), record)
+        self._log.events.append((record, record.bytes))
+        return record
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """FSDP2 frees and fills whole weights in place, without an operation."""
+        found = self._records.get(storage._cdata)
+        if found is None:
+            return
+        record, size = found[1], storage.nbytes()
+        record.category = record.category or "gathered_weights"
+        self._log.events.append((record, size - record.bytes))
+        record.bytes = size
+
+    # -- the result ----------------------------------------------------------------------------------------------
+
+    def peaks(self) -> dict[str, Memory]:
+        """Moment -> what was held at its peak. A moment that was begun more than once has the largest."""
+        events, moments = self._log.events, self._log.moments
+        ends = [start for start, _ in moments[1:]] + [len(events)]
+        best: dict[str, tuple[int, int]] = {}
+        level, position = 0, 0
+        for (start, name), end in zip(moments, ends, strict=True):
+            level += sum(change for _, change in events[position:start])
+            position = start
+            if name not in best or level > best[name][0]:
+                best[name] = (level, start)
+            for index in range(start, end):
+                level += events[index][1]
+                if level > best[name][0]:
+                    best[name] = (level, index + 1)
+            position = end
+        return self._snapshots({name: index for name, (_, index) in best.items()})
+
+    def _snapshots(self, wanted: dict[str, int]) -> dict[str, Memory]:
+        held: dict[str, int] = {}
+        snapshots = {}
+        by_index: dict[int, list[str]] = {}
+        for name, index in wanted.items():
+            by_index.setdefault(index, []).append(name)
+        for index in range(len(self._log.events) + 1):
+            for name in by_index.get(index, ()):
+                snapshots[name] = Memory(**held)
+            if index < len(self._log.events):
+                record, change = self._log.events[index]
+                category = self._category(record)
+                held[category] = held.get(category, 0) + change
+        return snapshots
+
+    def _category(self, record: _Record) -> str:
+        if record.category is not None:
+            return record.category
+        end = self._log.span_ends.get(record.span)
+        outlived = end is not None and (record.died is None or record.died > end)
+        return "activations" if record.stage in (FORWARD, RECOMPUTE) and outlived else "temporary"
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def _patched_resize(tracker: MemoryTracker) -> Iterator[None]:
+    original = torch.UntypedStorage.resize_
+
+    def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+        result = original(storage, size)
+        tracker.resized(storage)
+        return result
+
+    torch.UntypedStorage.resize_ = resize_
+    try:
+        yield
+    finally:
+        torch.UntypedStorage.resize_ = original
+
+
+@contextmanager
+def _patched_sharding_propagation() -> Iterator[None]:
+    """DTensor works out shapes on tensors of the global size, which would count as memory."""
+    name = "_propagate_tensor_meta_non_cached"
+    original = getattr(ShardingPropagator, name)
+
+    def propagate(*args: Any, **kwargs: Any) -> Any:
+        with _disable_current_modes():
+            return original(*args, **kwargs)
+
+    setattr(ShardingPropagator, name, propagate)
+    try:
+        yield
+    finally:
+        setattr(ShardingPropagator, name, original)

@@ -1,0 +1,143 @@
+"""What each method trains, and the step of its optimizer, on a fake model."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import nn
+
+from smt_dist.blocks import BlockSelection
+from smt_dist.distributed import is_distributed
+from smt_dist.engines.replicated import ReplicatedBlocks
+from smt_dist.errors import SMTError
+from smt_dist.memory.request import Request
+from smt_dist.memory.tracker import MemoryTracker
+from smt_dist.model import apply_selection, sparse_layers
+from smt_dist.sparse_linear import _Layout, _Place
+from smt_dist.trainer import block_parameter_groups
+from smt_dist.warmup import plan_grids
+
+Step = Callable[[], None]
+
+
+class Task(NamedTuple):
+    """What is needed to make a model ready for training.
+
+    Attributes:
+        model: the base, fake.
+        tracker: is told what belongs to which category.
+        request: the run.
+        selection: the blocks, for ``smt``.
+        rank: LoRA's.
+    """
+
+    model: nn.Module
+    tracker: MemoryTracker
+    request: Request
+    selection: BlockSelection | None
+    rank: int
+
+
+def prepare(task: Task) -> Step:
+    """Attach what the method trains; the step of the optimizer, already made once, so that all of its state exists."""
+    kinds = {"smt": _prepare_smt, "full": _prepare_full, "lora": _prepare_lora}
+    return kinds[task.request.method](task)
+
+
+def watch_gradients(model: nn.Module, tracker: MemoryTracker) -> None:
+    """Before the optimizer's own hooks take them away."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not isinstance(parameter, torch.distributed.tensor.DTensor):
+            parameter.register_post_accumulate_grad_hook(lambda p: tracker.register(p.grad, "gradients"))
+
+
+def _prepare_smt(task: Task) -> Step:
+    model, tracker, request = task.model, task.tracker, task.request
+    if task.selection is None:
+        raise SMTError("the budget leaves no block in the traced layers; trace the full depth (--exact)")
+    # The fingerprint would read the weights, which have no values.
+    apply_selection(model, task.selection, dtype=request.base_dtype, fingerprint="fake", device=torch.device("cpu"))
+    _join_columns(model)
+    watch_gradients(model, tracker)  # these hooks must run before the optimizer's
+    if request.engine.startswith("zero"):
+        tracker.register([layer.delta for layer in sparse_layers(model).values()], "blocks")
+        return _no_step
+    groups = block_parameter_groups(model, 1e-4, 0.0)
+    optimizer = ReplicatedBlocks().make_optimizer(groups, torch.optim.AdamW, {"fused": True})
+    tracker.register(optimizer._gradients, "gradients")
+
+    def step() -> None:
+        optimizer.clip_grad_norm_(1.0)
+        optimizer.step()
+
+    step()
+    states = [list(state.values()) for state in optimizer.inner.state.values()]
+    tracker.register([optimizer._masters, states], "optimizer_state")
+    tracker.register(optimizer._flat.values, "blocks")  # in fp32 the masters are a part of them
+    return step
+
+
+def _join_columns(model: nn.Module) -> None:
+    """Let the blocks that read one column of a weight lie one below the other, and count as one.
+
+    They hold as much in as few operations as possible: a plan of 70B has thousands of blocks.
+    """
+    for layer in sparse_layers(model).values():
+        rows, places, first = layer.grid.block_rows, [], 0
+        heights = Counter(place.column for place in layer._layout.places)
+        for column, height in sorted(heights.items()):
+            part = slice(first * rows, (first + height) * rows)
+            places.append(_Place(column, slice(0, height * rows), part))
+            first += height
+        layer._layout = _Layout(layer._layout.columns, places)
+
+
+def _prepare_full(task: Task) -> Step:
+    parameters = list(task.model.requires_grad_(True).parameters())
+    if task.request.engine == "ddp" and is_distributed():
+        # DDP's reducer doesn't run on fake tensors. Its buckets hold all gradients once more.
+        task.model.smt_buckets = torch.empty(sum(p.numel() for p in parameters), dtype=task.request.base_dtype)
+        task.tracker.register(task.model.smt_buckets, "communication")
+    return _plain_adamw(parameters, task)
+
+
+def _prepare_lora(task: Task) -> Step:
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise SMTError('--method lora: PEFT is not installed; pip install "smt_dist[benchmark]"') from None
+    groups, _ = plan_grids(task.model, task.request.smt)
+    targets = [name for names in groups.values() for name in names]
+    # Module.to doesn't work on fake tensors, and isn't needed: adapters are made on this device, in fp32.
+    with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+        get_peft_model(task.model, LoraConfig(r=task.rank, target_modules=targets, lora_dropout=0.0))
+    adapters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
+    task.tracker.register(adapters, "blocks")
+    return _plain_adamw(adapters, task)
+
+
+def _plain_adamw(parameters: list[nn.Parameter], task: Task) -> Step:
+    watch_gradients(task.model, task.tracker)
+    if task.request.engine.startswith("zero"):
+        return _no_step
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)  # Trainer's default
+
+    def step() -> None:
+        torch.nn.utils.clip_grad_norm_(parameters, math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    step()
+    task.tracker.register([list(state.values()) for state in optimizer.state.values()], "optimizer_state")
+    return step
+
+
+def _no_step() -> None:
+    """ZeRO's optimizer is reckoned in zero.py."""
