@@ -58,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--seed", type=int, default=0, help="of weights, tokens, blocks and bootstrap")
     add("--skip_memory", action="store_true", help="measure times only; peak memory needs Linux")
     add("--output", type=Path, help="JSON file to write: arguments, all times, ratios and peaks in bytes")
+    add("--communication", action="store_true", help="count collectives instead; see --communication --help")
     # How this program starts itself to measure one method's peak; prints one number.
     add("--memory_of", choices=METHODS, help=argparse.SUPPRESS)
     parser.error = raise_usage_error
@@ -262,6 +263,11 @@ def print_report(report: dict[str, Any]) -> None:
 
 def main() -> None:
     """Measure, print the table, write the JSON."""
+    if "--communication" in sys.argv[1:]:
+        import communication_benchmark  # a neighbour, to be found only where this file runs as a program
+
+        communication_benchmark.main(check_output)
+        return
     arguments = parse_arguments()
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
