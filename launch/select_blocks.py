@@ -18,14 +18,13 @@ from smt_dist.cli import parse_arguments, run_program
 from smt_dist.distributed import agree, barrier, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.files import replace_file
+from smt_dist.loading import initialize_process_group, load_tokenizer_and_model
 from smt_dist.run import (
     RunArguments,
     check_writable,
     collect_and_select,
-    initialize_process_group,
     load_config,
     load_data,
-    load_tokenizer_and_model,
 )
 
 

@@ -8,28 +8,29 @@ python launch/train.py --smt_config S.json ...
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
-from transformers import set_seed
+from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
 from smt_dist.cli import parse_arguments, run_program
 from smt_dist.distributed import agree, assert_same_on_all_ranks, get_rank
-from smt_dist.errors import SMTError
+from smt_dist.errors import SMTError, first_line
 from smt_dist.full_ft import save_moved_base
+from smt_dist.loading import initialize_process_group, load_tokenizer_and_model
 from smt_dist.run import (
     RunArguments,
     attach_blocks,
     check_writable,
     collect_and_select,
     find_selection,
-    initialize_process_group,
     load_config,
     load_data,
-    load_tokenizer_and_model,
 )
 from smt_dist.trainer import SMTTrainer, last_checkpoint
 
+logger = logging.getLogger("smt_dist.train")  # under the name whose level the command line sets
 MOVED_BASE = "moved_base"
 
 
@@ -67,6 +68,7 @@ def main() -> None:
         processing_class=tokenizer,
     )
     result = trainer.train(resume_from_checkpoint=resume_from)
+    logger.info("%s", trainer.describe_optimizer())
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     if data.evaluation is not None:
@@ -84,11 +86,23 @@ def find_checkpoint(flag: str | None, output_dir: str) -> str | None:
     if flag.lower() not in ("auto", "true"):
         if not (Path(flag) / TRAINER_STATE_NAME).is_file():
             raise SMTError(f"--resume_from_checkpoint: {flag} is no checkpoint folder (it has no {TRAINER_STATE_NAME})")
-        return flag
-    found = last_checkpoint(output_dir)
-    if found is None and flag.lower() == "true":
-        raise SMTError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint")
+        found = flag
+    else:
+        found = last_checkpoint(output_dir)
+        if found is None and flag.lower() == "true":
+            raise SMTError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint")
+    if found is not None:
+        check_trainer_state(Path(found) / TRAINER_STATE_NAME)
     return found
+
+
+def check_trainer_state(path: Path) -> None:
+    """Raise SMTError where Trainer would end in a traceback."""
+    try:
+        state = TrainerState.load_from_json(str(path))
+        assert state.global_step >= 0
+    except (OSError, ValueError, TypeError, AttributeError, AssertionError) as error:
+        raise SMTError(f"{path}: damaged ({first_line(error)})") from None
 
 
 if __name__ == "__main__":

@@ -7,18 +7,17 @@ masters) and ``README.md`` (model card). Nothing is pickled, and nothing depends
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from smt_dist.blocks import BlockSelection
 from smt_dist.config import GroupConfig, SMTConfig
 from smt_dist.errors import SMTError
-from smt_dist.files import read_tensors, replace_file
+from smt_dist.files import read_tensors, replace_file, write_tensors
 from smt_dist.model import apply_selection, base_fingerprint, remove_blocks, sparse_layers
 from smt_dist.targets import base_modules, is_linear
 
@@ -45,15 +44,18 @@ class Adapter(NamedTuple):
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, deltas: Mapping[str, torch.Tensor] | None = None, card: str = ""
+    model: nn.Module,
+    folder: str | Path,
+    deltas: Iterable[tuple[str, torch.Tensor]] | None = None,
+    card: str = "",
 ) -> None:
     """Write ``model``'s blocks as an adapter folder. Call it on one rank.
 
     Args:
         model: after :func:`apply_selection`.
         folder: created if missing.
-        deltas: module -> fp32 masters, where the model's own copies are rounded or partitioned
-            (see :meth:`smt_dist.engines.Engine.read_blocks`); default: the model's.
+        deltas: (module, fp32 master) in the model's order, written one at a time, where the model's own copies are
+            rounded or partitioned (see :meth:`smt_dist.engines.Engine.read_blocks`); default: the model's.
         card: extra lines for the model card.
 
     Raises:
@@ -65,20 +67,14 @@ def save_adapter(
         raise SMTError(f"{folder}: the model has no blocks to save")
     selection: BlockSelection = model.smt_selection
     if deltas is None:
-        deltas = {name: layer.delta for name, layer in layers.items()}
-    tensors = {name: deltas[name].detach().to("cpu", torch.float32).contiguous() for name in selection.blocks}
-    for name, tensor in tensors.items():
-        if tuple(tensor.shape) != _delta_shape(selection, name):
-            raise RuntimeError(
-                f"{name}: the block tensor is {tuple(tensor.shape)}, not {_delta_shape(selection, name)}"
-            )
-
+        deltas = ((name, layer.delta) for name, layer in layers.items())
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     config = model.smt_config or config_of(selection)
     # One key only: safetensors writes several in a random order, and equal adapters should be equal files.
     metadata = {"base_fingerprint": model.smt_base_fingerprint}
-    replace_file(folder / BLOCKS_FILE, lambda path: save_file(tensors, path, metadata))
+    shapes = {name: delta_shape(selection, name) for name in layers}
+    replace_file(folder / BLOCKS_FILE, lambda path: write_tensors(path, shapes, deltas, metadata))
     replace_file(folder / SELECTION_FILE, lambda path: path.write_text(selection.to_json()))
     replace_file(folder / CARD_FILE, lambda path: path.write_text(_model_card(model, config, selection, card)))
     replace_file(folder / CONFIG_FILE, lambda path: path.write_text(config.to_json()))
@@ -120,7 +116,7 @@ def read_adapter(folder: str | Path) -> Adapter:
         different = sorted(set(tensors) ^ set(selection.blocks))
         raise SMTError(f"{folder / BLOCKS_FILE}: {different[0]} is not in both this file and {SELECTION_FILE}")
     for name, tensor in tensors.items():
-        expected = _delta_shape(selection, name)
+        expected = delta_shape(selection, name)
         if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
             raise SMTError(
                 f"{folder / BLOCKS_FILE}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {expected} float32"
@@ -131,7 +127,13 @@ def read_adapter(folder: str | Path) -> Adapter:
 
 
 def attach_adapter(
-    model: nn.Module, adapter: Adapter, source: str, config: SMTConfig, dtype: torch.dtype, verify_base: bool = True
+    model: nn.Module,
+    adapter: Adapter,
+    source: str,
+    config: SMTConfig,
+    dtype: torch.dtype,
+    verify_base: bool = True,
+    device: torch.device | None = None,
 ) -> None:
     """Put a read adapter's blocks into ``model``, in place; blocks that it has already are replaced.
 
@@ -142,6 +144,7 @@ def attach_adapter(
         config: recorded in the adapters that are saved from this model.
         dtype: of the blocks.
         verify_base: compare the content fingerprint of the base.
+        device: of the blocks, as in :func:`apply_selection`.
 
     Raises:
         SMTError: as :func:`load_adapter`.
@@ -149,7 +152,7 @@ def attach_adapter(
     fingerprint = verify_base_model(model, adapter, source) if verify_base else None
     if sparse_layers(model):
         remove_blocks(model)
-    apply_selection(model, adapter.selection, config, dtype, fingerprint=fingerprint)
+    apply_selection(model, adapter.selection, config, dtype, fingerprint=fingerprint, device=device)
     for name, layer in sparse_layers(model).items():
         with torch.no_grad():
             layer.delta.copy_(adapter.deltas[name])
@@ -177,7 +180,8 @@ def verify_fingerprint(adapter: Adapter, fingerprint: str, source: str) -> None:
         raise SMTError(f"{source}: trained on another base model (content fingerprint): {why}")
 
 
-def _delta_shape(selection: BlockSelection, name: str) -> tuple[int, int]:
+def delta_shape(selection: BlockSelection, name: str) -> tuple[int, int]:
+    """The shape of a module's block tensor."""
     rows, cols = selection.block_size
     return len(selection.blocks[name]) * rows, cols
 

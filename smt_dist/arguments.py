@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass, field
-from typing import Any
+from inspect import signature
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from smt_dist.elementwise import optimizer_class_by_name, parse_options, refuse_unless_elementwise
 from smt_dist.engines import ENGINES
 from smt_dist.errors import SMTError
 from smt_dist.files import parse_json_object, read_text
@@ -29,7 +32,11 @@ _REFUSED: dict[str, str] = {
     "bf16": "autocast over an unchanged base; use --dtype bfloat16",
     "fp16_full_eval": "use --dtype",
     "bf16_full_eval": "use --dtype",
-    "fsdp": "engine fsdp2 is planned; use --engine ddp or --deepspeed",
+    "ddp_find_unused_parameters": "the model isn't wrapped in DDP, and may leave blocks unused",
+    "ddp_bucket_cap_mb": "the blocks' gradients are reduced at once",
+    "ddp_broadcast_buffers": "the model isn't wrapped in DDP",
+    "ddp_static_graph": "the model isn't wrapped in DDP",
+    "fsdp": "use --engine fsdp2, which shards the base as it is loaded",
     "parallelism_config": "only data parallelism is supported",
     "enable_jit_checkpoint": "not tested with blocks",
     "optim_target_modules": "belongs to optimizers that aren't supported",
@@ -46,7 +53,10 @@ _LEAST: dict[str, int] = {
     "learning_rate": 0,
     "weight_decay": 0,
 }
+# By Trainer's names; every other elementwise optimizer by its dotted name.
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
+# Flags that mean something to one engine only.
+_FSDP2_ONLY = {"dp_replicate_size": 1, "cpu_offload": False}
 
 
 @dataclass
@@ -59,7 +69,29 @@ class SMTTrainingArguments(TrainingArguments):
 
     engine: str = field(
         default="auto",
-        metadata={"help": "ddp, deepspeed, or auto: deepspeed where --deepspeed is given, else ddp"},
+        metadata={"help": "ddp, fsdp2, deepspeed, or auto: deepspeed where --deepspeed is given, else ddp"},
+    )
+    dp_replicate_size: int = field(
+        default=1,
+        metadata={
+            "help": "fsdp2: replicas of the sharded base (HSDP), such as the number of nodes; divides the world size"
+        },
+    )
+    cpu_offload: bool = field(
+        default=False, metadata={"help": "fsdp2 on GPUs: keep the frozen base's shards in host memory"}
+    )
+    optim: str = field(
+        default="adamw_torch_fused",
+        metadata={
+            "help": "adamw_torch, adamw_torch_fused, or an elementwise optimizer's dotted name, such as torch.optim.SGD"
+        },
+    )
+    optim_args: str | None = field(
+        default=None, metadata={"help": "options of an --optim with a dotted name: momentum=0.9, nesterov=True"}
+    )
+    reduce_dtype: str = field(
+        default="float32",
+        metadata={"help": "ddp, fsdp2: in which the blocks' gradients cross the network: float32 or bfloat16"},
     )
     dtype: str = field(
         default="bfloat16",
@@ -69,11 +101,18 @@ class SMTTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "replace NaN losses in the logs by the last mean, which hides them"}
     )
 
+    # What --optim and --optim_args mean where it is a dotted name: class and keyword arguments. Not a flag.
+    custom_optimizer: ClassVar[tuple[type[torch.optim.Optimizer], dict[str, Any]] | None] = None
+
     def __post_init__(self) -> None:
+        if env_flag("ACCELERATE_USE_DEEPSPEED") and not self.deepspeed:
+            self.deepspeed = accelerate_deepspeed_config()
         self._refuse_what_cannot_be_honoured()
         if self.engine == "auto":
             self.engine = "deepspeed" if self.deepspeed else "ddp"
         self._check_engine()
+        self._check_fsdp2()
+        self._check_optimizer()
         if not torch.cuda.is_available():
             self.use_cpu = True
         if self.activation_checkpointing or self.gradient_checkpointing:
@@ -94,6 +133,11 @@ class SMTTrainingArguments(TrainingArguments):
         """``dtype`` as a torch dtype."""
         return DTYPES[self.dtype]
 
+    @property
+    def reduce_torch_dtype(self) -> torch.dtype:
+        """``reduce_dtype`` as a torch dtype."""
+        return DTYPES[self.reduce_dtype]
+
     def filled_deepspeed_config(self) -> dict[str, Any] | None:
         """The DeepSpeed JSON with every ``"auto"`` that TrainingArguments can fill."""
         return self.hf_deepspeed_config.config if self.deepspeed else None
@@ -110,23 +154,57 @@ class SMTTrainingArguments(TrainingArguments):
             if reporter not in ("none", "all", *INTEGRATION_TO_CALLBACK):
                 known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
                 raise SMTError(f"--report_to: {reporter!r} is not one of none, all, {known}")
-        optimizer = getattr(self.optim, "value", self.optim)
-        if optimizer not in _OPTIMIZERS:
-            raise SMTError(f"--optim: {optimizer!r} is not supported with SMT; use one of {', '.join(_OPTIMIZERS)}")
         if not self.average_tokens_across_devices:
             raise SMTError("--average_tokens_across_devices false: SMT's warm-up and training count tokens globally")
-        if self.dtype not in DTYPES:
-            raise SMTError(f"--dtype: {self.dtype!r} is not one of {', '.join(DTYPES)}")
+        for name in ("dtype", "reduce_dtype"):
+            if getattr(self, name) not in DTYPES:
+                raise SMTError(f"--{name}: {getattr(self, name)!r} is not one of {', '.join(DTYPES)}")
 
     def _check_engine(self) -> None:
         if self.engine not in ENGINES:
-            raise SMTError(f"--engine: {self.engine!r} is not one of auto, {', '.join(ENGINES)} (fsdp2 is planned)")
-        if self.engine == "ddp" and self.deepspeed:
-            raise SMTError("--engine ddp together with --deepspeed: give one of them")
+            raise SMTError(f"--engine: {self.engine!r} is not one of auto, {', '.join(ENGINES)}")
+        if self.engine != "deepspeed" and self.deepspeed:
+            raise SMTError(f"--engine {self.engine} together with --deepspeed: give one of them")
+        if env_flag("ACCELERATE_USE_FSDP"):
+            raise SMTError(
+                "accelerate's FSDP plugin can't be used with SMT (on CPU it silently runs DDP): launch with "
+                "configs/accelerate/fsdp2.yaml and give --engine fsdp2"
+            )
         if self.engine == "deepspeed" and not self.deepspeed:
             raise SMTError(
                 "--engine deepspeed needs --deepspeed with a JSON file, such as configs/deepspeed/zero2.json"
             )
+
+    def _check_fsdp2(self) -> None:
+        for name, default in _FSDP2_ONLY.items():
+            if self.engine != "fsdp2" and getattr(self, name) != default:
+                raise SMTError(f"--{name} belongs to --engine fsdp2; the engine is {self.engine}")
+        if self.engine == "deepspeed" and self.reduce_dtype != "float32":
+            raise SMTError("--reduce_dtype: set communication_data_type in the DeepSpeed JSON instead")
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if self.dp_replicate_size < 1 or world_size % self.dp_replicate_size:
+            raise SMTError(f"--dp_replicate_size: {self.dp_replicate_size} doesn't divide the {world_size} ranks")
+        if self.cpu_offload and not torch.cuda.is_available():
+            raise SMTError("--cpu_offload: there is no GPU, so the base lies in host memory already")
+        if self.cpu_offload and world_size == 1:
+            raise SMTError("--cpu_offload: one rank shards nothing, so nothing is offloaded; start more ranks")
+
+    def _check_optimizer(self) -> None:
+        name = getattr(self.optim, "value", self.optim)
+        if "." in name:
+            options = {"lr": self.learning_rate, **parse_options(self.optim_args)}
+            self.custom_optimizer = optimizer_class_by_name(name), options
+            refuse_unless_elementwise(*self.custom_optimizer)  # now, not after the warm-up
+            if self.weight_decay and "weight_decay" not in signature(self.custom_optimizer[0]).parameters:
+                raise SMTError(f"--weight_decay: {name} has none")
+            self.optim = _OPTIMIZERS[0]  # Trainer refuses names that it doesn't know
+        elif name not in _OPTIMIZERS:
+            raise SMTError(
+                f"--optim: {name!r} is not supported with SMT; use {', '.join(_OPTIMIZERS)}, or the dotted name of an "
+                "elementwise optimizer such as torch.optim.SGD"
+            )
+        elif self.optim_args:
+            raise SMTError(f"--optim_args: {name} takes --adam_beta1, --adam_beta2 and --adam_epsilon instead")
 
     def _use_non_reentrant_checkpointing(self) -> None:
         # Re-entrant checkpointing gives no gradient where a layer's input is frozen (transformers#26221).
@@ -139,6 +217,25 @@ class SMTTrainingArguments(TrainingArguments):
             raise SMTError("gradient_checkpointing_kwargs: use_reentrant gives frozen layers no gradient; leave it out")
         self.gradient_checkpointing, self.activation_checkpointing = None, True
         self.activation_checkpointing_kwargs = {**given, "use_reentrant": False}
+
+
+def env_flag(name: str) -> bool:
+    """Whether a launcher set this environment variable to yes."""
+    return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
+
+
+def accelerate_deepspeed_config() -> str:
+    """The DeepSpeed JSON that ``accelerate launch`` was given.
+
+    Raises:
+        SMTError: there is none: accelerate would make one up from its own questionnaire.
+    """
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path == "none":
+        raise SMTError(
+            "accelerate launch: its DeepSpeed config needs deepspeed_config_file (configs/accelerate/zero2.yaml)"
+        )
+    return path
 
 
 def prepare_deepspeed_config(source: str | dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

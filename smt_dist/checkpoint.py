@@ -8,63 +8,102 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from torch.optim.lr_scheduler import LRScheduler
 
-from smt_dist.engines import BlockState
+from smt_dist.engines import BlockState, Moments
 from smt_dist.errors import SMTError
-from smt_dist.files import parse_json_object, read_tensors, read_text, replace_file
+from smt_dist.files import parse_json_object, read_tensors, read_text, replace_file, write_tensors
 
 OPTIMIZER_FILE = "smt_optimizer.safetensors"
 SCHEDULE_FILE = "smt_schedule.json"
+GLOBAL_BATCH = "global_batch_size"
 
 
-def save_moments(folder: Path, states: Iterable[BlockState], step: int) -> None:
-    """Write the optimizer's moments as ``<module>:<moment>``, with its step count in the metadata."""
-    tensors = {f"{state.module}:{key}": value.contiguous() for state in states for key, value in state.moments.items()}
-    replace_file(folder / OPTIMIZER_FILE, lambda path: save_file(tensors, path, {"optimizer_step": str(step)}))
+def save_moments(folder: Path, shapes: Mapping[str, tuple[int, ...]], moments: Moments) -> None:
+    """Write the optimizer's state as ``<module>:<moment>``, tensor by tensor, with its counters in the metadata.
+
+    Args:
+        folder: of the checkpoint.
+        shapes: module -> shape of its block tensor, in the order of ``moments.tensors``.
+        moments: what the engine reads.
+    """
+    names = {f"{module}:{key}": shape for module, shape in shapes.items() for key in moments.names}
+    # Taken out, so that none is kept while the next module's are read.
+    tensors = ((f"{module}:{key}", found.pop(key)) for module, found in moments.tensors for key in moments.names)
+    # One key only: safetensors' own writer orders several at random, and equal states should be equal files.
+    metadata = {"counters": json.dumps(moments.counters, sort_keys=True)}
+    replace_file(folder / OPTIMIZER_FILE, lambda path: write_tensors(path, names, tensors, metadata))
 
 
-def load_states(folder: Path, deltas: dict[str, torch.Tensor]) -> tuple[Iterator[BlockState], int]:
-    """The saved state of each module of ``deltas``, and the optimizer's step count.
+def load_states(
+    folder: Path, deltas: Mapping[str, torch.Tensor], kept: tuple[list[str], list[str]] | None = None
+) -> tuple[Iterator[BlockState], dict[str, int | float]]:
+    """The saved state of each module of ``deltas``, and the optimizer's counters.
+
+    Tensors are views of the mapped file: what is copied out of them is all that is read.
+
+    Args:
+        folder: the checkpoint.
+        deltas: module -> master.
+        kept: the moments and the counters that the optimizer keeps (:func:`smt_dist.elementwise.state_names`);
+            None where that isn't known.
 
     Raises:
-        SMTError: the file is missing or damaged, or a moment of a module is missing or of another shape.
+        SMTError: the file is missing or damaged, a moment of a module is missing or of another shape, or the file was
+            saved by an optimizer that keeps something else.
     """
     path = folder / OPTIMIZER_FILE
     tensors, metadata = read_tensors(path)
     keys = sorted({name.rpartition(":")[2] for name in tensors})
-    moments: dict[str, dict[str, torch.Tensor]] = {}
     for name, delta in deltas.items():
-        # A block that never got a gradient (an expert that no token reached) has no moments at all.
-        moments[name] = {key: tensors[f"{name}:{key}"] for key in keys if f"{name}:{key}" in tensors}
-        whole = all(tensor.shape == delta.shape for tensor in moments[name].values())
-        if len(moments[name]) not in (0, len(keys)) or not whole:
-            raise SMTError(f"{path}: a moment of {name} is missing or of another shape")
-    step = metadata.get("optimizer_step", "0")
-    if not step.isdigit():
-        raise SMTError(f"{path}: optimizer_step is {step!r}, not a number")
-    return (BlockState(name, delta, moments[name]) for name, delta in deltas.items()), int(step)
+        for key in keys:
+            if f"{name}:{key}" not in tensors or tensors[f"{name}:{key}"].shape != delta.shape:
+                raise SMTError(f"{path}: {key} of {name} is missing or of another shape")
+    if "counters" not in metadata:
+        raise SMTError(f"{path}: has no counters: it was written by another version of smt_dist")
+    counters = parse_json_object(metadata["counters"], f"{path}: counters")
+    if not all(isinstance(value, int | float) for value in counters.values()):
+        raise SMTError(f"{path}: counters are {counters}, not numbers")
+    if kept is not None and kept != (keys, sorted(counters)):
+        saved, wanted = ", ".join(keys + sorted(counters)), ", ".join(kept[0] + kept[1])
+        raise SMTError(
+            f"{path}: holds {saved or 'nothing'}, but --optim keeps {wanted or 'nothing'}; give the optimizer that it "
+            "was saved with"
+        )
+    states = (
+        BlockState(name, delta, {key: tensors[f"{name}:{key}"] for key in keys}) for name, delta in deltas.items()
+    )
+    return states, counters
 
 
-def save_schedule(folder: Path, schedule: dict[str, Any]) -> None:
-    """Write the learning-rate schedule's state. JSON keeps every bit of a float."""
-    replace_file(folder / SCHEDULE_FILE, lambda path: path.write_text(json.dumps(schedule)))
+def save_schedule(folder: Path, schedule: dict[str, Any], global_batch: int) -> None:
+    """Write the learning-rate schedule's state and the rows of a step. JSON keeps every bit of a float."""
+    content = json.dumps({**schedule, GLOBAL_BATCH: global_batch})
+    replace_file(folder / SCHEDULE_FILE, lambda path: path.write_text(content))
 
 
-def load_schedule(folder: Path) -> dict[str, Any]:
-    """Read the schedule's state. Raises SMTError if it is missing or malformed."""
+def load_schedule(folder: Path, groups: int) -> dict[str, Any]:
+    """Read the schedule's state, for ``groups`` parameter groups. Raises SMTError if it is missing or malformed."""
     path = folder / SCHEDULE_FILE
     schedule = parse_json_object(read_text(path), str(path))
     rates = schedule.get("_last_lr")
-    if not isinstance(rates, list) or not all(isinstance(rate, float | int) for rate in rates):
-        raise SMTError(f"{path}: has no learning rates (_last_lr)")
+    if not isinstance(rates, list) or not all(isinstance(rate, float | int) for rate in rates) or len(rates) != groups:
+        raise SMTError(f"{path}: has no learning rates (_last_lr) of {groups} parameter groups")
     return schedule
+
+
+def restore_schedule(scheduler: LRScheduler, schedule: dict[str, Any], folder: Path) -> None:
+    """Put a schedule's state back. Raises SMTError if it is another kind of schedule's, or damaged."""
+    try:
+        scheduler.load_state_dict(schedule)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise SMTError(f"{folder / SCHEDULE_FILE}: not a state of this --lr_scheduler_type ({error!r})") from None
 
 
 def save_random_state(folder: Path, rank: int) -> None:
@@ -109,5 +148,10 @@ def load_random_state(folder: Path, rank: int) -> bool:
     return True
 
 
-def _random_file(rank: int) -> str:
+def ranks_saved(folder: Path) -> int:
+    """The number of ranks whose random states a checkpoint holds."""
+    return len(list(folder.glob(_random_file("*"))))
+
+
+def _random_file(rank: int | str) -> str:
     return f"rng_state_{rank}.json"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from smt_dist.errors import SMTError
+
+FLOAT32_BYTES = 4
 
 
 def read_text(path: str | Path) -> str:
@@ -55,6 +58,46 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
         raise SMTError(f"{path}: No such file or directory") from None
     except (SafetensorError, OSError) as error:
         raise SMTError(f"{path}: damaged or not a safetensors file ({error})") from None
+
+
+def write_tensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: dict[str, str],
+) -> None:
+    """Write fp32 tensors as a safetensors file, one at a time: only one is ever needed in memory.
+
+    The safetensors library wants all of them at once. The format: the header's length (8 bytes, little endian), the
+    header (JSON, padded with spaces to 8 bytes), the tensors (https://github.com/huggingface/safetensors#format).
+
+    Args:
+        path: the file.
+        shapes: name -> shape, in the order of ``tensors``.
+        tensors: (name, tensor of that shape); written as fp32.
+        metadata: what goes into the header beside the tensors.
+
+    Raises:
+        RuntimeError: a tensor is missing, extra, out of order, or not of its shape, as a partitioned one wouldn't be.
+    """
+    header: dict[str, Any] = {"__metadata__": metadata}
+    end = 0
+    for name, shape in shapes.items():
+        start, end = end, end + FLOAT32_BYTES * math.prod(shape)
+        header[name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        given = iter(tensors)
+        for name, shape in shapes.items():
+            found, tensor = next(given, ("nothing", torch.empty(0)))
+            if found != name or tuple(tensor.shape) != tuple(shape):
+                raise RuntimeError(f"{found}: the tensor is {tuple(tensor.shape)}, expected {name} of {tuple(shape)}")
+            file.write(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
+            del tensor  # before the next one is made
+        for found, _ in given:
+            raise RuntimeError(f"{found}: one tensor too many")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -67,8 +67,18 @@ def _summed(tuning: Tuning) -> Tuning:
 def save_moved_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the base as the warm-up moved it, an ordinary model folder; collective.
 
-    Under ZeRO-3 weights are gathered one at a time; rank 0 holds them all, on the CPU.
+    Weights are gathered one at a time; rank 0 holds them all, on the CPU.
     """
+    if model.is_distributed_loading_by_transformers:  # fsdp2: its own save_pretrained gathers, on all ranks
+        model.save_pretrained(folder)
+    else:
+        _save_gathered(model, folder)
+    if get_rank() == 0:
+        tokenizer.save_pretrained(folder)
+    barrier()
+
+
+def _save_gathered(model: PreTrainedModel, folder: Path) -> None:
     state: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         with gathered(parameter) as weight:
@@ -78,5 +88,3 @@ def save_moved_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
         kept = model.state_dict().keys()
         state |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in kept}
         model.save_pretrained(folder, state_dict=state)
-        tokenizer.save_pretrained(folder)
-    barrier()

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from smt_dist.blocks import BlockSelection, read_blocks
 from smt_dist.config import SMTConfig
@@ -23,17 +24,19 @@ def apply_selection(
     dtype: torch.dtype = torch.float32,
     untie: bool = False,
     fingerprint: str | None = None,
+    device: torch.device | None = None,
 ) -> None:
     """Wrap each selected module in a :class:`SparseLinear`, in place, and freeze everything but the blocks.
 
     Args:
-        model: any model; its weights may be partitioned by ZeRO-3.
+        model: any model; its weights may be partitioned by ZeRO-3 or sharded by FSDP2.
         selection: chosen by :func:`select_blocks`, read from a file or built by hand.
         config: recorded in the adapters that are saved from this model.
         dtype: of the blocks. fp32 makes each block its own master; engines with masters of their own
             (DeepSpeed in bf16) take the base's dtype.
         untie: allow tied targets (also ``config.untie``); the tie is cut at the merge.
-        fingerprint: the base's, where the caller knows it: under ZeRO-3 it takes a gather of every selected weight.
+        fingerprint: the base's, where the caller knows it: a sharded base takes a gather of every selected weight.
+        device: of the blocks; default: each base weight's, which is wrong where the base is offloaded.
 
     Raises:
         SMTError: a module is missing, not linear, tied, or of another shape; or the model has blocks already.
@@ -43,7 +46,7 @@ def apply_selection(
         raise SMTError("the model has blocks already; remove them with smt_dist.remove_blocks(model) first")
     if config is not None:
         _refuse_other_config(selection, config)
-    layers = _build_layers(model, selection, dtype, untie or (config is not None and config.untie))
+    layers = _build_layers(model, selection, dtype, device, untie or (config is not None and config.untie))
     fingerprint = fingerprint or base_fingerprint(model, selection)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -53,7 +56,7 @@ def apply_selection(
 
 
 def _build_layers(
-    model: nn.Module, selection: BlockSelection, dtype: torch.dtype, untie: bool
+    model: nn.Module, selection: BlockSelection, dtype: torch.dtype, device: torch.device | None, untie: bool
 ) -> dict[str, SparseLinear]:
     modules = dict(base_modules(model))
     layers = {}
@@ -66,7 +69,7 @@ def _build_layers(
         grid = selection.grid(name, weight_shape(module))
         if not untie and (others := tied_parameter_names(model, name)):
             raise SMTError(f"selection: {name} is tied to {others[0]}; pass untie=True to cut the tie at the merge")
-        layers[name] = SparseLinear(module, grid, blocks, dtype, module.weight.device)
+        layers[name] = SparseLinear(module, grid, blocks, dtype, device or module.weight.device)
         layers[name].train(module.training)
     return layers
 
@@ -116,7 +119,7 @@ def _forget(model: nn.Module) -> None:
 def base_fingerprint(model: nn.Module, selection: BlockSelection) -> str:
     """Tells whether an adapter's blocks were trained against this base (:class:`Fingerprint`).
 
-    Collective under ZeRO-3.
+    Collective where the base is sharded.
     """
     fingerprint = Fingerprint(selection)
     modules = dict(base_modules(model))
@@ -152,7 +155,11 @@ class Fingerprint:
 
 @contextmanager
 def gathered(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The full value of a parameter, gathered inside the context where ZeRO-3 partitions it (collective)."""
+    """The full value of a parameter, gathered inside the context where ZeRO-3 or FSDP2 shards it (collective)."""
+    if isinstance(parameter, DTensor):
+        # An offloaded shard lies where the process group can't reach it.
+        yield parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
+        return
     if not hasattr(parameter, "ds_id"):
         yield parameter
         return

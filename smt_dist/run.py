@@ -4,21 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import datasets
 import torch
-from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.integrations.deepspeed import (
-    is_deepspeed_zero3_enabled,
-    set_hf_deepspeed_config,
-    unset_hf_deepspeed_config,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smt_dist.adapter import CONFIG_FILE, SELECTION_FILE, Adapter, attach_adapter, config_of, read_adapter
 from smt_dist.arguments import SMTTrainingArguments
@@ -29,13 +21,11 @@ from smt_dist.data import (
     build_dataset,
     get_pad_token_id,
     load_rows,
-    prepare_model_for_packing,
 )
 from smt_dist.distributed import agree, assert_same_on_all_ranks, get_rank, get_world_size, main_process_first
 from smt_dist.engines import make_engine
-from smt_dist.errors import RankError, SMTError, first_line
+from smt_dist.errors import SMTError
 from smt_dist.full_ft import collect_scores_full_ft
-from smt_dist.gguf import dequantize_gguf, find_gguf_file
 from smt_dist.model import apply_selection, describe_blocks
 from smt_dist.scores import BlockScores
 from smt_dist.selection import select_blocks
@@ -95,19 +85,6 @@ class TrainingData:
     collator: CausalLMCollator
 
 
-def initialize_process_group(args: SMTTrainingArguments) -> None:
-    """Trainer's own set-up of the process group, and DeepSpeed's on top, before any model is built."""
-    _ = args.device  # sets the process group up
-    if args.n_gpu > 1:  # one process that sees several GPUs: Trainer would use nn.DataParallel
-        args._n_gpu = 1
-    if args.engine == "deepspeed":
-        # Imported here: DeepSpeed takes seconds, and ddp doesn't need it.
-        import deepspeed
-
-        # Before from_pretrained: without it zero.Init would reckon with one rank.
-        deepspeed.init_distributed()
-
-
 def load_config(
     run: RunArguments, selection: BlockSelection | None, adapter: Adapter | None, resume_from: str | None
 ) -> SMTConfig:
@@ -131,40 +108,6 @@ def load_config(
     if run.selection is not None and given.warmup.mode == "full_ft":
         raise SMTError("--selection: no warm-up runs then, so warmup.mode can't be full_ft; set it to probe")
     return given
-
-
-def load_tokenizer_and_model(
-    run: RunArguments, args: SMTTrainingArguments
-) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
-    """Load the base in its dtype; under ZeRO-3 each rank keeps its partition only.
-
-    Raises:
-        SMTError: it can't be read; names the folder.
-    """
-    source = run.model_name_or_path
-    if run.gguf_file is not None:
-        with _without_zero_init(args):
-            source = str(main_process_first(lambda: _dequantize(run, args.base_dtype), "dequantising the GGUF file"))
-    options = {"trust_remote_code": run.trust_remote_code}
-    if run.attn_implementation is not None:
-        options["attn_implementation"] = run.attn_implementation
-    agree(lambda: _check_model_folder(source, run.trust_remote_code), "reading the model's config")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=run.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=args.base_dtype, **options)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise RankError(f"{source}: can't be loaded as a causal language model ({first_line(error)})") from None
-    if not is_deepspeed_zero3_enabled():
-        model.to(args.device)
-    if args.activation_checkpointing:  # for the warm-up; Trainer enables it again with all its options
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        # It also lets the embedding's output require a gradient, which would run the backward of layers below the
-        # lowest block; re-entrant checkpointing alone needs that.
-        model.disable_input_require_grads()
-    if run.packing:
-        rows = [args.per_device_train_batch_size, args.per_device_eval_batch_size if run.eval_file else 0]
-        prepare_model_for_packing(model, max(rows))
-    return tokenizer, model
 
 
 def load_data(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
@@ -220,7 +163,7 @@ def collect_and_select(
     model: PreTrainedModel, data: TrainingData, config: SMTConfig, args: SMTTrainingArguments
 ) -> tuple[BlockSelection, BlockScores]:
     """Run the warm-up under the engine and choose the blocks."""
-    engine = make_engine(args.engine, args.filled_deepspeed_config())
+    engine = make_engine(args)
     batches = warmup_batches(data, args, config.warmup.steps)
     progress = not args.disable_tqdm
     if config.warmup.mode == "full_ft":
@@ -257,19 +200,18 @@ def attach_blocks(
         SMTError: the selection doesn't fit the model, or the adapter belongs to another base.
     """
     assert_same_on_all_ranks(selection.to_json().encode(), "the block selection")
-    engine = make_engine(args.engine, args.filled_deepspeed_config())
-    dtype = engine.delta_dtype(args.base_dtype)
+    # The blocks compute in the base's dtype; the engine keeps their fp32 masters.
+    dtype, device = args.base_dtype, args.device
     if adapter is not None:
-        attach_adapter(model, adapter, f"--adapter {adapter_folder}", config, dtype)
+        attach_adapter(model, adapter, f"--adapter {adapter_folder}", config, dtype, device=device)
     else:
-        apply_selection(model, selection, config, dtype)
-    share = "replicated" if args.engine == "ddp" else f"sharded over {get_world_size()} ranks"
+        apply_selection(model, selection, config, dtype, device=device)
     logger.info("SMT trains %s", describe_blocks(model))
     logger.info(
-        "optimizer state: %s bytes a rank (%d a parameter: fp32 master and two moments; %s)",
-        f"{state_bytes_per_rank(model, args.engine):,}",
+        "optimizer state: %s bytes a rank (%d a parameter: fp32 master and two moments; sharded over %d ranks)",
+        f"{state_bytes_per_rank(model):,}",
         STATE_BYTES,
-        share,
+        get_world_size(),
     )
 
 
@@ -278,30 +220,3 @@ def check_writable(flag: str, path: Path) -> None:
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise SMTError(f"{flag}: {path}: {nearest} is {'not writable' if nearest.is_dir() else 'not a folder'}")
-
-
-def _check_model_folder(source: str, trust_remote_code: bool) -> None:
-    """What fails on one rank only (a folder that a node lacks) must be found before ranks load together."""
-    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith(".")
-    if not is_hub_name and not Path(source).is_dir():
-        raise SMTError(f"--model_name_or_path: {source}: no such folder")
-    try:
-        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise SMTError(f"{source}: no model folder, nor a model on the hub ({first_line(error)})") from None
-
-
-def _dequantize(run: RunArguments, dtype: torch.dtype) -> Path:
-    return dequantize_gguf(find_gguf_file(run.model_name_or_path, run.gguf_file), dtype=dtype)
-
-
-@contextmanager
-def _without_zero_init(args: SMTTrainingArguments) -> Iterator[None]:
-    """Load an ordinary model inside although a ZeRO-3 config is active: it is converted, not trained."""
-    if args.deepspeed:
-        unset_hf_deepspeed_config()
-    try:
-        yield
-    finally:
-        if args.deepspeed:
-            set_hf_deepspeed_config(args.hf_deepspeed_config)

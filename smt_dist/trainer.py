@@ -6,8 +6,11 @@ Overrides methods of transformers 5.23 (``tests/test_checkpoint.py`` checks that
 from __future__ import annotations
 
 import logging
+import math
 import os
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +19,26 @@ from torch import nn
 from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
-from smt_dist.adapter import read_adapter, save_adapter, verify_fingerprint
+from smt_dist.adapter import delta_shape, read_adapter, save_adapter, verify_fingerprint
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.checkpoint import (
+    GLOBAL_BATCH,
+    OPTIMIZER_FILE,
     load_random_state,
     load_schedule,
     load_states,
+    ranks_saved,
+    restore_schedule,
     save_moments,
     save_random_state,
     save_schedule,
 )
-from smt_dist.distributed import agree, assert_same_on_all_ranks, barrier, get_world_size
-from smt_dist.engines import BlockState, Engine, make_engine
+from smt_dist.distributed import agree, assert_same_on_all_ranks, get_world_size
+from smt_dist.elementwise import state_names
+from smt_dist.engines import BlockState, Engine, make_engine, unwrapped
 from smt_dist.errors import SMTError
 from smt_dist.model import sparse_layers
+from smt_dist.optimizer import ShardedBlockOptimizer, release_gradients
 
 logger = logging.getLogger(__name__)
 
@@ -61,52 +70,112 @@ class SMTTrainer(Trainer):
             raise SMTError("SMTTrainer: the model has no blocks; call smt_dist.apply_selection first")
         _refuse_dropped_multipliers(model, args)
         assert_same_on_all_ranks(model.smt_selection.to_json().encode(), "the block selection")
-        self.engine: Engine = make_engine(args.engine, args.filled_deepspeed_config())
+        self.engine: Engine = make_engine(args)
         self._initial_deltas = deltas
-        super().__init__(model=model, args=args, **kwargs)
+        with _saving_only_the_model(args):
+            super().__init__(model=model, args=args, **kwargs)
+        if args.engine != "deepspeed":
+            # Trainer's own switch for a model that nobody may wrap, not even DDP: it would all-reduce the blocks
+            # once more, and has nothing left to manage.
+            self.is_distributed_loading_by_transformers = True
 
     # -- optimizer ---------------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW over the blocks, one parameter group for each learning-rate multiplier.
+        """``--optim`` over the blocks, one parameter group for each learning-rate multiplier.
 
         Weight decay pulls a block's delta to zero, that is, the model to its base.
         """
         if self.optimizer is None:
-            optimizer_class, options = self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            groups = block_parameter_groups(model or self.model, self.args.learning_rate, self.args.weight_decay)
-            self.optimizer = optimizer_class(groups, **options)
+            args, blocks = self.args, [layer.delta for layer in sparse_layers(self.model).values()]
+            groups = block_parameter_groups(model or self.model, args.learning_rate, args.weight_decay)
+            release_gradients(blocks)  # of an earlier trainer's optimizer
+            self.optimizer = self.engine.make_optimizer(groups, *self._optimizer_class_and_options())
+            for block in blocks:
+                # Trainer would all-reduce each gradient; the optimizer reduces them all at once.
+                block._replicated_grad_hook_registered = True
         return self.optimizer
+
+    def _optimizer_class_and_options(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        return self.args.custom_optimizer or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        optimizer = unwrapped(self.optimizer)
+        if isinstance(optimizer, ShardedBlockOptimizer):
+            return optimizer.clip_grad_norm_(self.args.max_grad_norm)
+        return super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> float | None:
+        optimizer = unwrapped(self.optimizer)
+        if grad_norm is None and isinstance(optimizer, ShardedBlockOptimizer):
+            grad_norm = optimizer.clip_grad_norm_(math.inf)  # measures only
+        return super()._get_grad_norm(model, grad_norm)
+
+    def describe_optimizer(self) -> str:
+        """The bytes that the blocks' optimizer holds on this rank, by kind; after training."""
+        kinds = self.engine.memory_bytes(self.optimizer)
+        return "optimizer memory on this rank: " + ", ".join(f"{kind} {count:,} bytes" for kind, count in kinds.items())
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter (and the tokenizer); never the base. Collective."""
         folder = Path(output_dir or self.args.output_dir)
-        deltas = self.engine.read_blocks(self.model)
-        if self.args.should_save:
+        deltas = self.engine.read_blocks(self.model, self.optimizer)
+
+        def write() -> None:
             save_adapter(self.model, folder, deltas, card=self._card_lines())
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(folder)
-        barrier()
+
+        self._write_on_one_rank(write, deltas, folder)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        states, step = self.engine.read_state(self.model, self.optimizer)
-        # Reading is collective, so every rank reads; only one keeps and writes.
+        folder, moments = Path(output_dir), self.engine.read_moments(self.model, self.optimizer)
+
+        def write() -> None:
+            selection = self.model.smt_selection
+            shapes = {name: delta_shape(selection, name) for name in sparse_layers(self.model)}
+            save_moments(folder, shapes, moments)
+            save_schedule(folder, self.lr_scheduler.state_dict(), self._global_batch_size())
+
+        self._write_on_one_rank(write, moments.tensors, folder)
+
+    def _write_on_one_rank(self, write: Callable[[], None], tensors: Iterator[Any], folder: Path) -> None:
+        """Run ``write``, which reads ``tensors``, where checkpoints are written; all ranks fail if it fails.
+
+        Reading is collective: ranks that don't write read too, and so does one whose writing failed.
+        """
+
+        def result() -> None:
+            if failure is not None:
+                raise SMTError(f"{folder}: can't be written ({failure.strerror or failure})")
+
+        failure: OSError | None = None
         if self.args.should_save:
-            save_moments(Path(output_dir), states, step)
-            save_schedule(Path(output_dir), self.lr_scheduler.state_dict())
-        else:
-            for _ in states:
-                continue
-        barrier()
+            try:
+                write()
+            except OSError as error:
+                failure = error
+        deque(tensors, maxlen=0)  # keeps none, not even while the next is read
+        agree(result, "saving")
+
+    def _global_batch_size(self) -> int:
+        args = self.args
+        return args.per_device_train_batch_size * args.gradient_accumulation_steps * get_world_size()
 
     def _save_rng_state(self, output_dir: str) -> None:
         save_random_state(Path(output_dir), self.args.process_index)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and not load_random_state(Path(checkpoint), self.args.process_index):
-            logger.warning("%s has no random state for this rank (saved by fewer ranks)", checkpoint)
+        if checkpoint is None:
+            return
+        folder, ranks = Path(checkpoint), get_world_size()
+        agree(lambda: load_random_state(folder, self.args.process_index), "the random state")
+        if (saved := ranks_saved(folder)) < ranks:
+            logger.warning(
+                "%s has random states of %d ranks; the other %d start with new ones", folder, saved, ranks - saved
+            )
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Nothing yet: blocks and moments go in together, once the engine is there (_prepare_for_training)."""
@@ -125,35 +194,63 @@ class SMTTrainer(Trainer):
         if resume_from_checkpoint is not None:
             self._resume(Path(resume_from_checkpoint))
         elif self._initial_deltas is not None:
-            self.engine.write_blocks(self.model, self._initial_deltas)
+            self.engine.write_blocks(self.model, self.optimizer, self._initial_deltas)
         return prepared
 
     def _resume(self, folder: Path) -> None:
-        def read() -> tuple[Iterator[BlockState], int, dict[str, Any]]:
+        def read() -> tuple[Iterator[BlockState], dict[str, int | float], int | None, list[float]]:
             adapter = read_adapter(folder)
             if adapter.selection.to_json() != self.model.smt_selection.to_json():
                 raise SMTError(f"{folder}: its selection isn't the model's")
             verify_fingerprint(adapter, self.model.smt_base_fingerprint, str(folder))
-            states, step = load_states(folder, adapter.deltas)
-            return states, step, load_schedule(folder)
+            states, counters = load_states(folder, adapter.deltas, self._state_names())
+            schedule = load_schedule(folder, len(self.optimizer.param_groups))
+            saved_batch = schedule.pop(GLOBAL_BATCH, None)
+            restore_schedule(self.lr_scheduler, schedule, folder)
+            return states, counters, saved_batch, schedule["_last_lr"]
 
-        states, step, schedule = agree(read, "reading the checkpoint")
-        self.engine.write_state(self.model, self.optimizer, states, step)
-        self.lr_scheduler.load_state_dict(schedule)
+        states, counters, saved_batch, rates = agree(read, "reading the checkpoint")
+        if saved_batch not in (None, self._global_batch_size()):
+            logger.warning(
+                "%s was saved with %d rows a step, now it is %d: data and schedule go on elsewhere, as the steps done "
+                "count as steps of the new size; change --gradient_accumulation_steps with the number of ranks",
+                folder,
+                saved_batch,
+                self._global_batch_size(),
+            )
+        self.engine.write_state(self.model, self.optimizer, states, counters)
         # The scheduler sets rates when it steps; the first step after a resume needs them before.
-        for group, rate in zip(self.optimizer.param_groups, schedule["_last_lr"], strict=True):
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
+
+    def _state_names(self) -> tuple[list[str], list[str]] | None:
+        """The moments and counters that the optimizer will keep; None where the DeepSpeed JSON names it."""
+        if "optimizer" in (self.args.filled_deepspeed_config() or {}):
+            return None
+        return state_names(*self._optimizer_class_and_options())
 
     def _load_best_model(self) -> None:
         folder = Path(self.state.best_model_checkpoint)
         logger.info("loading the best blocks from %s (score %s)", folder, self.state.best_metric)
-        self.engine.write_blocks(self.model, agree(lambda: read_adapter(folder), "reading the best checkpoint").deltas)
+        adapter = agree(lambda: read_adapter(folder), "reading the best checkpoint")
+        self.engine.write_blocks(self.model, self.optimizer, adapter.deltas)
 
     def _card_lines(self) -> str:
         return (
             f"\nTrained for {self.state.global_step} steps, learning rate {self.args.learning_rate:g}, base in "
             f"{self.args.dtype}.\n"
         )
+
+
+@contextmanager
+def _saving_only_the_model(args: SMTTrainingArguments) -> Iterator[None]:
+    """Trainer refuses to be made for checkpoints of a model that was sharded as it was loaded; SMT's can be resumed."""
+    before = args.save_only_model
+    args.save_only_model = before or args.engine == "fsdp2"
+    try:
+        yield
+    finally:
+        args.save_only_model = before
 
 
 def block_parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -167,10 +264,9 @@ def block_parameter_groups(model: nn.Module, learning_rate: float, weight_decay:
     ]
 
 
-def state_bytes_per_rank(model: nn.Module, engine: str) -> int:
-    """Bytes of optimizer state a rank: fp32 master and two moments; ddp replicates them, ZeRO shards them."""
-    total = STATE_BYTES * model.smt_selection.parameters
-    return total if engine == "ddp" else -(-total // get_world_size())
+def state_bytes_per_rank(model: nn.Module) -> int:
+    """Bytes of AdamW's state a rank: fp32 master and two moments of this rank's share of the elements."""
+    return STATE_BYTES * -(-model.smt_selection.parameters // get_world_size())
 
 
 def last_checkpoint(output_dir: str) -> str | None:
@@ -179,7 +275,10 @@ def last_checkpoint(output_dir: str) -> str | None:
         folder
         for folder in Path(output_dir).glob("checkpoint-*")
         # Trainer's own file is the last to be written: without it the save was cut short.
-        if folder.name.rpartition("-")[2].isdigit() and (folder / TRAINER_STATE_NAME).exists()
+        # One of --save_only_model can't be gone on from.
+        if folder.name.rpartition("-")[2].isdigit()
+        and (folder / TRAINER_STATE_NAME).exists()
+        and (folder / OPTIMIZER_FILE).exists()
     ]
     return os.fspath(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
 

@@ -98,7 +98,7 @@ def test_bad_evaluation_rows_are_found_before_training(train, tmp_path):
         ({"max_steps": "many"}, "--max_steps"),
         ({"no_such_flag": 3}, "--no_such_flag"),
         ({"model_name": "m"}, "--model_name"),
-        ({"engine": "fsdp2"}, "--engine: 'fsdp2'"),
+        ({"engine": "fsdp3"}, "--engine: 'fsdp3'"),
         ({"bf16": "true"}, "--bf16"),
         ({"optim": "adafactor"}, "--optim"),
         ({"eval_strategy": "steps", "eval_steps": 1}, "--eval_file"),

@@ -10,8 +10,8 @@ from workers.training import BLOCKS
 MASTER_AND_MOMENTS = 12
 PLANS = {
     1: [["ddp", "float32"], ["ddp", "bfloat16"]],
-    2: [[engine, dtype] for engine in ("ddp", "zero1", "zero2", "zero3") for dtype in ("float32", "bfloat16")],
-    4: [["zero2", "bfloat16"], ["zero3", "bfloat16"]],
+    2: [[engine, dtype] for engine in ("ddp", "fsdp2", "zero1", "zero2", "zero3") for dtype in ("float32", "bfloat16")],
+    4: [["ddp", "float32"], ["fsdp2", "bfloat16"], ["zero2", "bfloat16"], ["zero3", "bfloat16"]],
 }
 RUNS = [(world_size, *run) for world_size, runs in PLANS.items() for run in runs]
 each_run = pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[1]}-{run[0]}ranks-{run[2]}")
@@ -31,10 +31,10 @@ def found(tmp_path_factory):
 
 @each_run
 def test_state_is_twelve_bytes_a_selected_element_and_shared_among_ranks(found, run):
-    """SMT's promise to models that outgrow a device. (ddp replicates the state until it has a sharded optimizer.)"""
-    world_size, engine, _ = run
+    """SMT's promise to models that outgrow a device."""
+    world_size, _, _ = run
     for rank in found[run]:
-        expected = MASTER_AND_MOMENTS * rank["selected"] // (1 if engine == "ddp" else world_size)
+        expected = MASTER_AND_MOMENTS * rank["selected"] // world_size
         padding = MASTER_AND_MOMENTS * 2 * world_size * len(BLOCKS)  # one alignment unit a parameter
         assert abs(rank["bytes"] - expected) <= max(0.01 * expected, padding)
         assert rank["said"] == expected, "the log line and the measurement disagree"
@@ -43,12 +43,11 @@ def test_state_is_twelve_bytes_a_selected_element_and_shared_among_ranks(found, 
 @each_run
 def test_all_ranks_together_hold_each_element_once(found, run):
     """A shard that is missing somewhere, or held twice, can hide in one rank's tolerance."""
-    world_size, engine, _ = run
+    world_size = run[0]
     total = sum(rank["bytes"] for rank in found[run])
-    copies = world_size if engine == "ddp" else 1
     selected = found[run][0]["selected"]
     padding = MASTER_AND_MOMENTS * 2 * world_size * len(BLOCKS)
-    assert 0 <= total - copies * MASTER_AND_MOMENTS * selected <= padding
+    assert 0 <= total - MASTER_AND_MOMENTS * selected <= padding
 
 
 @each_run
@@ -66,7 +65,8 @@ def test_masters_are_fp32_over_a_base_of_any_dtype(found, run):
     """Steps smaller than bf16's spacing vanish when the master is bf16."""
     world_size, engine, dtype = run
     expected = {
-        "ddp": "AdamW",
+        "ddp": "ShardedBlockOptimizer",
+        "fsdp2": "ShardedBlockOptimizer",
         "zero1": "DeepSpeedZeroOptimizer",
         "zero2": "DeepSpeedZeroOptimizer",
         "zero3": "DeepSpeedZeroOptimizer_Stage3",

@@ -13,6 +13,7 @@ from programs import (
     CONFIG,
     QUESTIONS,
     ROWS,
+    logged_losses,
     write_config,
 )
 from safetensors.torch import load_file
@@ -21,11 +22,6 @@ from transformers import AutoModelForCausalLM
 
 import smt_dist
 from smt_dist.errors import SMTError
-
-
-def logged_losses(checkpoint: Path) -> list[float]:
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
-    return [entry["loss"] for entry in state["log_history"] if "loss" in entry]
 
 
 def adapted_logits(folder: Path, adapter: Path) -> torch.Tensor:

@@ -9,13 +9,13 @@ import torch
 from harness import launch_engines
 from tiny_models import label_tokens, save_tiny_llama, sum_of_token_losses
 from transformers import AutoModelForCausalLM
-from workers.runs import GLOBAL_BATCH, standard_data
+from workers.runs import GLOBAL_BATCH, shard_group, standard_data
 from workers.selection import PASSES, SCORES, STEPS, STRATEGIES, make_config
 
 from smt_dist.targets import count_parameters_2d, find_targets
 from smt_dist.warmup import collect_scores
 
-LAUNCHES = {1: ["ddp"], 2: ["ddp", "zero1", "zero2", "zero3"], 4: ["ddp"]}
+LAUNCHES = {1: ["ddp"], 2: ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"], 4: ["ddp", "hsdp"]}
 RUNS = [(world_size, engine) for world_size, engines in LAUNCHES.items() for engine in engines]
 BLOCK_ROWS, BLOCK_COLS = 16, 8
 
@@ -157,7 +157,7 @@ def test_the_comparison_covers_what_it_should(found):
     whole = found[1, "ddp"][0]["base_elements_held"]
     for (world_size, engine), ranks in found.items():
         for rank in ranks:
-            assert rank["base_elements_held"] == (whole // world_size if engine == "zero3" else whole)
+            assert rank["base_elements_held"] == whole // shard_group(engine, world_size)
             assert rank["gradients"] == 0
         if world_size > 1:
             without = [rank["micro_batches_without_labels"] for rank in ranks]

@@ -12,7 +12,7 @@ import smt_dist
 from smt_dist import BlockSelection
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.checkpoint import OPTIMIZER_FILE, SCHEDULE_FILE, load_schedule, load_states, save_moments
-from smt_dist.engines import BlockState
+from smt_dist.engines import Moments
 from smt_dist.errors import SMTError
 from smt_dist.trainer import SMTTrainer, last_checkpoint
 
@@ -58,18 +58,24 @@ def test_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
     assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-1")
 
 
-def test_block_without_moments_comes_back_without_moments(tmp_path):
-    """An expert that no token has reached yet has no moments; its checkpoint must still be one to resume from."""
-    deltas = {"seen": torch.ones(2, 2), "unseen": torch.zeros(2, 2)}
-    save_moments(tmp_path, [BlockState("seen", deltas["seen"], {"exp_avg": torch.ones(2, 2)})], step=3)
-    states, step = load_states(tmp_path, deltas)
-    assert step == 3
-    assert {state.module: list(state.moments) for state in states} == {"seen": ["exp_avg"], "unseen": []}
+def write_moments(folder: Path, module: str, moment: torch.Tensor, counters: dict[str, float]) -> None:
+    tensors = iter([(module, {"exp_avg": moment})])
+    save_moments(folder, {module: tuple(moment.shape)}, Moments(["exp_avg"], counters, tensors))
 
 
-def test_moments_of_another_shape_are_refused(tmp_path):
+def test_counters_keep_every_bit(tmp_path):
+    """NAdam multiplies a product up over the steps; rounded on its way through the file, a resumed run would drift."""
+    product = float(torch.tensor(0.1, dtype=torch.float32))
+    write_moments(tmp_path, "a", torch.ones(2, 2), {"step": 3.0, "mu_product": product})
+    states, counters = load_states(tmp_path, {"a": torch.zeros(2, 2)})
+    assert counters == {"step": 3.0, "mu_product": product}
+    assert [list(state.moments) for state in states] == [["exp_avg"]]
+
+
+@pytest.mark.parametrize(("module", "shape"), [("a", (4, 2)), ("b", (2, 2))], ids=["shape", "module"])
+def test_moments_that_do_not_fit_are_refused(tmp_path, module, shape):
     """Loaded, they would be spread over the wrong elements or fail far from here."""
-    save_moments(tmp_path, [BlockState("a", torch.ones(2, 2), {"exp_avg": torch.ones(4, 2)})], step=3)
+    write_moments(tmp_path, module, torch.ones(shape), {"step": 3.0})
     with pytest.raises(SMTError, match=OPTIMIZER_FILE):
         load_states(tmp_path, {"a": torch.ones(2, 2)})
 
@@ -79,4 +85,4 @@ def test_malformed_schedule_is_named(tmp_path, content):
     """A damaged checkpoint gives one line with the file's name, no traceback."""
     (tmp_path / SCHEDULE_FILE).write_text(content)
     with pytest.raises(SMTError, match=SCHEDULE_FILE):
-        load_schedule(tmp_path)
+        load_schedule(tmp_path, groups=1)

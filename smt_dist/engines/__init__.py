@@ -1,20 +1,23 @@
 """Engines: how the base is held, how a probe's backward runs, and who shards the blocks' optimizer state.
 
-One file an engine. ``fsdp2`` gets its file here when it comes.
+One file an engine; ``replicated.py`` is what ``ddp`` and ``fsdp2`` share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from smt_dist.errors import SMTError
 
-ENGINES = ("ddp", "deepspeed")
+if TYPE_CHECKING:
+    from smt_dist.arguments import SMTTrainingArguments
+
+ENGINES = ("ddp", "fsdp2", "deepspeed")
 
 
 class BlockState(NamedTuple):
@@ -29,6 +32,20 @@ class BlockState(NamedTuple):
     module: str
     delta: torch.Tensor
     moments: dict[str, torch.Tensor]
+
+
+class Moments(NamedTuple):
+    """The optimizer's state, to be read module by module.
+
+    Attributes:
+        names: of its elementwise states, such as ``exp_avg``; empty before the first step.
+        counters: what it counts for all elements alike, such as ``step``.
+        tensors: (module, name -> fp32 tensor of the block's shape on the CPU); collective, so every rank iterates.
+    """
+
+    names: list[str]
+    counters: dict[str, int | float]
+    tensors: Iterator[tuple[str, dict[str, torch.Tensor]]]
 
 
 class Tuning(NamedTuple):
@@ -46,12 +63,15 @@ class Tuning(NamedTuple):
 
 
 class Engine(Protocol):
-    """What the rest of the package asks of an engine. All methods are collective."""
+    """What the rest of the package asks of an engine. All methods are collective, iterators while they iterate.
+
+    ``optimizer`` is what :meth:`make_optimizer` made and accelerate wrapped; None before training.
+    """
 
     name: str
 
-    def delta_dtype(self, base_dtype: torch.dtype) -> torch.dtype:
-        """The dtype of the blocks' parameters: fp32 where they are their own masters."""
+    def load_options(self) -> dict[str, Any]:
+        """Keywords for ``from_pretrained`` that shard the base as it is read."""
 
     def probing(self, model: nn.Module) -> AbstractContextManager[None]:
         """Make forwards and backwards of the bare ``model`` possible, without an optimizer."""
@@ -67,45 +87,69 @@ class Engine(Protocol):
             accumulation: micro-batches a global step.
         """
 
-    def read_blocks(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        """Module -> fp32 master on the CPU."""
+    def make_optimizer(
+        self, groups: list[dict[str, Any]], optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]
+    ) -> torch.optim.Optimizer:
+        """The optimizer of the blocks.
 
-    def write_blocks(self, model: nn.Module, deltas: dict[str, torch.Tensor]) -> None:
-        """Set masters and the parameters that compute."""
+        Args:
+            groups: parameter groups of blocks.
+            optimizer_class: an elementwise one (:func:`smt_dist.elementwise.refuse_unless_elementwise`).
+            options: its keyword arguments.
+        """
 
-    def read_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Iterator[BlockState], int]:
-        """Masters and moments, module by module, and the optimizer's step count."""
+    def read_blocks(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """(module, fp32 master on the CPU), one after the other in the model's order."""
+
+    def write_blocks(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, deltas: Mapping[str, torch.Tensor]
+    ) -> None:
+        """Set masters and the parameters that compute; every rank gives the same."""
+
+    def read_moments(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+        """The optimizer's state, in the model's order."""
 
     def write_state(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, states: Iterator[BlockState], step: int
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        states: Iterator[BlockState],
+        counters: dict[str, int | float],
     ) -> None:
-        """Put back what :meth:`read_state` gave."""
+        """Put back masters, moments and counters, module by module; every rank gives the same."""
+
+    def memory_bytes(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+        """Bytes on this rank: ``masters``, ``moments`` (0 before the first step), and what else the engine knows of."""
 
 
-def step_tensor(optimizer: torch.optim.Optimizer, step: int, device: torch.device) -> torch.Tensor:
-    """A step count as torch's optimizers keep it: beside the parameter for fused kernels, else on the CPU."""
-    beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
-    return torch.tensor(float(step), device=device if beside else "cpu")
-
-
-def make_engine(name: str, deepspeed_config: dict | None = None) -> Engine:
-    """The engine by name.
-
-    Args:
-        name: one of :data:`ENGINES`.
-        deepspeed_config: the DeepSpeed JSON, for ``deepspeed``.
+def make_engine(args: SMTTrainingArguments) -> Engine:
+    """The engine that ``--engine`` names.
 
     Raises:
         SMTError: no such engine.
     """
-    if name == "ddp":
+    # Each imported where it is used: DeepSpeed alone takes seconds.
+    if args.engine == "ddp":
         from smt_dist.engines.ddp import DDPEngine
 
-        return DDPEngine()
-    if name == "deepspeed":
-        # Imported here: DeepSpeed takes seconds, and ddp doesn't need it.
+        return DDPEngine(args.reduce_torch_dtype)
+    if args.engine == "fsdp2":
+        from smt_dist.engines.fsdp2 import FSDP2Engine
+
+        return FSDP2Engine(args.reduce_torch_dtype, args.dp_replicate_size, args.cpu_offload)
+    if args.engine == "deepspeed":
         from smt_dist.engines.deepspeed import DeepSpeedEngine
 
-        assert deepspeed_config is not None
-        return DeepSpeedEngine(deepspeed_config)
-    raise SMTError(f"--engine: {name!r} is not one of {', '.join(ENGINES)} (fsdp2 is planned)")
+        config = args.filled_deepspeed_config()
+        assert config is not None
+        return DeepSpeedEngine(config)
+    raise SMTError(f"--engine: {args.engine!r} is not one of {', '.join(ENGINES)}")
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> Any:
+    """The engine's optimizer inside accelerate's wrapper."""
+    while type(optimizer).__module__.startswith("accelerate."):
+        optimizer = optimizer.optimizer
+    return optimizer

@@ -8,7 +8,7 @@ functions. What has no public way stands in ``_flat_partitions``, ``_create_mome
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -24,7 +24,14 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from smt_dist.engines import BlockState, Tuning, step_tensor
+from smt_dist.elementwise import (
+    counter_state,
+    counter_value,
+    is_counter,
+    is_moment,
+    refuse_unless_elementwise,
+)
+from smt_dist.engines import BlockState, Moments, Tuning, unwrapped
 from smt_dist.errors import SMTError
 from smt_dist.model import sparse_layers
 from smt_dist.targets import full_shape
@@ -47,8 +54,8 @@ class DeepSpeedEngine:
         """The ZeRO stage."""
         return int(self.config.get("zero_optimization", {}).get("stage", 0))
 
-    def delta_dtype(self, base_dtype: torch.dtype) -> torch.dtype:
-        return base_dtype  # DeepSpeed wants one dtype for all parameters and keeps fp32 masters itself
+    def load_options(self) -> dict[str, Any]:
+        return {}  # transformers sees the active ZeRO-3 config itself
 
     @contextmanager
     def probing(self, model: nn.Module) -> Iterator[None]:
@@ -80,35 +87,51 @@ class DeepSpeedEngine:
             engine.destroy()
             _forget_engine(model)
 
-    def read_blocks(self, model: nn.Module) -> dict[str, torch.Tensor]:
-        return {name: self._master(layer.delta) for name, layer in sparse_layers(model).items()}
+    def make_optimizer(
+        self, groups: list[dict[str, Any]], optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]
+    ) -> torch.optim.Optimizer:
+        # ZeRO flattens parameters too, so it can't do more than ShardedBlockOptimizer can.
+        refuse_unless_elementwise(optimizer_class, options)
+        return optimizer_class(groups, **options)
 
-    def write_blocks(self, model: nn.Module, deltas: dict[str, torch.Tensor]) -> None:
+    def read_blocks(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,  # noqa: ARG002
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, layer in sparse_layers(model).items():
+            yield name, self._master(layer.delta)
+
+    def write_blocks(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | None,  # noqa: ARG002
+        deltas: Mapping[str, torch.Tensor],
+    ) -> None:
         for name, layer in sparse_layers(model).items():
             self._set_master(layer.delta, deltas[name])
 
-    def read_state(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Iterator[BlockState], int]:
+    def read_moments(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
         zero = _zero_optimizer(optimizer)
         inner = zero.optimizer.state
         flats = [flat for flat in _flat_partitions(zero) if flat in inner]
-        keys = sorted({key for flat in flats for key, value in inner[flat].items() if _is_moment(flat, value)})
-        if keys:
+        names = sorted({key for flat in flats for key, value in inner[flat].items() if is_moment(flat, value)})
+        if names:
             _link_moments(zero)
 
-        def states() -> Iterator[BlockState]:
+        def tensors() -> Iterator[tuple[str, dict[str, torch.Tensor]]]:
             for name, layer in sparse_layers(model).items():
-                moments = {key: safe_get_full_optimizer_state(layer.delta, key).cpu() for key in keys}
                 shape = full_shape(layer.delta)
-                yield BlockState(
-                    name, self._master(layer.delta), {key: value.view(shape) for key, value in moments.items()}
-                )
+                yield name, {key: safe_get_full_optimizer_state(layer.delta, key).cpu().view(shape) for key in names}
 
-        steps = [int(inner[flat]["step"]) for flat in flats if "step" in inner[flat]]
-        steps += [int(group["step"]) for group in zero.optimizer.param_groups if "step" in group]  # FusedAdam
-        return states(), max(steps, default=0)
+        return Moments(names, _counters(zero.optimizer, flats), tensors())
 
     def write_state(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, states: Iterator[BlockState], step: int
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        states: Iterator[BlockState],
+        counters: dict[str, int | float],
     ) -> None:
         zero = _zero_optimizer(optimizer)
         layers = sparse_layers(model)
@@ -118,9 +141,15 @@ class DeepSpeedEngine:
             self._set_master(delta, state.delta)
             if state.moments and not created:
                 created = set(state.moments)
-                _create_moments(zero, sorted(created), step)
+                _create_moments(zero, sorted(created), counters)
             for key, value in state.moments.items():
                 safe_set_full_optimizer_state(delta, value.to(delta.device), key)
+
+    def memory_bytes(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+        zero = _zero_optimizer(optimizer)
+        flats, state = _flat_partitions(zero), zero.optimizer.state
+        moments = [value for flat in flats for value in state.get(flat, {}).values() if is_moment(flat, value)]
+        return {"masters": sum(flat.nbytes for flat in flats), "moments": sum(moment.nbytes for moment in moments)}
 
     def _master(self, delta: nn.Parameter) -> torch.Tensor:
         value = safe_get_full_fp32_param(delta)
@@ -162,13 +191,8 @@ def _without_optimizer(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in without_auto(config).items() if key not in ("optimizer", "scheduler")}
 
 
-def _is_moment(flat: torch.Tensor, value: Any) -> bool:
-    return torch.is_tensor(value) and value.shape == flat.shape
-
-
 def _zero_optimizer(optimizer: Any) -> Any:
-    """DeepSpeed's optimizer inside accelerate's wrapper."""
-    zero = getattr(optimizer, "optimizer", optimizer)
+    zero = unwrapped(optimizer)
     if not hasattr(zero, "optimizer"):
         raise SMTError(
             f"deepspeed: a checkpoint needs ZeRO-1, 2 or 3; this engine's optimizer is {type(zero).__name__}"
@@ -184,19 +208,23 @@ def _flat_partitions(zero: Any) -> list[torch.Tensor]:
     raise SMTError(f"deepspeed: {type(zero).__name__} is not known to smt_dist (checked on DeepSpeed 0.19.8)")
 
 
-def _create_moments(zero: Any, keys: list[str], step: int) -> None:
+def _counters(inner: torch.optim.Optimizer, flats: list[torch.Tensor]) -> dict[str, int | float]:
+    """What the inner optimizer counts for all elements alike."""
+    states = [inner.state[flat] for flat in flats]
+    counters = {key: counter_value(value) for state in states for key, value in state.items() if is_counter(value)}
+    steps = [int(group["step"]) for group in inner.param_groups if "step" in group]  # FusedAdam
+    return counters | ({"step": max(steps)} if steps else {})
+
+
+def _create_moments(zero: Any, keys: list[str], counters: dict[str, int | float]) -> None:
     """Create the inner optimizer's state, which otherwise appears in its first step, and link it to the blocks."""
     inner = zero.optimizer
-    flats = _flat_partitions(zero)
-    for flat in flats:
-        inner.state[flat] = {
-            # DeepSpeed's own Adam keeps a plain number.
-            "step": step_tensor(inner, step, flat.device) if isinstance(inner, torch.optim.Adam) else step,
-            **{key: torch.zeros_like(flat) for key in keys},
-        }
+    for flat in _flat_partitions(zero):
+        moments = {key: torch.zeros_like(flat) for key in keys}
+        inner.state[flat] = {**counter_state(inner, flat, counters), **moments}
     for group in inner.param_groups:
         if "step" in group:
-            group["step"] = step
+            group["step"] = int(counters.get("step", 0))
     _link_moments(zero)
 
 

@@ -73,13 +73,14 @@ def _resume(folder: Path, model: str, engine: str, dtype: str) -> dict[str, Any]
 
 
 def _state(trainer: SMTTrainer) -> dict[str, Any]:
-    states, step = trainer.engine.read_state(trainer.model, trainer.optimizer)
+    blocks = dict(trainer.engine.read_blocks(trainer.model, trainer.optimizer))
+    moments = trainer.engine.read_moments(trainer.model, trainer.optimizer)
     return {
         "losses": logged(trainer),
         "gradient_norms": [float(norm) for norm in logged(trainer, "grad_norm")],
         "learning_rates": logged(trainer, "learning_rate"),
-        "step": step,
-        "state": {state.module: {"delta": state.delta, **state.moments} for state in states},
+        "step": moments.counters["step"],
+        "state": {module: {"delta": blocks[module], **found} for module, found in moments.tensors},
         "random": torch.get_rng_state(),
     }
 
@@ -110,7 +111,7 @@ def _best(folder: Path, model: str, engine: str) -> dict[str, Any]:
             "evaluation_losses": logged(trainer, "eval_loss"),
             "best": trainer.state.best_model_checkpoint,
             "last": last_checkpoint(str(folder)),
-            "blocks": trainer.engine.read_blocks(trainer.model),
+            "blocks": dict(trainer.engine.read_blocks(trainer.model, trainer.optimizer)),
             "loss_with_them": trainer.evaluate()["eval_loss"],
         }
         trainer.save_model()

@@ -11,15 +11,19 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from tiny_models import make_rows
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.data import CausalLMCollator
 from smt_dist.distributed import get_world_size
-from smt_dist.run import TrainingData, initialize_process_group
+from smt_dist.engines import make_engine
+from smt_dist.loading import initialize_process_group
+from smt_dist.run import TrainingData
 
 # Nothing is kept gathered and nothing fetched early: every forward and backward gathers anew, as in a large model.
 REGATHER = {
@@ -31,12 +35,17 @@ REGATHER = {
 GLOBAL_BATCH = 8
 
 
-def deepspeed_json(engine: str) -> dict[str, Any] | None:
-    """The DeepSpeed config for ``zero1``, ``zero2`` or ``zero3``; None for ``ddp``."""
-    if engine == "ddp":
-        return None
-    stage = int(engine.removeprefix("zero"))
-    return {"zero_optimization": {"stage": stage, **(REGATHER if stage == 3 else {})}}
+def engine_flags(engine: str) -> dict[str, Any]:
+    """The flags for ``ddp``, ``fsdp2``, ``hsdp`` (two replicas), ``zero1``, ``zero2`` or ``zero3``."""
+    if engine.startswith("zero"):
+        stage = int(engine.removeprefix("zero"))
+        return {"deepspeed": {"zero_optimization": {"stage": stage, **(REGATHER if stage == 3 else {})}}}
+    return {"engine": "fsdp2", "dp_replicate_size": 2} if engine == "hsdp" else {"engine": engine}
+
+
+def shard_group(engine: str, world_size: int) -> int:
+    """The number of ranks that hold one copy of the base together."""
+    return {"fsdp2": world_size, "zero3": world_size, "hsdp": world_size // 2}.get(engine, 1)
 
 
 @contextmanager
@@ -61,7 +70,7 @@ def engine_arguments(
         "seed": 0,
     }
     try:
-        args = SMTTrainingArguments(output_dir=str(output), deepspeed=deepspeed_json(engine), **(defaults | options))
+        args = SMTTrainingArguments(output_dir=str(output), **engine_flags(engine), **(defaults | options))
         initialize_process_group(args)
         set_seed(args.seed)
         yield args
@@ -76,8 +85,8 @@ def engine_arguments(
 
 
 def load_model(folder: str | Path, args: SMTTrainingArguments) -> PreTrainedModel:
-    """As ``launch/train.py`` loads it: under ZeRO-3 each rank keeps its partition only."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=args.base_dtype)
+    """As ``launch/train.py`` loads it: under ZeRO-3 and fsdp2 each rank keeps its part only."""
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=args.base_dtype, **make_engine(args).load_options())
 
 
 def training_data(rows: datasets.Dataset, evaluation: datasets.Dataset | None = None) -> TrainingData:
@@ -92,8 +101,17 @@ def standard_data() -> TrainingData:
 
 def elements_held(model: torch.nn.Module) -> int:
     """Elements of the base that this rank holds between steps."""
-    parameters = [parameter for name, parameter in model.named_parameters() if not name.endswith(".delta")]
-    return sum(
-        parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel()
-        for parameter in parameters
-    )
+
+    def held(parameter: torch.Tensor) -> int:
+        if isinstance(parameter, DTensor):
+            return parameter.to_local().numel()
+        return parameter.ds_tensor.numel() if hasattr(parameter, "ds_tensor") else parameter.numel()
+
+    return sum(held(parameter) for name, parameter in model.named_parameters() if not name.endswith(".delta"))
+
+
+def wrapped_by_accelerate_fsdp(_folder: Path) -> str:
+    """What accelerate makes of a model when its FSDP plugin is asked for, without a GPU."""
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    model = Accelerator(cpu=True).prepare(torch.nn.Linear(2, 2))
+    return type(model).__name__

@@ -23,7 +23,7 @@ def _measure(folder: Path, model: str, engine: str, dtype: str) -> dict[str, Any
         trainer = make_trainer(model, args, fixed_data())
         trainer.train()
         torch_optimizer = _torch_optimizer(trainer.optimizer)
-        # Under ZeRO these are this rank's flat fp32 partitions, under ddp the blocks themselves.
+        # This rank's flat fp32 partitions, one for each learning rate.
         masters = list(torch_optimizer.state)
         moments = [
             value for state in torch_optimizer.state.values() for value in state.values() if torch.is_tensor(value)
@@ -36,7 +36,7 @@ def _measure(folder: Path, model: str, engine: str, dtype: str) -> dict[str, Any
             "master_dtypes": sorted({str(master.dtype) for master in masters}),
             "bytes": _bytes(masters) + _bytes([moment for moment in moments if moment.dim()]),
             "step_counters": sum(moment.dim() == 0 for moment in moments),
-            "said": state_bytes_per_rank(trainer.model, args.engine),
+            "said": state_bytes_per_rank(trainer.model),
             "selected": trainer.model.smt_selection.parameters,
             "tensors": len(masters),
             "frozen_gradients": sum(p.grad is not None for p in trainer.model.parameters() if not p.requires_grad),
@@ -47,9 +47,9 @@ def _measure(folder: Path, model: str, engine: str, dtype: str) -> dict[str, Any
 
 
 def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:
-    """The innermost optimizer: accelerate wraps DeepSpeed's, which wraps torch's."""
-    while hasattr(optimizer, "optimizer"):
-        optimizer = optimizer.optimizer
+    """The innermost optimizer: accelerate wraps DeepSpeed's or ours, which wraps torch's."""
+    while hasattr(optimizer, "optimizer") or hasattr(optimizer, "inner"):
+        optimizer = getattr(optimizer, "optimizer", None) or optimizer.inner
     return optimizer
 
 

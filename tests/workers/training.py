@@ -68,7 +68,7 @@ def make_trainer(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # The warm-up's own engine must leave nothing behind that the training engine stumbles over.
-    with make_engine(args.engine, args.filled_deepspeed_config()).probing(model):
+    with make_engine(args).probing(model):
         collect_scores(model, warmup_batches(data, args, steps=1), fixed_config())
     attach_blocks(model, fixed_selection(), fixed_config(), args)
     return SMTTrainer(model, args, train_dataset=data.train, eval_dataset=data.evaluation, data_collator=data.collator)
@@ -95,12 +95,13 @@ def release(trainer: SMTTrainer) -> None:
 
 
 def train(folder: Path, model: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each run: ``engine``, ``accumulation`` and ``checkpointing``."""
+    """Each run: ``engine``, ``dtype``, ``accumulation`` and ``checkpointing``."""
     return [_train(folder / f"run{index}", model, **run) for index, run in enumerate(runs)]
 
 
-def _train(folder: Path, model: str, engine: str, accumulation: int, checkpointing: bool) -> dict[str, Any]:
+def _train(folder: Path, model: str, engine: str, dtype: str, accumulation: int, checkpointing: bool) -> dict[str, Any]:
     options = {
+        "dtype": dtype,
         "max_steps": STEPS,
         "learning_rate": LEARNING_RATE,
         "weight_decay": WEIGHT_DECAY,
@@ -117,7 +118,8 @@ def _train(folder: Path, model: str, engine: str, accumulation: int, checkpointi
             "losses": logged(trainer),
             "gradient_norms": [float(norm) for norm in logged(trainer, "grad_norm")],
             "learning_rates": logged(trainer, "learning_rate"),
-            "blocks": trainer.engine.read_blocks(trainer.model),
+            "blocks": dict(trainer.engine.read_blocks(trainer.model, trainer.optimizer)),
+            "base_dtypes": sorted({str(p.dtype) for n, p in trainer.model.named_parameters() if "delta" not in n}),
             "base_elements_held": elements_held(trainer.model),
             "layers_recomputed": recomputes,
             "trainable": sorted(n for n, p in trainer.model.named_parameters() if p.requires_grad),

@@ -147,7 +147,7 @@ def memory(folder: Path, engine: str, model: str) -> dict[str, Any]:
         base = load_model(model, args)
         with (
             mock.patch.object(warmup, "make_accumulator", make),
-            make_engine(args.engine, args.filled_deepspeed_config()).probing(base),
+            make_engine(args).probing(base),
         ):
             scores = collect_scores(base, warmup_batches(data, args, 2), config)
         layers: dict[str, int] = {}

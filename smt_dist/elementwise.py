@@ -1,0 +1,142 @@
+"""Which optimizers may work on slices: those that update each element from that element's own history."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from smt_dist.errors import SMTError, first_line
+
+# More elements than quantised optimizers (bitsandbytes) leave in fp32, cut where no quantisation block ends.
+_SHAPE = (64, 128)
+_CUT = 4321
+_STEPS = 3
+_LEARNING_RATE = 1e-2
+_TOLERANCE = 1e-4  # of the update; the other order of sums makes 1e-7
+# Known to be elementwise. Their results aren't compared, so that they can be made under fake tensors too.
+_KNOWN = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+
+
+def optimizer_class_by_name(name: str) -> type[torch.optim.Optimizer]:
+    """The class that a dotted name such as ``torch.optim.Adagrad`` means. Raises SMTError, naming it."""
+    module, _, attribute = name.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SMTError(f"--optim: {name} can't be imported ({first_line(error)})") from None
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise SMTError(f"--optim: {name} is not a torch optimizer class")
+    return found
+
+
+def parse_options(text: str | None) -> dict[str, Any]:
+    """``"momentum=0.9, betas=(0.9, 0.95)"`` as keyword arguments. Raises SMTError, naming ``--optim_args``."""
+    try:
+        call = ast.parse(f"f({text or ''})", mode="eval").body
+        assert isinstance(call, ast.Call)
+        if not isinstance(call.func, ast.Name) or call.args or not all(keyword.arg for keyword in call.keywords):
+            raise ValueError("expected name=value, ...")
+        options = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+        if taken := sorted({"lr", "weight_decay"} & set(options)):
+            raise ValueError(f"{taken[0]} has a flag of its own: --learning_rate, --weight_decay")
+        return options
+    except (SyntaxError, ValueError, TypeError, AssertionError) as error:
+        raise SMTError(f"--optim_args: {text!r} can't be read ({first_line(error)})") from None
+
+
+def refuse_unless_elementwise(optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
+    """Try the optimizer on a matrix and on the same elements in two flat pieces; both must end the same.
+
+    That is what sharding does to it. An optimizer that looks at rows, columns, norms or neighbours (Adafactor, LAMB,
+    Muon, Shampoo, quantised states) or can't do without a closure (LBFGS) gives something else, or fails. Refused too
+    is one whose state a checkpoint couldn't hold: kept in its parameter groups, or of another shape.
+
+    Raises:
+        SMTError: it isn't elementwise, or doesn't take the options; names the class.
+    """
+    name = f"--optim: {optimizer_class.__module__}.{optimizer_class.__qualname__}"
+    generator = torch.Generator().manual_seed(0)
+    start, *gradients = torch.randn(_STEPS + 1, *_SHAPE, generator=generator)
+    # Steps that rounding can't hide, whatever the learning rate of the run.
+    options = options | ({"lr": _LEARNING_RATE} if "lr" in options else {})
+    try:
+        whole = nn.Parameter(start.clone())
+        _run(optimizer_class([whole], **options), [whole], [[gradient] for gradient in gradients])
+        pieces = [nn.Parameter(piece.clone()) for piece in _cut(start)]
+        optimizer = optimizer_class(pieces, **options)
+        settings = _settings(optimizer)
+        _run(optimizer, pieces, [_cut(gradient) for gradient in gradients])
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
+        raise SMTError(f"{name} can't step the blocks in slices ({first_line(error)})") from None
+    if optimizer_class in _KNOWN:
+        return
+    update, difference = whole.detach() - start, whole.detach().flatten() - torch.cat([p.detach() for p in pieces])
+    if difference.norm() > _TOLERANCE * update.norm():
+        raise SMTError(f"{name} needs whole matrices: in slices it gives another result; it can't be sharded")
+    if settings != _settings(optimizer):
+        raise SMTError(f"{name} keeps state in its parameter groups, which a checkpoint wouldn't hold")
+    for piece in pieces:
+        for key, value in optimizer.state[piece].items():
+            if not (value is None or is_counter(value) or is_moment(piece, value)):
+                raise SMTError(f"{name} keeps {key!r}, which is neither a number nor one for each element")
+
+
+def state_names(optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]) -> tuple[list[str], list[str]]:
+    """The moments and the counters that an optimizer keeps once it has made a step, sorted."""
+    parameter = nn.Parameter(torch.ones(2))
+    optimizer = optimizer_class([parameter], **options)
+    _run(optimizer, [parameter], [[torch.ones(2)]])
+    state = optimizer.state[parameter]
+    moments = sorted(key for key, value in state.items() if is_moment(parameter, value))
+    return moments, sorted(key for key, value in state.items() if is_counter(value))
+
+
+def is_moment(parameter: torch.Tensor, value: Any) -> bool:
+    """Whether a value of an optimizer's state belongs to the elements of its flat ``parameter``."""
+    return torch.is_tensor(value) and value.dim() == 1 and value.shape == parameter.shape
+
+
+def is_counter(value: Any) -> bool:
+    """Whether a value of an optimizer's state is one number for all elements, such as ``step``."""
+    return isinstance(value, int | float) or (torch.is_tensor(value) and value.dim() == 0)
+
+
+def counter_value(value: Any) -> int | float:
+    """A counter as JSON keeps it: every bit, and whole numbers whole."""
+    return value if isinstance(value, int) else float(value)
+
+
+def counter_state(
+    optimizer: torch.optim.Optimizer, parameter: torch.Tensor, counters: dict[str, int | float]
+) -> dict[str, Any]:
+    """Counters as ``optimizer`` keeps them: tensors for torch's own, whole numbers for DeepSpeed's and others'."""
+    library = type(optimizer).__module__.partition(".")[0]
+    # Fused kernels want theirs beside the parameter, the others on the CPU.
+    beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    device = parameter.device if beside else "cpu"
+
+    def kept(value: int | float) -> Any:
+        if library == "deepspeed" or (library != "torch" and isinstance(value, int)):
+            return int(value)
+        return torch.tensor(value, dtype=torch.float32, device=device)
+
+    return {key: kept(value) for key, value in counters.items()}
+
+
+def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
+    return [{key: repr(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def _cut(matrix: torch.Tensor) -> list[torch.Tensor]:
+    return [matrix.flatten()[:_CUT], matrix.flatten()[_CUT:]]
+
+
+def _run(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], gradients: list[list[torch.Tensor]]) -> None:
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer.step()

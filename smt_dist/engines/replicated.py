@@ -1,0 +1,83 @@
+"""What ``ddp`` and ``fsdp2`` share: blocks are replicated parameters whose state ``ShardedBlockOptimizer`` shards."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from itertools import count
+from typing import Any
+
+import torch
+from torch import nn
+
+from smt_dist.engines import BlockState, Moments, unwrapped
+from smt_dist.model import sparse_layers
+from smt_dist.optimizer import ShardedBlockOptimizer
+
+
+class ReplicatedBlocks:
+    """The half of an engine that has to do with the blocks.
+
+    Args:
+        reduce_dtype: in which their gradients cross the network.
+    """
+
+    def __init__(self, reduce_dtype: torch.dtype = torch.float32) -> None:
+        self.reduce_dtype = reduce_dtype
+
+    def make_optimizer(
+        self, groups: list[dict[str, Any]], optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]
+    ) -> ShardedBlockOptimizer:
+        return ShardedBlockOptimizer(groups, optimizer_class, options, self.reduce_dtype)
+
+    def read_blocks(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, layer in sparse_layers(model).items():
+            if optimizer is None:
+                yield name, layer.delta.detach().float().cpu()
+            else:
+                yield name, unwrapped(optimizer).read_master(layer.delta)
+
+    def write_blocks(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer | None, deltas: Mapping[str, torch.Tensor]
+    ) -> None:
+        for name, layer in sparse_layers(model).items():
+            if optimizer is None:
+                layer.delta.detach().copy_(deltas[name])
+            else:
+                unwrapped(optimizer).write(layer.delta, deltas[name])
+
+    def read_moments(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
+        sharded: ShardedBlockOptimizer = unwrapped(optimizer)
+        layers = sparse_layers(model)
+        tensors = ((name, sharded.read_moments(layer.delta)) for name, layer in layers.items())
+        return Moments(sharded.moment_names, sharded.counters, tensors)
+
+    def write_state(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        states: Iterator[BlockState],
+        counters: dict[str, int | float],
+    ) -> None:
+        sharded: ShardedBlockOptimizer = unwrapped(optimizer)
+        layers = sparse_layers(model)
+        for state in states:
+            sharded.write(layers[state.module].delta, state.delta, state.moments)
+        sharded.set_counters(counters)
+
+    def memory_bytes(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
+        return unwrapped(optimizer).memory_bytes()
+
+
+def adamw_step(model: nn.Module, learning_rate: float, accumulation: int) -> Callable[[], None]:
+    """AdamW over all weights, called after each micro-batch; steps at the end of a global step."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
+    micro_batches = count(1)
+
+    def step() -> None:
+        if next(micro_batches) % accumulation == 0:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step

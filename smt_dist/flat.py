@@ -1,0 +1,78 @@
+"""Parameters end to end in one flat buffer that is cut into equal shares, one a rank."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from smt_dist.distributed import get_rank, get_world_size, is_distributed
+
+
+@dataclass(frozen=True)
+class Range:
+    """Elements ``start`` to ``stop`` (exclusive) of the flat buffer."""
+
+    start: int
+    stop: int
+
+    def __len__(self) -> int:
+        return max(0, self.stop - self.start)
+
+    def within(self, other: Range) -> Range:
+        """The part of this range that lies in ``other``; of length 0 if none does."""
+        start = min(max(self.start, other.start), other.stop)
+        return Range(start, max(start, min(self.stop, other.stop)))
+
+    def of(self, tensor: torch.Tensor, first: int = 0) -> torch.Tensor:
+        """A view of these elements of a flat tensor whose own first element is number ``first``."""
+        return tensor[self.start - first : self.stop - first]
+
+
+class FlatParameters:
+    """Moves parameters into one buffer, of which they become views.
+
+    Args:
+        parameters: of equal dtype and device.
+
+    Attributes:
+        values: the buffer; padded with zeros to a multiple of the world size.
+        ranges: parameter -> its place.
+        own: this rank's share; all ranks' are of the same size.
+    """
+
+    def __init__(self, parameters: list[nn.Parameter]) -> None:
+        world_size = get_world_size()
+        self.ranges: dict[nn.Parameter, Range] = {}
+        start = 0
+        for parameter in parameters:
+            self.ranges[parameter] = Range(start, start + parameter.numel())
+            start += parameter.numel()
+        padded = -(-start // world_size) * world_size
+        self.values = torch.zeros(padded, dtype=parameters[0].dtype, device=parameters[0].device)
+        for parameter, place in self.ranges.items():
+            view = place.of(self.values).view(parameter.shape)
+            view.copy_(parameter.detach())
+            parameter.data = view
+        self.own = self.share(get_rank() if is_distributed() else 0)
+
+    def check(self) -> None:
+        """Raise RuntimeError if a parameter was moved out of the buffer (``model.to``): steps wouldn't reach it."""
+        storage = StorageWeakRef(self.values.untyped_storage())
+        if any(StorageWeakRef(parameter.untyped_storage()) != storage for parameter in self.ranges):
+            raise RuntimeError("the blocks were moved (model.to?) after their optimizer was made; make it again")
+
+    def share(self, rank: int) -> Range:
+        """A rank's part of the buffer."""
+        size = len(self.values) // get_world_size()
+        return Range(rank * size, (rank + 1) * size)
+
+    def owners(self, place: Range) -> Iterator[tuple[int, Range]]:
+        """The ranks in whose shares a part of ``place`` lies, and the parts, in order."""
+        for rank in range(get_world_size()):
+            part = place.within(self.share(rank))
+            if len(part):
+                yield rank, part

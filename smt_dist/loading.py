@@ -1,0 +1,120 @@
+"""The process group, and the base with its tokenizer, as each engine wants them."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+
+from smt_dist.arguments import SMTTrainingArguments
+from smt_dist.data import prepare_model_for_packing
+from smt_dist.distributed import agree, get_world_size, main_process_first
+from smt_dist.engines import make_engine
+from smt_dist.errors import RankError, SMTError, first_line
+from smt_dist.gguf import dequantize_gguf, find_gguf_file
+
+if TYPE_CHECKING:
+    import torch
+
+    from smt_dist.run import RunArguments
+
+logger = logging.getLogger(__name__)
+
+
+def initialize_process_group(args: SMTTrainingArguments) -> None:
+    """Trainer's own set-up of the process group, and DeepSpeed's on top, before any model is built."""
+    if args.engine == "deepspeed" and "RANK" not in os.environ:
+        os.environ |= _single_rank()  # without a launcher DeepSpeed would ask MPI
+    _ = args.device  # sets the process group up
+    if args.n_gpu > 1:  # one process that sees several GPUs: Trainer would use nn.DataParallel
+        args._n_gpu = 1
+    if args.engine == "deepspeed":
+        # Imported here: DeepSpeed takes seconds, and ddp doesn't need it.
+        import deepspeed
+
+        # Before from_pretrained: without it zero.Init would reckon with one rank.
+        deepspeed.init_distributed()
+
+
+def _single_rank() -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def load_tokenizer_and_model(
+    run: RunArguments, args: SMTTrainingArguments
+) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
+    """Load the base in its dtype; under ZeRO-3 and fsdp2 each rank keeps its part only.
+
+    Raises:
+        SMTError: it can't be read; names the folder.
+    """
+    source = run.model_name_or_path
+    if run.gguf_file is not None:
+        with _without_zero_init(args):
+            source = str(main_process_first(lambda: _dequantize(run, args.base_dtype), "dequantising the GGUF file"))
+    options = {"trust_remote_code": run.trust_remote_code}
+    sharding = make_engine(args).load_options()
+    if run.attn_implementation is not None:
+        options["attn_implementation"] = run.attn_implementation
+    agree(lambda: _check_model_folder(source, run.trust_remote_code), "reading the model's config")
+    logger.info("engine %s, %d ranks", args.engine, get_world_size())
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=run.trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=args.base_dtype, **options, **sharding)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise RankError(f"{source}: can't be loaded as a causal language model ({first_line(error)})") from None
+    if not sharding and not is_deepspeed_zero3_enabled():
+        model.to(args.device)
+    if args.activation_checkpointing:  # for the warm-up; Trainer enables it again with all its options
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        # It also lets the embedding's output require a gradient, which would run the backward of layers below the
+        # lowest block; re-entrant checkpointing alone needs that.
+        model.disable_input_require_grads()
+    if run.packing:
+        rows = [args.per_device_train_batch_size, args.per_device_eval_batch_size if run.eval_file else 0]
+        prepare_model_for_packing(model, max(rows))
+    return tokenizer, model
+
+
+def _check_model_folder(source: str, trust_remote_code: bool) -> None:
+    """What fails on one rank only (a folder that a node lacks) must be found before ranks load together."""
+    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith(".")
+    if not is_hub_name and not Path(source).is_dir():
+        raise SMTError(f"--model_name_or_path: {source}: no such folder")
+    try:
+        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise SMTError(f"{source}: no model folder, nor a model on the hub ({first_line(error)})") from None
+
+
+def _dequantize(run: RunArguments, dtype: torch.dtype) -> Path:
+    return dequantize_gguf(find_gguf_file(run.model_name_or_path, run.gguf_file), dtype=dtype)
+
+
+@contextmanager
+def _without_zero_init(args: SMTTrainingArguments) -> Iterator[None]:
+    """Load an ordinary model inside although a ZeRO-3 config is active: it is converted, not trained."""
+    if args.deepspeed:
+        unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if args.deepspeed:
+            set_hf_deepspeed_config(args.hf_deepspeed_config)

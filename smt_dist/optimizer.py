@@ -1,0 +1,294 @@
+"""``ShardedBlockOptimizer``: wraps a torch optimizer class; fp32 masters and states of the blocks sharded over ranks.
+
+For engines whose blocks are replicated parameters (``ddp``, ``fsdp2``). A step moves the blocks once each way: one
+reduce-scatter of their gradients, the wrapped optimizer's step on this rank's slice, one all-gather of their values.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, MutableMapping
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
+
+from smt_dist.distributed import (
+    all_gather_rows,
+    all_reduce_sum,
+    get_world_size,
+    is_distributed,
+    reduce_scatter_rows,
+)
+from smt_dist.elementwise import (
+    counter_state,
+    counter_value,
+    is_counter,
+    is_moment,
+    refuse_unless_elementwise,
+)
+from smt_dist.flat import FlatParameters, Range
+
+
+class ShardedBlockOptimizer(torch.optim.Optimizer):
+    """Steps replicated parameters with an elementwise optimizer whose fp32 masters and states are sharded.
+
+    All parameters lie end to end in one flat buffer, cut into equal slices, one a rank (the last one is padded).
+    Gradients of micro-batches add up in fp32 without communication; :meth:`clip_grad_norm_` or :meth:`step`, whichever
+    comes first, averages them over ranks. A parameter without a gradient counts as one with a gradient of zero. Weight
+    decay pulls a block's delta to zero, that is, the model to its base.
+
+    Collective are ``step``, ``clip_grad_norm_``, ``read_master`` and ``read_moments``, nothing else. Memory a rank, for
+    N trained elements on W ranks, AdamW, and parameters of 2 bytes: 12 N / W (master, two moments) + 2 N (what
+    computes) + 4 N (gradients); see :meth:`memory_bytes`.
+
+    Args:
+        groups: parameter groups of equal dtype and device, as for any torch optimizer; learning rate and other
+            options may differ between groups and change between steps.
+        optimizer_class: the optimizer to wrap. It must update each element from that element's history alone.
+        options: its keyword arguments.
+        reduce_dtype: in which gradients cross the network; they are added up before and used after in fp32.
+
+    Raises:
+        SMTError: the optimizer isn't elementwise (Adafactor, LAMB, Muon, ...).
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
+        options: dict[str, Any] | None = None,
+        reduce_dtype: torch.dtype = torch.float32,
+    ) -> None:
+        refuse_unless_elementwise(optimizer_class, options or {})
+        self.reduce_dtype = reduce_dtype
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        self._flat = FlatParameters(parameters)
+        self._gradients = torch.zeros(len(self._flat.values), device=self._flat.values.device)
+        self._reduced = False
+
+        # In fp32 a master is a view of this rank's slice of the values, no copy of it.
+        own = self._flat.own
+        masters = own.of(self._flat.values).to(torch.float32)
+        self._group_ranges = [part.within(own) for part in self._ranges_of_groups(groups)]
+        self._masters = [nn.Parameter(part.of(masters, own.start)) for part in self._group_ranges]
+        self.inner = optimizer_class(
+            [{**group, "params": [master]} for group, master in zip(groups, self._masters, strict=True)],
+            **(options or {}),
+        )
+        outer = [
+            {**inner, "params": group["params"]} for inner, group in zip(self.inner.param_groups, groups, strict=True)
+        ]
+        super().__init__(outer, self.inner.defaults)
+        _collect_gradients(self, parameters)
+
+    # -- a step ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Average the gradients over ranks, step this rank's slice, share the new values; gradients are zero after."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._flat.check()
+        self._reduce()
+        for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner.update({key: value for key, value in outer.items() if key != "params"})
+        self.inner.step()
+        self.zero_grad()
+        self._publish()
+        return loss
+
+    def add_gradient(self, parameter: nn.Parameter) -> None:
+        """Add ``parameter.grad`` to its sum and drop it; called after each backward.
+
+        Raises:
+            RuntimeError: after :meth:`clip_grad_norm_` and before :meth:`step`: this step's gradients are reduced.
+        """
+        if self._reduced:
+            raise RuntimeError("a backward between clip_grad_norm_ and step: its gradient would be lost")
+        self._flat.ranges[parameter].of(self._gradients).add_(parameter.grad.reshape(-1))
+        parameter.grad = None
+
+    def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002
+        """Forget the gradients that were added up."""
+        for parameter in self._flat.ranges:
+            parameter.grad = None
+        for master in self._masters:
+            master.grad = None
+        self._gradients.zero_()
+        self._reduced = False
+
+    @torch.no_grad()
+    def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
+        """Scale the gradients so that their norm over all blocks is at most ``max_norm``; the norm before.
+
+        Exact: the norm of the averaged gradient, from the ranks' slices, equal bits on all ranks. Infinity only
+        measures.
+        """
+        self._reduce()
+        # In fp64 without a copy in fp64.
+        norms = [torch.linalg.vector_norm(master.grad, dtype=torch.float64) for master in self._masters]
+        norm = all_reduce_sum(sum(norm.square() for norm in norms)).sqrt()
+        scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+        for master in self._masters:
+            master.grad.mul_(scale)
+        return norm.float()
+
+    def _reduce(self) -> None:
+        """Average the gradients over ranks, once a step; this rank's slice becomes the masters' gradients."""
+        if self._reduced:
+            return
+        own = self._gradients
+        if is_distributed():
+            own = reduce_scatter_rows(self._gradients.to(self.reduce_dtype)).float().div_(get_world_size())
+        for master, part in zip(self._masters, self._group_ranges, strict=True):
+            master.grad = part.of(own, self._flat.own.start)
+        self._reduced = True
+
+    def _publish(self) -> None:
+        """Round this rank's masters to what computes, and give every rank all of it."""
+        for master, part in zip(self._masters, self._group_ranges, strict=True):
+            part.of(self._flat.values).copy_(master)
+        if is_distributed():
+            all_gather_rows(self._flat.values, self._flat.own.of(self._flat.values))
+
+    # -- the state, parameter by parameter ---------------------------------------------------------------------
+
+    @property
+    def counters(self) -> dict[str, int | float]:
+        """What the wrapped optimizer counts for all elements alike (``step``); empty before the first step."""
+        state = self.inner.state[self._masters[0]]
+        return {key: counter_value(value) for key, value in state.items() if is_counter(value)}
+
+    @property
+    def moment_names(self) -> list[str]:
+        """The wrapped optimizer's elementwise states, sorted (``exp_avg``, ...); empty before the first step."""
+        master = self._masters[0]
+        return sorted(key for key, value in self.inner.state[master].items() if is_moment(master, value))
+
+    def read_master(self, parameter: nn.Parameter) -> torch.Tensor:
+        """A parameter's fp32 master, whole, on the CPU; collective."""
+        group = self._group_of(parameter)
+        return self._collect(parameter, self._masters[group], group)
+
+    def read_moments(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        """Each of :attr:`moment_names` for one parameter, of its shape, whole, on the CPU; collective."""
+        group = self._group_of(parameter)
+        state = self.inner.state[self._masters[group]]
+        return {key: self._collect(parameter, state[key], group) for key in self.moment_names}
+
+    @torch.no_grad()
+    def write(
+        self, parameter: nn.Parameter, master: torch.Tensor, moments: dict[str, torch.Tensor] | None = None
+    ) -> None:
+        """Set a parameter and this rank's part of its fp32 master and moments; every rank gives the same values.
+
+        Args:
+            parameter: one of the groups'.
+            master: of its shape.
+            moments: name -> tensor of its shape; None leaves them alone.
+        """
+        group = self._group_of(parameter)
+        parameter.copy_(master)
+        self._write_own(parameter, self._masters[group], master, group)
+        for key, value in (moments or {}).items():
+            state = self.inner.state[self._masters[group]]
+            if key not in state:
+                state[key] = torch.zeros_like(self._masters[group])
+            self._write_own(parameter, state[key], value, group)
+
+    def set_counters(self, counters: dict[str, int | float]) -> None:
+        """Put back what :attr:`counters` gave."""
+        for master in self._masters:
+            self.inner.state[master] |= counter_state(self.inner, master, counters)
+
+    def memory_bytes(self) -> dict[str, int]:
+        """Bytes that this rank holds: ``masters``, ``moments`` (0 before the first step), ``values``, ``gradients``.
+
+        In fp32 the masters are a part of the values: 0. A step needs 4 bytes more for each of this rank's elements, and
+        2 for each of all with a bf16 reduction.
+        """
+        moments = [
+            value for master in self._masters for value in self.inner.state[master].values() if is_moment(master, value)
+        ]
+        return {
+            "masters": 0 if self._flat.values.dtype == torch.float32 else sum(m.nbytes for m in self._masters),
+            "moments": sum(moment.nbytes for moment in moments),
+            "values": self._flat.values.nbytes,
+            "gradients": self._gradients.nbytes,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The wrapped optimizer's state: this rank's slice only, without the masters; not collective.
+
+        Trainer and accelerate call it on one rank. To save a state, use :meth:`read_master`, :meth:`read_moments` and
+        :attr:`counters`, which are free of world size.
+        """
+        return self.inner.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load this rank's slice, saved by :meth:`state_dict` on the same rank of as many."""
+        self.inner.load_state_dict(state_dict)
+        for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            outer.update({key: value for key, value in inner.items() if key != "params"})
+
+    def _ranges_of_groups(self, groups: list[dict[str, Any]]) -> list[Range]:
+        starts = [self._flat.ranges[group["params"][0]].start for group in groups]
+        # The padding counts as the last group's, so that all ranks hold as much.
+        return [Range(*ends) for ends in pairwise([*starts, len(self._flat.values)])]
+
+    def _group_of(self, parameter: nn.Parameter) -> int:
+        return next(i for i, group in enumerate(self.param_groups) if any(p is parameter for p in group["params"]))
+
+    def _collect(self, parameter: nn.Parameter, own: torch.Tensor, group: int) -> torch.Tensor:
+        """The parts of ``parameter`` in all ranks' ``own`` slices of one tensor of the group."""
+        place = self._flat.ranges[parameter]
+        whole = torch.empty(len(place))
+        for rank, part in self._flat.owners(place):
+            if part == part.within(self._flat.own):
+                piece = part.of(own.detach(), self._group_ranges[group].start)
+            else:
+                piece = own.new_empty(len(part))
+            if is_distributed():
+                dist.broadcast(piece, src=rank)
+            part.of(whole, place.start).copy_(piece)
+        return whole.view(parameter.shape)
+
+    def _write_own(self, parameter: nn.Parameter, own: torch.Tensor, whole: torch.Tensor, group: int) -> None:
+        place = self._flat.ranges[parameter]
+        part = place.within(self._flat.own)
+        if len(part):
+            part.of(own, self._group_ranges[group].start).copy_(part.of(whole.reshape(-1), place.start))
+
+
+def release_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Take away what an earlier optimizer put on its parameters: it would go on taking their gradients."""
+    for parameter in parameters:
+        if (hook := _HOOKS.pop(parameter, None)) is not None:
+            hook.remove()
+
+
+# Parameter -> its hook. Beside the parameters, not on them: a model must stay one that can be pickled.
+_HOOKS: MutableMapping[nn.Parameter, RemovableHandle] = WeakIdKeyDictionary()
+
+
+def _collect_gradients(optimizer: ShardedBlockOptimizer, parameters: Iterable[nn.Parameter]) -> None:
+    """Have each micro-batch's gradient added to its fp32 sum and dropped, as long as the optimizer lives."""
+    reference = weakref.ref(optimizer)
+
+    def collect(parameter: nn.Parameter) -> None:
+        owner = reference()
+        if owner is None:
+            release_gradients([parameter])
+        else:
+            owner.add_gradient(parameter)
+
+    for parameter in parameters:
+        release_gradients([parameter])
+        _HOOKS[parameter] = parameter.register_post_accumulate_grad_hook(collect)
