@@ -6,12 +6,14 @@ import logging
 import os
 import re
 import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
+from torch.utils.cpp_extension import get_default_build_root
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
@@ -45,8 +47,27 @@ def initialize_process_group(args: SMTTrainingArguments) -> None:
         # Imported here: DeepSpeed takes seconds, and ddp doesn't need it.
         import deepspeed
 
+        if args.local_process_index == 0:
+            warn_of_abandoned_builds()
         # Before from_pretrained: without it zero.Init would reckon with one rank.
         deepspeed.init_distributed()
+
+
+def warn_of_abandoned_builds(minutes: float = 5) -> None:
+    """Name the locks of old builds: PyTorch waits for one without end, in silence, although its owner was killed.
+
+    Args:
+        minutes: from which age on; a build of one of DeepSpeed's ops takes less.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        if time.time() - lock.stat().st_mtime > 60 * minutes:
+            logger.warning(
+                "%s is over %g minutes old: if no process compiles DeepSpeed's ops now, one was killed while it did, "
+                "and this run may wait for it without end; then delete that file",
+                lock,
+                minutes,
+            )
 
 
 def _single_rank() -> dict[str, str]:

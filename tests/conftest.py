@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from pathlib import Path
 
+import compiled_ops
 import pytest
 from architectures import make_model
 from programs import CONFIG, LAUNCH, QUESTIONS, ROWS, Outcome, command_line, load_program, train_flags
@@ -14,6 +16,20 @@ from tiny_models import save_tiny_llama
 from tiny_tokenizer import make_tokenizer
 
 from smt_dist.cli import run_program
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ops(request) -> None:
+    """Not in a test's time limit: it takes a minute on the first run in a checkout."""
+    compiled_ops.build(request.config.cache.mkdir("torch_extensions"))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup():
+    """Before a test's fixtures, which launch processes too."""
+    if "TORCH_EXTENSIONS_DIR" in os.environ:
+        compiled_ops.remove_locks()
+    return (yield)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import compiled_ops
 import torch
 
 TESTS = Path(__file__).resolve().parent
@@ -45,6 +46,7 @@ def launch(worker: str, world_size: int, folder: Path, timeout: float = TIMEOUT,
         AssertionError: a rank failed or all hung; the message holds each rank's output.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    compiled_ops.remove_locks()
     (folder / "arguments.json").write_text(json.dumps(arguments))
     ranks = []
     try:
