@@ -11,14 +11,14 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from transformers import TrainerState, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers import set_seed
 
 from smt_dist.cli import parse_arguments, run_program
-from smt_dist.distributed import agree, assert_same_on_all_ranks, get_rank
-from smt_dist.errors import SMTError, first_line
+from smt_dist.distributed import agree, get_rank
+from smt_dist.errors import SMTError
 from smt_dist.full_ft import save_moved_base
 from smt_dist.loading import initialize_process_group, load_tokenizer_and_model
+from smt_dist.rotation import find_checkpoint
 from smt_dist.run import (
     RunArguments,
     attach_blocks,
@@ -28,7 +28,7 @@ from smt_dist.run import (
     load_config,
     load_data,
 )
-from smt_dist.trainer import SMTTrainer, last_checkpoint
+from smt_dist.trainer import SMTTrainer
 
 logger = logging.getLogger("smt_dist.train")  # under the name whose level the command line sets
 MOVED_BASE = "moved_base"
@@ -43,8 +43,7 @@ def main() -> None:
     set_seed(args.seed)
     agree(lambda: check_writable("--output_dir", Path(args.output_dir)), "the output folder")
 
-    resume_from = agree(lambda: find_checkpoint(args.resume_from_checkpoint, args.output_dir), "the checkpoint")
-    assert_same_on_all_ranks(str(resume_from).encode(), "the checkpoint to resume from (is --output_dir shared?)")
+    resume_from = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     selection, adapter = agree(lambda: find_selection(run, resume_from), "the selection")
     config = agree(lambda: load_config(run, selection, adapter, resume_from), "the SMT config")
     if resume_from is not None and config.warmup.mode == "full_ft":  # the checkpoint's blocks belong to that base
@@ -77,32 +76,6 @@ def main() -> None:
         trainer.save_metrics("eval", metrics)
     if get_rank() == 0:
         print(f"adapter saved in {args.output_dir}", flush=True)
-
-
-def find_checkpoint(flag: str | None, output_dir: str) -> str | None:
-    """The folder that ``--resume_from_checkpoint`` means: a path, or ``auto`` / ``true`` for the newest."""
-    if flag is None or flag.lower() in ("false", "none"):
-        return None
-    if flag.lower() not in ("auto", "true"):
-        if not (Path(flag) / TRAINER_STATE_NAME).is_file():
-            raise SMTError(f"--resume_from_checkpoint: {flag} is no checkpoint folder (it has no {TRAINER_STATE_NAME})")
-        found = flag
-    else:
-        found = last_checkpoint(output_dir)
-        if found is None and flag.lower() == "true":
-            raise SMTError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint")
-    if found is not None:
-        check_trainer_state(Path(found) / TRAINER_STATE_NAME)
-    return found
-
-
-def check_trainer_state(path: Path) -> None:
-    """Raise SMTError where Trainer would end in a traceback."""
-    try:
-        state = TrainerState.load_from_json(str(path))
-        assert state.global_step >= 0
-    except (OSError, ValueError, TypeError, AttributeError, AssertionError) as error:
-        raise SMTError(f"{path}: damaged ({first_line(error)})") from None
 
 
 if __name__ == "__main__":

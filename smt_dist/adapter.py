@@ -1,12 +1,14 @@
 """The small artefact on disk: an adapter folder, saved, checked and loaded.
 
 ``smt_config.json``, ``smt_selection.json``, ``smt_blocks.safetensors`` (one fp32 tensor a module: the deltas'
-masters) and ``README.md`` (model card). Nothing is pickled, and nothing depends on engine or world size.
+masters), ``README.md`` (model card) and ``smt_manifest.json`` (sizes and checksums). Nothing is pickled, and nothing
+depends on engine or world size.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -17,9 +19,12 @@ from torch import nn
 from smt_dist.blocks import BlockSelection
 from smt_dist.config import GroupConfig, SMTConfig
 from smt_dist.errors import SMTError
-from smt_dist.files import read_tensors, replace_file, write_tensors
+from smt_dist.files import check_tensors, read_header, read_tensors, write_tensors
 from smt_dist.model import apply_selection, base_fingerprint, remove_blocks, sparse_layers
+from smt_dist.saves import MANIFEST_FILE, read_manifest, saving, verify
 from smt_dist.targets import base_modules, is_linear
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "smt_config.json"
 SELECTION_FILE = "smt_selection.json"
@@ -49,7 +54,7 @@ def save_adapter(
     deltas: Iterable[tuple[str, torch.Tensor]] | None = None,
     card: str = "",
 ) -> None:
-    """Write ``model``'s blocks as an adapter folder. Call it on one rank.
+    """Write ``model``'s blocks as an adapter folder, whole or not at all (:mod:`smt_dist.saves`). Call it on one rank.
 
     Args:
         model: after :func:`apply_selection`.
@@ -61,23 +66,30 @@ def save_adapter(
     Raises:
         SMTError: the model has no blocks.
         RuntimeError: a tensor isn't complete, as a partitioned one wouldn't be: nothing is written.
+        OSError: the folder can't be written, or the disk is full: what was there before still is.
     """
-    layers = sparse_layers(model)
-    if not layers:
+    if not sparse_layers(model):
         raise SMTError(f"{folder}: the model has no blocks to save")
+    with saving(folder) as beside:
+        write_adapter(model, beside, deltas, card)
+
+
+def write_adapter(
+    model: nn.Module, folder: Path, deltas: Iterable[tuple[str, torch.Tensor]] | None = None, card: str = ""
+) -> None:
+    """The files of :func:`save_adapter`, into a folder that is a part of something larger and saved with it."""
+    layers = sparse_layers(model)
     selection: BlockSelection = model.smt_selection
     if deltas is None:
         deltas = ((name, layer.delta) for name, layer in layers.items())
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     config = model.smt_config or config_of(selection)
     # One key only: safetensors writes several in a random order, and equal adapters should be equal files.
     metadata = {"base_fingerprint": model.smt_base_fingerprint}
     shapes = {name: delta_shape(selection, name) for name in layers}
-    replace_file(folder / BLOCKS_FILE, lambda path: write_tensors(path, shapes, deltas, metadata))
-    replace_file(folder / SELECTION_FILE, lambda path: path.write_text(selection.to_json()))
-    replace_file(folder / CARD_FILE, lambda path: path.write_text(_model_card(model, config, selection, card)))
-    replace_file(folder / CONFIG_FILE, lambda path: path.write_text(config.to_json()))
+    write_tensors(folder / BLOCKS_FILE, shapes, deltas, metadata)
+    (folder / SELECTION_FILE).write_text(selection.to_json())
+    (folder / CARD_FILE).write_text(_model_card(model, config, selection, card))
+    (folder / CONFIG_FILE).write_text(config.to_json())
 
 
 def load_adapter(
@@ -101,28 +113,34 @@ def load_adapter(
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read and check an adapter folder.
+    """Read an adapter folder, after comparing it with its manifest.
 
     Raises:
-        SMTError: a file is missing or malformed, or a tensor is missing, extra, or of another shape or dtype.
+        SMTError: a file is missing, malformed or not what was saved, or a tensor is missing, extra, or of another shape
+            or dtype.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise SMTError(f"{folder}: no such adapter folder")
+    if (manifest := read_manifest(folder)) is None:
+        logger.warning(
+            "%s: has no %s: it is from an older version, or a copy that isn't complete; its form is checked, but "
+            "damage to its values can't be seen",
+            folder,
+            MANIFEST_FILE,
+        )
+    else:
+        verify(folder, manifest, (CONFIG_FILE, SELECTION_FILE, BLOCKS_FILE))
     config = SMTConfig.from_json_file(folder / CONFIG_FILE)
     selection = BlockSelection.from_json_file(folder / SELECTION_FILE)
-    tensors, metadata = read_tensors(folder / BLOCKS_FILE)
-    if set(tensors) != set(selection.blocks):
-        different = sorted(set(tensors) ^ set(selection.blocks))
-        raise SMTError(f"{folder / BLOCKS_FILE}: {different[0]} is not in both this file and {SELECTION_FILE}")
+    path = folder / BLOCKS_FILE
+    check_tensors(
+        path, read_header(path)[0], {name: delta_shape(selection, name) for name in selection.blocks}, SELECTION_FILE
+    )
+    tensors, metadata = read_tensors(path)
     for name, tensor in tensors.items():
-        expected = delta_shape(selection, name)
-        if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
-            raise SMTError(
-                f"{folder / BLOCKS_FILE}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {expected} float32"
-            )
         if not tensor.isfinite().all():
-            raise SMTError(f"{folder / BLOCKS_FILE}: {name} is not finite (NaN or infinity): its training diverged")
+            raise SMTError(f"{path}: {name} is not finite (NaN or infinity): its training diverged")
     return Adapter(config, selection, tensors, metadata.get("base_fingerprint", ""))
 
 

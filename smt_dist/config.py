@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from smt_dist.errors import SMTError
-from smt_dist.files import read_text
+from smt_dist.files import parse_json, read_text, shorten
 
 ScoreName = Literal[
     "mean_abs", "abs_mean", "l1", "l2", "mean_abs_per_step", "abs_mean_per_step", "l1_per_step", "l2_per_step"
@@ -21,7 +21,6 @@ MAX_AUTO_BLOCK_SIZE = 256
 MAX_BLOCK_SIDE = 65536
 DEFAULT_FRACTION = 0.0084
 MAX_SEED = 2**32 - 1  # numpy's and transformers' limit
-MAX_SHOWN = 80  # characters of a wrong value in a message
 
 
 class _Strict(BaseModel):
@@ -165,10 +164,11 @@ class SMTConfig(_Strict):
     @field_validator("groups")
     @classmethod
     def _names_are_unique(cls, value: list[GroupConfig]) -> list[GroupConfig]:
-        names = [group.name for group in value]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two groups have the name {name!r}")
+        seen: set[str] = set()
+        for group in value:
+            if group.name in seen:
+                raise ValueError(f"two groups have the name {group.name!r}")
+            seen.add(group.name)
         return value
 
     @classmethod
@@ -196,37 +196,21 @@ def parse_model(model: type[Any], text: str, source: str) -> Any:
     Raises:
         SMTError: one line with the source, the first wrong field, its value and what is accepted.
     """
-    try:
-        content = json.loads(text, object_pairs_hook=_refuse_double_keys)
-    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
-        raise SMTError(f"{source}: not valid JSON ({error})") from None
+    content = parse_json(text, source)
     try:
         return model.model_validate(content)
     except ValidationError as error:
         raise SMTError(f"{source}: {describe(error)}") from None
 
 
-def _refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        double = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {_shorten(repr(double))} stands twice in one object")
-    return content
-
-
 def describe(error: ValidationError) -> str:
     """The first complaint of a pydantic error in one line: field, reason, value."""
     first = error.errors(include_url=False)[0]
     # A key may hold line breaks; repr escapes them.
-    place = ".".join(_shorten(repr(str(part))[1:-1]) for part in first["loc"]) or "top level"
+    place = ".".join(shorten(repr(str(part))[1:-1]) for part in first["loc"]) or "top level"
     reason = first["msg"].removeprefix("Value error, ")
     value = first["input"]
-    shown = "" if isinstance(value, dict) else f" (got {_shorten(repr(value))})"
+    shown = "" if isinstance(value, dict) else f" (got {shorten(repr(value))})"
     if first["type"] == "extra_forbidden":
         reason, shown = "unknown key", ""
     return f"{place}: {reason}{shown}"
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

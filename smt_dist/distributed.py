@@ -97,6 +97,25 @@ def agree(action: Callable[[], T], what: str) -> T:
     return result  # type: ignore[return-value]
 
 
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value (what pickle can hold, as it travels between this run's processes), on every rank."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main_process(action: Callable[[], T], what: str) -> T:
+    """Run ``action`` on rank 0 alone and give every rank its result.
+
+    Raises:
+        SMTError: rank 0's, on all ranks.
+    """
+    result = agree(lambda: action() if get_rank() == 0 else None, what)
+    return gather_objects(result)[0]
+
+
 def main_process_first(action: Callable[[], T], what: str) -> T:
     """Run ``action`` on rank 0, then on the others: what rank 0 wrote to a cache, the others find there.
 

@@ -7,31 +7,23 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 
-from smt_dist.adapter import delta_shape, read_adapter, save_adapter, verify_fingerprint
+from smt_dist.adapter import read_adapter, verify_fingerprint
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.checkpoint import (
     GLOBAL_BATCH,
-    OPTIMIZER_FILE,
     load_random_state,
     load_schedule,
     load_states,
     ranks_saved,
     restore_schedule,
-    save_moments,
-    save_random_state,
-    save_schedule,
 )
 from smt_dist.distributed import agree, assert_same_on_all_ranks, get_world_size
 from smt_dist.elementwise import state_names
@@ -39,6 +31,7 @@ from smt_dist.engines import BlockState, Engine, make_engine, unwrapped
 from smt_dist.errors import SMTError
 from smt_dist.model import sparse_layers
 from smt_dist.optimizer import ShardedBlockOptimizer, release_gradients
+from smt_dist.saving_trainer import SavingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +39,7 @@ logger = logging.getLogger(__name__)
 STATE_BYTES = 12
 
 
-class SMTTrainer(Trainer):
+class SMTTrainer(SavingTrainer):
     """Trains the blocks of a model.
 
     Args:
@@ -118,55 +111,6 @@ class SMTTrainer(Trainer):
 
     # -- checkpoints -------------------------------------------------------------------------------------------
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter (and the tokenizer); never the base. Collective."""
-        folder = Path(output_dir or self.args.output_dir)
-        deltas = self.engine.read_blocks(self.model, self.optimizer)
-
-        def write() -> None:
-            save_adapter(self.model, folder, deltas, card=self._card_lines())
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-
-        self._write_on_one_rank(write, deltas, folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        folder, moments = Path(output_dir), self.engine.read_moments(self.model, self.optimizer)
-
-        def write() -> None:
-            selection = self.model.smt_selection
-            shapes = {name: delta_shape(selection, name) for name in sparse_layers(self.model)}
-            save_moments(folder, shapes, moments)
-            save_schedule(folder, self.lr_scheduler.state_dict(), self._global_batch_size())
-
-        self._write_on_one_rank(write, moments.tensors, folder)
-
-    def _write_on_one_rank(self, write: Callable[[], None], tensors: Iterator[Any], folder: Path) -> None:
-        """Run ``write``, which reads ``tensors``, where checkpoints are written; all ranks fail if it fails.
-
-        Reading is collective: ranks that don't write read too, and so does one whose writing failed.
-        """
-
-        def result() -> None:
-            if failure is not None:
-                raise SMTError(f"{folder}: can't be written ({failure.strerror or failure})")
-
-        failure: OSError | None = None
-        if self.args.should_save:
-            try:
-                write()
-            except OSError as error:
-                failure = error
-        deque(tensors, maxlen=0)  # keeps none, not even while the next is read
-        agree(result, "saving")
-
-    def _global_batch_size(self) -> int:
-        args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * get_world_size()
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        save_random_state(Path(output_dir), self.args.process_index)
-
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
@@ -235,12 +179,6 @@ class SMTTrainer(Trainer):
         adapter = agree(lambda: read_adapter(folder), "reading the best checkpoint")
         self.engine.write_blocks(self.model, self.optimizer, adapter.deltas)
 
-    def _card_lines(self) -> str:
-        return (
-            f"\nTrained for {self.state.global_step} steps, learning rate {self.args.learning_rate:g}, base in "
-            f"{self.args.dtype}.\n"
-        )
-
 
 @contextmanager
 def _saving_only_the_model(args: SMTTrainingArguments) -> Iterator[None]:
@@ -267,20 +205,6 @@ def block_parameter_groups(model: nn.Module, learning_rate: float, weight_decay:
 def state_bytes_per_rank(model: nn.Module) -> int:
     """Bytes of AdamW's state a rank: fp32 master and two moments of this rank's share of the elements."""
     return STATE_BYTES * -(-model.smt_selection.parameters // get_world_size())
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """The newest complete checkpoint folder in ``output_dir``, if any."""
-    folders = [
-        folder
-        for folder in Path(output_dir).glob("checkpoint-*")
-        # Trainer's own file is the last to be written: without it the save was cut short.
-        # One of --save_only_model can't be gone on from.
-        if folder.name.rpartition("-")[2].isdigit()
-        and (folder / TRAINER_STATE_NAME).exists()
-        and (folder / OPTIMIZER_FILE).exists()
-    ]
-    return os.fspath(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
 
 
 def _multiplier(model: nn.Module, module: str) -> float:
