@@ -15,7 +15,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from smt_dist.elementwise import optimizer_class_by_name, parse_options, refuse_unless_elementwise
 from smt_dist.engines import ENGINES
-from smt_dist.errors import SMTError
+from smt_dist.errors import SMTError, whole_message
 from smt_dist.files import parse_json_object, read_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -123,8 +123,8 @@ class SMTTrainingArguments(TrainingArguments):
             self.bf16 = self.dtype == "bfloat16"
         try:
             super().__post_init__()
-        except ValueError as error:
-            raise SMTError(" ".join(str(error).split())) from None
+        except Exception as error:  # its checks and conversions raise anything at all
+            raise SMTError(whole_message(error)) from None
         if self.deepspeed and self.hf_deepspeed_config.mismatches:
             raise SMTError(f"--deepspeed contradicts the flags: {self.hf_deepspeed_config.mismatches[0].lstrip('- ')}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -24,11 +25,20 @@ def run_program(main: Callable[[], None]) -> None:
     except SMTError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or isinstance(error, RankError):
-            where = f"rank {rank}: " if rank else ""
-            print(f"{os.path.basename(sys.argv[0])}: error: {where}{error}", file=sys.stderr, flush=True)
+            _print_error(f"rank {rank}: {error}" if rank else str(error))
         _leave_process_group()
         sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        # What isn't a save (a log, a cache) fills a disk up as well; only this rank knows.
+        _print_error(f"{error.filename or 'a file'}: can't be written ({error.strerror})")
+        sys.exit(2)
     _leave_process_group()
+
+
+def _print_error(text: str) -> None:
+    print(f"{os.path.basename(sys.argv[0])}: error: {text}", file=sys.stderr, flush=True)
 
 
 def _leave_process_group() -> None:

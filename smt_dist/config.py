@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from smt_dist.errors import SMTError
 from smt_dist.files import parse_json, read_text, shorten
@@ -145,7 +145,7 @@ class SMTConfig(_Strict):
     """
 
     block_size: int | tuple[int, int] | Literal["auto"] = 256
-    groups: list[GroupConfig] = Field(default_factory=lambda: [GroupConfig()], min_length=1)
+    groups: Annotated[list[GroupConfig], FailFast()] = Field(default_factory=lambda: [GroupConfig()], min_length=1)
     selection: SelectionConfig = SelectionConfig()
     warmup: WarmupConfig = WarmupConfig()
     untie: bool = Field(default=False, strict=True)

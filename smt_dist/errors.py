@@ -21,6 +21,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_REASON]
 
 
+def whole_message(error: BaseException) -> str:
+    """What another library's exception says over several lines, in one."""
+    return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
+
+
 def _one_line(message: str) -> str:
     """Escape what can't be printed, keep the rest; cut where it gets long."""
     cut = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."

@@ -196,3 +196,17 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """Its ``save_pretrained``.
+
+    Raises:
+        OSError: a file can't be written; the tokenizers library has only bare exceptions for that.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise OSError(str(error)) from None

@@ -20,6 +20,7 @@ from smt_dist.checkpoint import random_state, save_moments, save_random_states, 
 from smt_dist.distributed import agree, gather_objects, get_world_size
 from smt_dist.engines import Engine
 from smt_dist.errors import SMTError
+from smt_dist.files import save_tokenizer
 from smt_dist.model import sparse_layers
 from smt_dist.rotation import (
     checkpoint_folder,
@@ -29,7 +30,7 @@ from smt_dist.rotation import (
     remove_leftovers,
 )
 from smt_dist.saves import Save
-from smt_dist.trainer_state import save_metrics, save_tokenizer, save_trainer_state
+from smt_dist.trainer_state import save_metrics, save_trainer_state
 
 logger = logging.getLogger(__name__)
 

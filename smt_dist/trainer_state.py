@@ -1,4 +1,4 @@
-"""What is Trainer's own in a save: ``trainer_state.json``, typed and free of paths; results; the tokenizer."""
+"""What is Trainer's own in a save: ``trainer_state.json``, typed and free of paths; results."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import logging
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
-from transformers import PreTrainedTokenizerBase, TrainerState
+from pydantic import BaseModel, ConfigDict, FailFast, Field
+from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 
@@ -38,7 +38,7 @@ class CheckedState(BaseModel):
     train_batch_size: _Count
     num_input_tokens_seen: _Number = 0
     total_flos: _Number = 0
-    log_history: list[dict[str, Any]]
+    log_history: Annotated[list[dict[str, Any]], FailFast()]
     best_metric: _Number | None = None
     best_global_step: _Count | None = None
     best_model_checkpoint: str | None = None
@@ -102,17 +102,3 @@ def save_metrics(output_dir: Path, split: str, metrics: dict[str, float], combin
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     replace_file(path, lambda beside: beside.write_text(json.dumps(content, indent=4, sort_keys=True)))
-
-
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Its ``save_pretrained``.
-
-    Raises:
-        OSError: a file can't be written; the tokenizers library has only bare exceptions for that.
-    """
-    try:
-        tokenizer.save_pretrained(folder)
-    except Exception as error:
-        if type(error) is not Exception:
-            raise
-        raise OSError(str(error)) from None

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import random
+import resource
 import struct
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from smt_dist.errors import SMTError
 from smt_dist.saves import write_manifest
+
+HEADROOM = 2 * 1024**3  # bytes of address space; what is damaged are kilobytes
 
 # Where parsers go wrong: nesting, huge numbers, what JSON doesn't know, keys that stand twice.
 BOMBS = (
@@ -63,3 +70,30 @@ def mutations(content: bytes, count: int, seed: int, others: tuple[bytes, ...] =
                 changed[at:end] = draw.choice(VALUES)
         found.append(bytes(changed))
     return found
+
+
+@contextmanager
+def capped_memory() -> Iterator[None]:
+    """What is allocated inside beyond :data:`HEADROOM` is a MemoryError."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + HEADROOM, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+
+
+def outcome(read: Callable[[], Any]) -> str | None:
+    """The refusal of ``read``, which is one line that a terminal can show; None if it has a result.
+
+    Anything else, too much memory included, is raised.
+    """
+    refusal = None
+    try:
+        with capped_memory():
+            read()
+    except SMTError as error:
+        refusal = str(error)
+    assert refusal is None or (refusal.isprintable() and len(refusal) < 2500)
+    return refusal
