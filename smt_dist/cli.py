@@ -11,24 +11,40 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from smt_dist.errors import RankError, SMTError
+from smt_dist.preemption import Preempted
+from smt_dist.supervision import end_supervision
 
 
 def run_program(main: Callable[[], None]) -> None:
     """Run ``main``; turn an :class:`SMTError` into one line on stderr and exit code 2.
 
     Every rank exits with 2, but only rank 0 prints, since all ranks see the same error (see
-    :func:`smt_dist.distributed.agree`); a :class:`RankError`, which one rank may have alone, is printed by each.
+    :func:`smt_dist.distributed.agree`); a :class:`RankError`, which one rank may have alone, is printed by each. Ends
+    what :func:`smt_dist.supervision.supervise` began: whichever way a rank ends, the others are told.
     """
     try:
         main()
+    except Preempted as error:
+        print(f"{os.path.basename(sys.argv[0])}: {_rank_prefix()}{error.text}", file=sys.stderr, flush=True)
+        end_supervision(error)
+        raise
     except SMTError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or isinstance(error, RankError):
-            where = f"rank {rank}: " if rank else ""
-            print(f"{os.path.basename(sys.argv[0])}: error: {where}{error}", file=sys.stderr, flush=True)
+            print(f"{os.path.basename(sys.argv[0])}: error: {_rank_prefix()}{error}", file=sys.stderr, flush=True)
+        end_supervision(error)
         _leave_process_group()
         sys.exit(2)
+    except (Exception, KeyboardInterrupt) as error:
+        end_supervision(error)
+        raise
     _leave_process_group()
+    end_supervision()
+
+
+def _rank_prefix() -> str:
+    rank = int(os.environ.get("RANK", "0"))
+    return f"rank {rank}: " if rank else ""
 
 
 def _leave_process_group() -> None:

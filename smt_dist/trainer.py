@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
 from transformers.trainer import TRAINER_STATE_NAME
 
 from smt_dist.adapter import delta_shape, read_adapter, save_adapter, verify_fingerprint
@@ -37,6 +36,7 @@ from smt_dist.distributed import agree, assert_same_on_all_ranks, get_world_size
 from smt_dist.elementwise import state_names
 from smt_dist.engines import BlockState, Engine, make_engine, unwrapped
 from smt_dist.errors import SMTError
+from smt_dist.guarded_trainer import GuardedTrainer
 from smt_dist.model import sparse_layers
 from smt_dist.optimizer import ShardedBlockOptimizer, release_gradients
 
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 STATE_BYTES = 12
 
 
-class SMTTrainer(Trainer):
+class SMTTrainer(GuardedTrainer):
     """Trains the blocks of a model.
 
     Args:
@@ -120,6 +120,7 @@ class SMTTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Write the adapter (and the tokenizer); never the base. Collective."""
+        self.check_before_save()
         folder = Path(output_dir or self.args.output_dir)
         deltas = self.engine.read_blocks(self.model, self.optimizer)
 
