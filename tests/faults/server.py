@@ -6,14 +6,17 @@ results goes to stdout. A forked rank is an ordinary process otherwise: runs lau
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import faulthandler
+import gc
 import json
 import os
 import signal
 import sys
 import threading
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -44,16 +47,24 @@ def serve() -> Any:
 def _prepare() -> None:
     # Whatever a rank would import, so that forks share it. None of it may start a thread or a process group.
     import datasets  # noqa: F401
-    import deepspeed  # noqa: F401
-    import torch
+    import deepspeed.runtime.engine  # noqa: F401
+    import torch._dynamo
     import transformers.models.llama.modeling_llama
     import transformers.trainer  # noqa: F401
+    from compiled_ops import BUILD
     from programs import load_program
 
+    import smt_dist.engines.ddp
+    import smt_dist.engines.deepspeed
+    import smt_dist.engines.fsdp2
     import smt_dist.trainer  # noqa: F401
 
     torch.set_num_threads(1)
     load_program("train.py")
+    exec(BUILD)  # loaded once, not in each fork: its own check of what is compiled takes seconds
+    # A collection in a fork would copy all memory that it shares.
+    gc.collect()
+    gc.freeze()
 
 
 def _rank(job: dict[str, Any], rank: int, told: dict[str, Any]) -> None:
@@ -73,7 +84,18 @@ def _rank(job: dict[str, Any], rank: int, told: dict[str, Any]) -> None:
 
     from smt_dist.cli import run_program
 
-    run_program(load_program("train.py").main)
+    # Python's own end but for freeing memory, for which a fork must first copy what it shares: half of a job's time.
+    try:
+        run_program(load_program("train.py").main)
+        code = 0
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _watch_phases(folder: Path, rank: int, fault: dict[str, Any] | None) -> None:
