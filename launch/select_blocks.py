@@ -19,6 +19,7 @@ from smt_dist.distributed import agree, barrier, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.files import replace_file
 from smt_dist.loading import initialize_process_group, load_tokenizer_and_model
+from smt_dist.phases import enter_phase
 from smt_dist.run import (
     RunArguments,
     check_writable,
@@ -26,6 +27,7 @@ from smt_dist.run import (
     load_config,
     load_data,
 )
+from smt_dist.supervision import honour_collective_timeout, supervise
 
 
 @dataclass
@@ -43,14 +45,18 @@ def main() -> None:
     if run.eval_file:
         raise SMTError("--eval_file: this program evaluates nothing")
     initialize_process_group(args)
+    supervise(args)
     set_seed(args.seed)
     output = Path(run.output)
     agree(lambda: check_writable("--output", output.parent), "the output folder")
     config = agree(lambda: load_config(run, None, None, None), "the SMT config")
     if config.warmup.mode == "full_ft":
         raise SMTError("warmup.mode full_ft moves the base, which this program doesn't keep: run train.py")
+    enter_phase("load")
     tokenizer, model = load_tokenizer_and_model(run, args)
+    honour_collective_timeout(model, args.ddp_timeout)
     data = load_data(run, tokenizer)
+    enter_phase("warm-up")
     selection, scores = collect_and_select(model, data, config, args)
     if get_rank() == 0:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ python launch/train.py --smt_config S.json ...
 from __future__ import annotations
 
 import logging
+import signal
 from pathlib import Path
 
 from transformers import set_seed
@@ -18,6 +19,7 @@ from smt_dist.distributed import agree, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.full_ft import save_moved_base
 from smt_dist.loading import initialize_process_group, load_tokenizer_and_model
+from smt_dist.phases import enter_phase
 from smt_dist.rotation import find_checkpoint
 from smt_dist.run import (
     RunArguments,
@@ -28,6 +30,7 @@ from smt_dist.run import (
     load_config,
     load_data,
 )
+from smt_dist.supervision import honour_collective_timeout, supervise
 from smt_dist.trainer import SMTTrainer
 
 logger = logging.getLogger("smt_dist.train")  # under the name whose level the command line sets
@@ -40,6 +43,7 @@ def main() -> None:
     if args.do_eval and run.eval_file is None:  # --eval_strategy switches do_eval on
         raise SMTError("--eval_strategy (or --do_eval) needs --eval_file")
     initialize_process_group(args)
+    supervise(args)
     set_seed(args.seed)
     agree(lambda: check_writable("--output_dir", Path(args.output_dir)), "the output folder")
 
@@ -49,12 +53,17 @@ def main() -> None:
     if resume_from is not None and config.warmup.mode == "full_ft":  # the checkpoint's blocks belong to that base
         run.model_name_or_path, run.gguf_file = str(Path(resume_from).parent / MOVED_BASE), None
 
+    enter_phase("load")
     tokenizer, model = load_tokenizer_and_model(run, args)
+    honour_collective_timeout(model, args.ddp_timeout)
+    enter_phase("data")
     data = load_data(run, tokenizer)
     if selection is None:
+        enter_phase("warm-up")
         selection, _ = collect_and_select(model, data, config, args)
         if config.warmup.mode == "full_ft":  # the blocks belong to the base as the warm-up left it
             save_moved_base(model, tokenizer, Path(args.output_dir) / MOVED_BASE)
+    enter_phase("attaching the blocks")
     attach_blocks(model, selection, config, args, adapter, run.adapter)
 
     trainer = SMTTrainer(
@@ -67,6 +76,11 @@ def main() -> None:
         processing_class=tokenizer,
     )
     result = trainer.train(resume_from_checkpoint=resume_from)
+    if trainer.preempted:
+        if get_rank() == 0:
+            saved, name = trainer.saved_when_preempted(), signal.Signals(trainer.preempted).name
+            print(f"ended by {name}: saved in {saved}; go on with --resume_from_checkpoint auto", flush=True)
+        return
     logger.info("%s", trainer.describe_optimizer())
     trainer.save_model()
     trainer.save_metrics("train", result.metrics)

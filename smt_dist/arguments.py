@@ -6,10 +6,12 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from inspect import signature
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
@@ -52,6 +54,8 @@ _LEAST: dict[str, int] = {
     "dataloader_num_workers": 0,
     "learning_rate": 0,
     "weight_decay": 0,
+    "heartbeat_timeout": 0,
+    "ddp_timeout": 1,
 }
 # By Trainer's names; every other elementwise optimizer by its dotted name.
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
@@ -101,6 +105,14 @@ class SMTTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "replace NaN losses in the logs by the last mean, which hides them"}
     )
 
+    heartbeat_timeout: float = field(
+        default=45.0,
+        metadata={
+            "help": "seconds of silence after which a rank counts as lost and the others end; 0: no heartbeat. (A rank "
+            "that hangs but still has a heartbeat is noticed by collectives: --ddp_timeout, seconds)"
+        },
+    )
+
     # What --optim and --optim_args mean where it is a dotted name: class and keyword arguments. Not a flag.
     custom_optimizer: ClassVar[tuple[type[torch.optim.Optimizer], dict[str, Any]] | None] = None
 
@@ -115,6 +127,7 @@ class SMTTrainingArguments(TrainingArguments):
         self._check_optimizer()
         if not torch.cuda.is_available():
             self.use_cpu = True
+        self._meet_within_the_timeout()
         if self.activation_checkpointing or self.gradient_checkpointing:
             self._use_non_reentrant_checkpointing()
         if self.deepspeed:
@@ -189,6 +202,12 @@ class SMTTrainingArguments(TrainingArguments):
         if self.cpu_offload and world_size == 1:
             raise SMTError("--cpu_offload: one rank shards nothing, so nothing is offloaded; start more ranks")
 
+    def _meet_within_the_timeout(self) -> None:
+        """Make the process group here where TrainingArguments would do it without ``--ddp_timeout``: on CPU."""
+        launched = "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if self.use_cpu and launched and not dist.is_initialized():
+            dist.init_process_group(self.ddp_backend or "gloo", timeout=timedelta(seconds=self.ddp_timeout))
+
     def _check_optimizer(self) -> None:
         name = getattr(self.optim, "value", self.optim)
         if "." in name:
@@ -255,6 +274,10 @@ def prepare_deepspeed_config(source: str | dict[str, Any], dtype: torch.dtype) -
     for section in ("bf16", "fp16", "zero_optimization", "data_types", "optimizer"):
         if not isinstance(config.get(section, {}), dict):
             raise SMTError(f"{name}: {section} must be an object, not {config[section]!r}")
+    if config.get("bf16", {}).get("check_grad_overflow", True) is False:
+        raise SMTError(f"{name}: bf16.check_grad_overflow false would train on NaN and infinity; remove it")
+    if config.get("zero_optimization", {}).get("compute_grad_norm", True) is False:
+        raise SMTError(f"{name}: zero_optimization.compute_grad_norm false would train on NaN and infinity; remove it")
     wants_bf16 = dtype == torch.bfloat16
     precision = config.setdefault("bf16", {"enabled": "auto"})
     if precision.get("enabled", "auto") not in ("auto", wants_bf16):

@@ -131,6 +131,18 @@ class WarmupConfig(_Strict):
         return self
 
 
+class BadNumbersConfig(_Strict):
+    """What happens after a step whose loss or gradients hold NaN or infinity. Nothing of it is ever applied.
+
+    Attributes:
+        policy: ``stop`` ends the run with an error; ``skip`` goes on with the next step's data.
+        limit: ``skip``: as many bad steps in a row are skipped; one more ends the run.
+    """
+
+    policy: Literal["stop", "skip"] = "stop"
+    limit: int = Field(default=3, ge=1, strict=True)
+
+
 class SMTConfig(_Strict):
     """Everything that defines an SMT run apart from model, data and training arguments.
 
@@ -142,6 +154,8 @@ class SMTConfig(_Strict):
         warmup: the probing phase.
         untie: allow a target whose weight is tied to another (an output head tied to the embedding). The
             tie is cut when the blocks are merged.
+        bad_numbers: what happens after NaN or infinity in training. It may differ from launch to launch. In the
+            warm-up they always end the run.
     """
 
     block_size: int | tuple[int, int] | Literal["auto"] = 256
@@ -149,6 +163,7 @@ class SMTConfig(_Strict):
     selection: SelectionConfig = SelectionConfig()
     warmup: WarmupConfig = WarmupConfig()
     untie: bool = Field(default=False, strict=True)
+    bad_numbers: BadNumbersConfig = BadNumbersConfig()
 
     @field_validator("block_size", mode="before")
     @classmethod

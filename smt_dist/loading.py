@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,7 +50,7 @@ def initialize_process_group(args: SMTTrainingArguments) -> None:
         if args.local_process_index == 0:
             warn_of_abandoned_builds()
         # Before from_pretrained: without it zero.Init would reckon with one rank.
-        deepspeed.init_distributed()
+        deepspeed.init_distributed(timeout=timedelta(seconds=args.ddp_timeout))
 
 
 def warn_of_abandoned_builds(minutes: float = 5) -> None:

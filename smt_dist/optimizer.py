@@ -53,6 +53,9 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         options: its keyword arguments.
         reduce_dtype: in which gradients cross the network; they are added up before and used after in fp32.
 
+    Attributes:
+        overflow: whether the last step was left out because the norm that was measured for it wasn't finite.
+
     Raises:
         SMTError: the optimizer isn't elementwise (Adafactor, LAMB, Muon, ...).
     """
@@ -70,6 +73,8 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         self._flat = FlatParameters(parameters)
         self._gradients = torch.zeros(len(self._flat.values), device=self._flat.values.device)
         self._reduced = False
+        self._norm: torch.Tensor | None = None
+        self.overflow = False
 
         # In fp32 a master is a view of this rank's slice of the values, no copy of it.
         own = self._flat.own
@@ -90,12 +95,20 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Average the gradients over ranks, step this rank's slice, share the new values; gradients are zero after."""
+        """Average the gradients over ranks, step this rank's slice, share the new values; gradients are zero after.
+
+        After :meth:`clip_grad_norm_` has found a norm that isn't finite, masters, moments and counters stay as they
+        are, on all ranks alike, and :attr:`overflow` says so.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._flat.check()
+        self.overflow = self._norm is not None and not bool(self._norm.isfinite())
+        if self.overflow:
+            self.zero_grad()
+            return loss
         self._reduce()
         for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({key: value for key, value in outer.items() if key != "params"})
@@ -122,7 +135,7 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         for master in self._masters:
             master.grad = None
         self._gradients.zero_()
-        self._reduced = False
+        self._reduced, self._norm = False, None
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
@@ -138,6 +151,7 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for master in self._masters:
             master.grad.mul_(scale)
+        self._norm = norm
         return norm.float()
 
     def _reduce(self) -> None:
@@ -182,6 +196,16 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         group = self._group_of(parameter)
         state = self.inner.state[self._masters[group]]
         return {key: self._collect(parameter, state[key], group) for key in self.moment_names}
+
+    def damaged_parameter(self) -> nn.Parameter | None:
+        """The first parameter of whose fp32 master this rank's values aren't the rounding; not collective."""
+        for master, part in zip(self._masters, self._group_ranges, strict=True):
+            values, expected = part.of(self._flat.values), master.detach().to(self._flat.values.dtype)
+            wrong = values.view(torch.uint8) != expected.view(torch.uint8)
+            if len(part) and bool(wrong.any()):
+                index = part.start + int(wrong.nonzero()[0]) // values.element_size()
+                return next(p for p, place in self._flat.ranges.items() if place.start <= index < place.stop)
+        return None
 
     @torch.no_grad()
     def write(

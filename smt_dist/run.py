@@ -27,6 +27,7 @@ from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
 from smt_dist.full_ft import collect_scores_full_ft
 from smt_dist.model import apply_selection, describe_blocks
+from smt_dist.phases import enter_phase
 from smt_dist.scores import BlockScores
 from smt_dist.selection import select_blocks
 from smt_dist.trainer import STATE_BYTES, state_bytes_per_rank
@@ -96,9 +97,11 @@ def load_config(
     given = SMTConfig.from_json_file(run.smt_config) if run.smt_config is not None else None
     if resume_from is not None:
         config = SMTConfig.from_json_file(Path(resume_from) / CONFIG_FILE)
-        if given is not None and given != config:
+        if given is None:
+            return config
+        if given != config.model_copy(update={"bad_numbers": given.bad_numbers}):
             raise SMTError(f"--smt_config: {run.smt_config} isn't the config that {resume_from} was trained with")
-        return config
+        return given
     if given is None and adapter is not None:
         return adapter.config
     if given is None:
@@ -173,6 +176,7 @@ def collect_and_select(
     else:
         with engine.probing(model):
             scores = collect_scores(model, batches, config, progress)
+    enter_phase("selection")
     return select_blocks(scores, config), scores
 
 

@@ -29,6 +29,7 @@ from smt_dist.distributed import agree, assert_same_on_all_ranks, get_world_size
 from smt_dist.elementwise import state_names
 from smt_dist.engines import BlockState, Engine, make_engine, unwrapped
 from smt_dist.errors import SMTError
+from smt_dist.guarded_trainer import GuardedTrainer
 from smt_dist.model import sparse_layers
 from smt_dist.optimizer import ShardedBlockOptimizer, release_gradients
 from smt_dist.saving_trainer import SavingTrainer
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 STATE_BYTES = 12
 
 
-class SMTTrainer(SavingTrainer):
+class SMTTrainer(GuardedTrainer, SavingTrainer):
     """Trains the blocks of a model.
 
     Args:

@@ -17,6 +17,7 @@ from workers.training import BLOCK, BLOCKS
 import smt_dist
 from smt_dist.adapter import BLOCKS_FILE, CARD_FILE, CONFIG_FILE, SELECTION_FILE, read_adapter
 from smt_dist.checkpoint import OPTIMIZER_FILE, SCHEDULE_FILE
+from smt_dist.guarded_trainer import GuardedTrainer
 from smt_dist.saves import MANIFEST_FILE
 from smt_dist.saving_trainer import SavingTrainer
 from smt_dist.trainer import SMTTrainer
@@ -233,12 +234,16 @@ OVERRIDDEN = [
     "_load_optimizer_and_scheduler",
     "_prepare_for_training",
     "_load_best_model",
+    "get_train_dataloader",
+    "compute_loss",
+    "training_step",
+    "evaluate",
 ]
 
 
 def overridden() -> set[str]:
-    """Names of Trainer's methods that SMTTrainer or its saving half defines anew."""
-    ours = {name for owner in (SMTTrainer, SavingTrainer) for name in vars(owner)} - {"__init__"}
+    """Names of Trainer's methods that SMTTrainer, its saving half or its guards define anew."""
+    ours = {name for owner in (SMTTrainer, SavingTrainer, GuardedTrainer) for name in vars(owner)} - {"__init__"}
     return {name for name in ours if callable(getattr(Trainer, name, None)) and not name.startswith("__")}
 
 

@@ -120,6 +120,12 @@ class Engine(Protocol):
     ) -> None:
         """Put back masters, moments and counters, module by module; every rank gives the same."""
 
+    def damaged_block(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+        """A module whose values on this rank aren't the rounding of their masters; not collective, unlike the rest.
+
+        None where all are, and where the engine can't tell without the other ranks.
+        """
+
     def memory_bytes(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
         """Bytes on this rank: ``masters``, ``moments`` (0 before the first step), and what else the engine knows of."""
 

@@ -19,6 +19,7 @@ from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
@@ -144,6 +145,24 @@ class DeepSpeedEngine:
                 _create_moments(zero, sorted(created), counters)
             for key, value in state.moments.items():
                 safe_set_full_optimizer_state(delta, value.to(delta.device), key)
+
+    def damaged_block(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,  # noqa: ARG002
+    ) -> str | None:
+        if self.stage < 3 or self._state_is_on_disk():
+            return None  # stages 1 and 2: the masters of a block may lie on several ranks
+        for name, layer in sparse_layers(model).items():
+            shard = layer.delta.ds_tensor
+            master = safe_get_local_fp32_param(layer.delta)
+            if master is not None and not torch.equal(master.to(shard.device, shard.dtype), shard[: master.numel()]):
+                return name
+        return None
+
+    def _state_is_on_disk(self) -> bool:
+        offload = self.config.get("zero_optimization", {}).get("offload_optimizer") or {}
+        return offload.get("device") == "nvme"
 
     def memory_bytes(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
         zero = _zero_optimizer(optimizer)

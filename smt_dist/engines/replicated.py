@@ -66,6 +66,10 @@ class ReplicatedBlocks:
             sharded.write(layers[state.module].delta, state.delta, state.moments)
         sharded.set_counters(counters)
 
+    def damaged_block(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+        parameter = unwrapped(optimizer).damaged_parameter()
+        return next((name for name, layer in sparse_layers(model).items() if layer.delta is parameter), None)
+
     def memory_bytes(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
         return unwrapped(optimizer).memory_bytes()
 
