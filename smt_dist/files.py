@@ -52,7 +52,7 @@ def parse_json(text: str, source: str) -> Any:
             an object, of which readers silently take one; names the source.
     """
     try:
-        return json.loads(text, object_pairs_hook=_refuse_double_keys)
+        return json.loads(text, object_pairs_hook=refuse_double_keys)
     except (ValueError, RecursionError) as error:
         raise SMTError(f"{source}: not valid JSON ({error})") from None
 
@@ -69,7 +69,8 @@ def parse_json_object(text: str, source: str) -> dict[str, Any]:
     return content
 
 
-def _refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """For ``json.loads``: a ValueError where an object has a key twice."""
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 from damage import reseal
+from transformers import TrainerCallback
 
 from smt_dist.distributed import barrier, get_rank
 from smt_dist.errors import SMTError
+from smt_dist.rotation import last_checkpoint
 from workers.runs import engine_arguments
-from workers.training import fixed_data, make_trainer, release
+from workers.training import fixed_data, logged, make_trainer, release
 
 
 def full_disk(folder: Path, model: str) -> dict[str, str]:
@@ -53,3 +57,54 @@ def half_a_random_state(folder: Path, model: str) -> str:
         except SMTError as error:
             return str(error)
     return "nothing"
+
+
+def disk_that_fills(folder: Path, model: str, disk: str) -> dict[str, dict[str, object]]:
+    """What each rank says and finds when the disk is full from the second checkpoint on, and after there is room."""
+    return {engine: _disk_that_fills(folder, Path(disk) / engine, model, engine) for engine in ("ddp", "zero2")}
+
+
+class _Filler(TrainerCallback):
+    """Takes all that is left of the disk, but a page, once the first checkpoint is there."""
+
+    def __init__(self, ballast: Path) -> None:
+        self.ballast = ballast
+
+    def on_save(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
+        if get_rank() == 0 and not self.ballast.exists():
+            with contextlib.suppress(OSError), open(self.ballast, "wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(4096))
+            os.truncate(self.ballast, self.ballast.stat().st_size - 4096)
+
+
+def _disk_that_fills(folder: Path, output: Path, model: str, engine: str) -> dict[str, object]:
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    ballast = output.parent / "ballast"
+    with engine_arguments(engine, output, **options) as args:
+        trainer = make_trainer(model, args, fixed_data())
+        trainer.add_callback(_Filler(ballast))
+        try:
+            trainer.train()
+            said = "nothing"
+        except SMTError as error:
+            said = str(error)
+        release(trainer)
+    barrier()
+    found = {"said": said, "left": sorted(path.name for path in output.iterdir()), "last": last_checkpoint(str(output))}
+    barrier()
+    if get_rank() == 0:
+        ballast.unlink()
+    barrier()
+    with engine_arguments(engine, output, **options) as args:
+        trainer = make_trainer(model, args, fixed_data())
+        trainer.train(resume_from_checkpoint="auto")
+        found["resumed_to"] = trainer.state.global_step
+        found["losses"] = logged(trainer)
+        release(trainer)
+    with engine_arguments(engine, folder / f"straight-{engine}", **options) as args:
+        trainer = make_trainer(model, args, fixed_data())
+        trainer.train()
+        found["undisturbed"] = logged(trainer)
+        release(trainer)
+    return found
