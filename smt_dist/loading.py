@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 from torch.utils.cpp_extension import get_default_build_root
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
     set_hf_deepspeed_config,
@@ -91,10 +98,11 @@ def load_tokenizer_and_model(
         with _without_zero_init(args):
             source = str(main_process_first(lambda: _dequantize(run, args.base_dtype), "dequantising the GGUF file"))
     options = {"trust_remote_code": run.trust_remote_code}
-    sharding = make_engine(args).load_options()
     if run.attn_implementation is not None:
         options["attn_implementation"] = run.attn_implementation
-    agree(lambda: _check_model_folder(source, run.trust_remote_code), "reading the model's config")
+    config = agree(lambda: _read_model_config(source, run.trust_remote_code), "reading the model's config")
+    engine = make_engine(args)
+    sharding = engine.load_options(config, args.base_dtype)
     logger.info("engine %s, %d ranks", args.engine, get_world_size())
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=run.trust_remote_code)
@@ -103,6 +111,7 @@ def load_tokenizer_and_model(
         raise RankError(f"{source}: can't be loaded as a causal language model ({first_line(error)})") from None
     if not sharding and not is_deepspeed_zero3_enabled():
         model.to(args.device)
+    engine.prepare_base(model)
     if args.activation_checkpointing:  # for the warm-up; Trainer enables it again with all its options
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         # It also lets the embedding's output require a gradient, which would run the backward of layers below the
@@ -114,13 +123,13 @@ def load_tokenizer_and_model(
     return tokenizer, model
 
 
-def _check_model_folder(source: str, trust_remote_code: bool) -> None:
+def _read_model_config(source: str, trust_remote_code: bool) -> PreTrainedConfig:
     """What fails on one rank only (a folder that a node lacks) must be found before ranks load together."""
     is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith(".")
     if not is_hub_name and not Path(source).is_dir():
         raise SMTError(f"--model_name_or_path: {source}: no such folder")
     try:
-        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise SMTError(f"{source}: no model folder, nor a model on the hub ({first_line(error)})") from None
 
