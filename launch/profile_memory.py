@@ -49,12 +49,22 @@ def _add_plan_flags(add: Any) -> None:
     add("--per_device_train_batch_size", type=int, default=1, help="rows a rank in a micro-batch")
     add("--max_seq_length", type=int, default=1024, help="tokens a row")
     add("--dtype", default="bfloat16", help="bfloat16 or float32: of the base; for full: of the computation")
+    add("--fsdp2_units", default="auto", help="smt with fsdp2: layer, weight or auto, as for train.py")
+    add("--fsdp2_prefetch", type=yes_or_no, default=True, help="smt with fsdp2: yes or no, as for train.py")
+    add("--loss_chunk_size", type=int, default=4096, help="smt: vocabulary entries whose logits exist at once; 0: all")
     add("--selection", help="chosen blocks, JSON; None: spread evenly, and the worst case beside it")
     add("--gpus_per_node", type=int, default=8, help="ranks that share a node's host memory")
     add("--device_memory", help="such as 80GiB (2^30 bytes each) or 40GB (10^9)")
     add("--exact", action="store_true", help="trace every layer instead of two small depths")
     add("--search", help="batch, world_size or blocks: the largest micro-batch, smallest world or largest budget")
     add("--output", type=Path, help="JSON file to write; sizes in bytes")
+
+
+def yes_or_no(text: str) -> bool:
+    """``yes``, ``true`` or ``1``, and their opposites. Raises ValueError."""
+    if text.lower() not in ("yes", "true", "1", "no", "false", "0"):
+        raise ValueError(text)
+    return text.lower() in ("yes", "true", "1")
 
 
 def make_request(arguments: argparse.Namespace) -> Request:
@@ -82,6 +92,9 @@ def make_request(arguments: argparse.Namespace) -> Request:
         selection=BlockSelection.from_json_file(arguments.selection) if arguments.selection else None,
         ranks_per_node=arguments.gpus_per_node,
         device_memory=parse_size(arguments.device_memory) if arguments.device_memory else None,
+        units=arguments.fsdp2_units,
+        prefetch=arguments.fsdp2_prefetch,
+        loss_chunk=arguments.loss_chunk_size,
         zero=_read_zero(arguments.deepspeed, arguments.engine),
     )
 

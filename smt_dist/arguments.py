@@ -17,6 +17,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from smt_dist.elementwise import optimizer_class_by_name, parse_options, refuse_unless_elementwise
 from smt_dist.engines import ENGINES
+from smt_dist.engines.units import UNITS
 from smt_dist.errors import SMTError, whole_message
 from smt_dist.files import parse_json_object, read_text
 
@@ -56,11 +57,12 @@ _LEAST: dict[str, int] = {
     "weight_decay": 0,
     "heartbeat_timeout": 0,
     "ddp_timeout": 1,
+    "loss_chunk_size": 0,
 }
 # By Trainer's names; every other elementwise optimizer by its dotted name.
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 # Flags that mean something to one engine only.
-_FSDP2_ONLY = {"dp_replicate_size": 1, "cpu_offload": False}
+_FSDP2_ONLY = {"dp_replicate_size": 1, "cpu_offload": False, "fsdp2_units": "auto", "fsdp2_prefetch": True}
 
 
 @dataclass
@@ -83,6 +85,24 @@ class SMTTrainingArguments(TrainingArguments):
     )
     cpu_offload: bool = field(
         default=False, metadata={"help": "fsdp2 on GPUs: keep the frozen base's shards in host memory"}
+    )
+    fsdp2_units: str = field(
+        default="auto",
+        metadata={
+            "help": "fsdp2: what is gathered at once: layer, weight (less memory, more collectives), or auto: weight "
+            "where a layer has 256 MiB or more"
+        },
+    )
+    fsdp2_prefetch: bool = field(
+        default=True,
+        metadata={"help": "fsdp2: gather the next layer or weight of the backward while one computes; no: less memory"},
+    )
+    loss_chunk_size: int = field(
+        default=4096,
+        metadata={
+            "help": "vocabulary entries whose logits exist at once in the loss; 0: whole logits. Models that change "
+            "their logits before the loss always have whole ones"
+        },
     )
     optim: str = field(
         default="adamw_torch_fused",
@@ -197,6 +217,8 @@ class SMTTrainingArguments(TrainingArguments):
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if self.dp_replicate_size < 1 or world_size % self.dp_replicate_size:
             raise SMTError(f"--dp_replicate_size: {self.dp_replicate_size} doesn't divide the {world_size} ranks")
+        if self.fsdp2_units not in UNITS:
+            raise SMTError(f"--fsdp2_units: {self.fsdp2_units!r} is not one of {', '.join(UNITS)}")
         if self.cpu_offload and not torch.cuda.is_available():
             raise SMTError("--cpu_offload: there is no GPU, so the base lies in host memory already")
         if self.cpu_offload and world_size == 1:

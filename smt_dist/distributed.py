@@ -55,11 +55,11 @@ def reduce_scatter_rows(tensor: torch.Tensor) -> torch.Tensor:
     return shard
 
 
-def all_gather_rows(output: torch.Tensor, shard: torch.Tensor) -> None:
-    """Every rank's ``shard``, one after the other, in ``output``; the shard may be a view of its own place there."""
+def all_gather_rows(output: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """The ranks' ``shard``, one after the other, in ``output``; the shard may be a view of its own place there."""
     # torch 2.13 deprecates the old name.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    all_gather(output, shard)
+    all_gather(output, shard, group=group)
 
 
 def barrier() -> None:

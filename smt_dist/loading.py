@@ -90,9 +90,10 @@ def load_tokenizer_and_model(
     if run.gguf_file is not None:
         with _without_zero_init(args):
             source = str(main_process_first(lambda: _dequantize(run, args.base_dtype), "dequantising the GGUF file"))
-    sharding = make_engine(args).load_options()
     options = {} if run.attn_implementation is None else {"attn_implementation": run.attn_implementation}
-    agree(lambda: check_model_folder(source, run.trust_remote_code), "reading the model's config")
+    config = agree(lambda: check_model_folder(source, run.trust_remote_code), "reading the model's config")
+    engine = make_engine(args)
+    sharding = engine.load_options(config, args.base_dtype)
     logger.info("engine %s, %d ranks", args.engine, get_world_size())
     try:
         tokenizer = load_tokenizer(source, run.trust_remote_code)
@@ -101,6 +102,7 @@ def load_tokenizer_and_model(
         raise RankError(str(error)) from None
     if not sharding and not is_deepspeed_zero3_enabled():
         model.to(args.device)
+    engine.prepare_base(model)
     if args.activation_checkpointing:  # for the warm-up; Trainer enables it again with all its options
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         # It also lets the embedding's output require a gradient, which would run the backward of layers below the

@@ -9,7 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from smt_dist.errors import SMTError, whole_message
 from smt_dist.files import TensorKind, parse_json_object, read_header, read_text, shorten
@@ -53,8 +60,11 @@ def weight_files(folder: Path) -> dict[str, Path]:
     return {name: folder / file for name, file in files.items()}
 
 
-def check_model_folder(source: str, trust_remote_code: bool = False) -> None:
+def check_model_folder(source: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """What can be known of a base before it is loaded; ranks that load together should fail here, together.
+
+    Returns:
+        The model's config.
 
     Raises:
         SMTError: no such folder, no model's config, or the folder's weights are damaged or far smaller than the config
@@ -65,9 +75,10 @@ def check_model_folder(source: str, trust_remote_code: bool = False) -> None:
     config = read_config(source, trust_remote_code)
     if Path(source).is_dir():
         _check_sizes(Path(source), config.to_dict())
+    return config
 
 
-def read_config(source: str | Path, trust_remote_code: bool = False) -> Any:
+def read_config(source: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
     """A model's config. Raises SMTError, naming the source."""
     # transformers would ask at the terminal whether to run code, and wait, if it weren't told.
     try:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from smt_dist.adapter import CONFIG_FILE, SELECTION_FILE, Adapter, attach_adapter, config_of, read_adapter
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.blocks import BlockSelection
+from smt_dist.chunked_loss import chunk_loss
 from smt_dist.config import SMTConfig
 from smt_dist.data import (
     CausalLMCollator,
@@ -30,6 +31,7 @@ from smt_dist.model import apply_selection, describe_blocks
 from smt_dist.phases import enter_phase
 from smt_dist.scores import BlockScores
 from smt_dist.selection import select_blocks
+from smt_dist.targets import find_targets
 from smt_dist.trainer import STATE_BYTES, state_bytes_per_rank
 from smt_dist.warmup import collect_scores
 
@@ -174,6 +176,8 @@ def collect_and_select(
             model, batches, config, engine, args.learning_rate, args.gradient_accumulation_steps, progress
         )
     else:
+        targets = {name for names in find_targets(model, config).values() for name in names}
+        chunk_loss(model, args.loss_chunk_size, targets)
         with engine.probing(model):
             scores = collect_scores(model, batches, config, progress)
     enter_phase("selection")
@@ -210,6 +214,7 @@ def attach_blocks(
         attach_adapter(model, adapter, f"--adapter {adapter_folder}", config, dtype, device=device)
     else:
         apply_selection(model, selection, config, dtype, device=device)
+    chunk_loss(model, args.loss_chunk_size, selection.blocks)
     logger.info("SMT trains %s", describe_blocks(model))
     logger.info(
         "optimizer state: %s bytes a rank (%d a parameter: fp32 master and two moments; sharded over %d ranks)",

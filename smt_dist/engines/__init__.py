@@ -15,6 +15,8 @@ from torch import nn
 from smt_dist.errors import SMTError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from smt_dist.arguments import SMTTrainingArguments
 
 ENGINES = ("ddp", "fsdp2", "deepspeed")
@@ -70,8 +72,11 @@ class Engine(Protocol):
 
     name: str
 
-    def load_options(self) -> dict[str, Any]:
-        """Keywords for ``from_pretrained`` that shard the base as it is read."""
+    def load_options(self, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+        """Keywords for ``from_pretrained`` that shard the base as it is read, into weights of ``dtype``."""
+
+    def prepare_base(self, model: nn.Module) -> None:
+        """What a base that was loaded with them wants before its first forward; not collective."""
 
     def probing(self, model: nn.Module) -> AbstractContextManager[None]:
         """Make forwards and backwards of the bare ``model`` possible, without an optimizer."""
@@ -144,7 +149,14 @@ def make_engine(args: SMTTrainingArguments) -> Engine:
     if args.engine == "fsdp2":
         from smt_dist.engines.fsdp2 import FSDP2Engine
 
-        return FSDP2Engine(args.reduce_torch_dtype, args.dp_replicate_size, args.cpu_offload)
+        return FSDP2Engine(
+            args.reduce_torch_dtype,
+            args.dp_replicate_size,
+            args.cpu_offload,
+            args.fsdp2_units,
+            args.fsdp2_prefetch,
+            args.gradient_accumulation_steps,
+        )
     if args.engine == "deepspeed":
         from smt_dist.engines.deepspeed import DeepSpeedEngine
 

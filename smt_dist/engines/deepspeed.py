@@ -24,6 +24,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from torch import nn
+from transformers import PreTrainedConfig
 
 from smt_dist.elementwise import (
     counter_state,
@@ -55,8 +56,11 @@ class DeepSpeedEngine:
         """The ZeRO stage."""
         return int(self.config.get("zero_optimization", {}).get("stage", 0))
 
-    def load_options(self) -> dict[str, Any]:
+    def load_options(self, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
         return {}  # transformers sees the active ZeRO-3 config itself
+
+    def prepare_base(self, model: nn.Module) -> None:
+        pass
 
     @contextmanager
     def probing(self, model: nn.Module) -> Iterator[None]:

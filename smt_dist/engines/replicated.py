@@ -19,15 +19,17 @@ class ReplicatedBlocks:
 
     Args:
         reduce_dtype: in which their gradients cross the network.
+        micro_batches: backwards in a step; told, the last of them sends the gradients slice by slice.
     """
 
-    def __init__(self, reduce_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, reduce_dtype: torch.dtype = torch.float32, micro_batches: int | None = None) -> None:
         self.reduce_dtype = reduce_dtype
+        self.micro_batches = micro_batches
 
     def make_optimizer(
         self, groups: list[dict[str, Any]], optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]
     ) -> ShardedBlockOptimizer:
-        return ShardedBlockOptimizer(groups, optimizer_class, options, self.reduce_dtype)
+        return ShardedBlockOptimizer(groups, optimizer_class, options, self.reduce_dtype, self.micro_batches)
 
     def read_blocks(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from smt_dist.engines.fsdp2 import FSDP2Engine
 from smt_dist.errors import SMTError, first_line
 from smt_dist.memory.request import Request
 
@@ -46,21 +47,34 @@ def fake_model(request: Request, layers: int) -> Iterator[PreTrainedModel]:
         sharding, fake = None, FakeTensorMode()
         try:
             if request.engine == "fsdp2" and ranks > 1:
-                sharding = DistributedConfig(
-                    fsdp_size=request.shards,
-                    dp_replicate_size=request.replicas,
-                    fsdp_mixed_precision=request.method == "full" and request.dtype == "bfloat16",
-                )
+                sharding = _sharding(request, config)
                 # The mesh is made outside of fake tensors.
                 sharding, _, mesh = kind.prepare_distribute_model(sharding)
             with fake:
                 model = kind._from_config(config, dtype=request.base_dtype)
                 if sharding is not None:
                     model = kind.maybe_distribute_model(model, sharding, mesh)
+                if sharding is not None and request.method == "smt":
+                    _engine(request).prepare_base(model)
         except (ValueError, RuntimeError, TypeError, AttributeError) as error:
             raise SMTError(f"{kind.__name__} can't be built on fake tensors ({first_line(error)})") from None
         with fake:
             yield _prepared(model.train(), request)
+
+
+def _sharding(request: Request, config: PreTrainedConfig) -> DistributedConfig:
+    if request.method == "smt":
+        return _engine(request).load_options(config, request.base_dtype)["distributed_config"]
+    # The others as transformers has them.
+    return DistributedConfig(
+        fsdp_size=request.shards,
+        dp_replicate_size=request.replicas,
+        fsdp_mixed_precision=request.method == "full" and request.dtype == "bfloat16",
+    )
+
+
+def _engine(request: Request) -> FSDP2Engine:
+    return FSDP2Engine(torch.float32, request.replicas, units=request.units, prefetch=request.prefetch, micro_batches=1)
 
 
 def _prepared(model: PreTrainedModel, request: Request) -> PreTrainedModel:

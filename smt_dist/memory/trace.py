@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from smt_dist.blocks import BlockGrid, BlockSelection
+from smt_dist.chunked_loss import chunk_loss
 from smt_dist.distributed import get_world_size, is_distributed
 from smt_dist.errors import SMTError, first_line
 from smt_dist.memory.categories import Memory
@@ -84,6 +85,8 @@ def _traced(request: Request, layers: int) -> Iterator[tuple[PreTrainedModel, Me
         with fake_model(request, layers) as model, MemoryTracker() as tracker:
             tracker.moment(_IGNORED)
             tracker.register([list(model.parameters()), list(model.buffers())], "base_weights")
+            if request.method == "smt":
+                chunk_loss(model, request.loss_chunk)
             yield model, tracker
     except (RuntimeError, NotImplementedError) as error:
         if isinstance(error, SMTError):

@@ -68,8 +68,13 @@ def _prepare_smt(task: Task) -> Step:
         tracker.register([layer.delta for layer in sparse_layers(model).values()], "blocks")
         return _no_step
     groups = block_parameter_groups(model, 1e-4, 0.0)
-    optimizer = ReplicatedBlocks().make_optimizer(groups, torch.optim.AdamW, {"fused": True})
-    tracker.register(optimizer._gradients, "gradients")
+    engine = ReplicatedBlocks(micro_batches=1 if request.engine == "fsdp2" else None)
+    optimizer = engine.make_optimizer(groups, torch.optim.AdamW, {"fused": True})
+    tracker.register(optimizer.gradients.tensors(), "gradients")
+    for layer in sparse_layers(model).values():  # sums that appear while the backward runs
+        layer.delta.register_post_accumulate_grad_hook(
+            lambda _: tracker.register(optimizer.gradients.tensors(), "gradients")
+        )
 
     def step() -> None:
         optimizer.clip_grad_norm_(1.0)

@@ -15,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smt_dist import SMTConfig, apply_selection
+from smt_dist.chunked_loss import chunk_loss
 from smt_dist.distributed import get_world_size
 from smt_dist.engines.fsdp2 import FSDP2Engine
 from smt_dist.engines.replicated import ReplicatedBlocks
@@ -74,9 +75,16 @@ def _load(request: Request) -> nn.Module:
     config.use_cache = False
     model = LlamaForCausalLM._from_config(config, dtype=request.base_dtype).train()
     if request.engine == "fsdp2" and get_world_size() > 1:
-        options = FSDP2Engine(torch.float32).load_options()["distributed_config"]
+        engine = FSDP2Engine(torch.float32, units=request.units, prefetch=request.prefetch)
+        options = engine.load_options(config, request.base_dtype)["distributed_config"]
+        if request.method == "full":
+            options.fsdp_plan = None  # as transformers has it
         options, _, mesh = LlamaForCausalLM.prepare_distribute_model(options)
         model = LlamaForCausalLM.maybe_distribute_model(model, options, mesh)
+        if request.method == "smt":
+            engine.prepare_base(model)
+    if request.method == "smt":
+        chunk_loss(model, request.loss_chunk)
     if request.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.disable_input_require_grads()
@@ -88,7 +96,7 @@ def _prepare_smt(model: nn.Module, request: Request) -> tuple[Callable[[], None]
     counts, _ = even_counts(shape)
     selection = selection_of(counts, shape.grids, request.layers)
     apply_selection(model, selection, dtype=request.base_dtype, fingerprint="random", device=torch.device("cpu"))
-    optimizer = ReplicatedBlocks().make_optimizer(
+    optimizer = ReplicatedBlocks(micro_batches=1 if request.engine == "fsdp2" else None).make_optimizer(
         block_parameter_groups(model, 1e-4, 0.0), torch.optim.AdamW, {"fused": True}
     )
 
@@ -98,7 +106,7 @@ def _prepare_smt(model: nn.Module, request: Request) -> tuple[Callable[[], None]
 
     def state() -> list:
         moments = [value for values in optimizer.inner.state.values() for value in values.values()]
-        return [optimizer._gradients, optimizer._flat.values, *optimizer._masters, *moments]
+        return [*optimizer.gradients.tensors(), optimizer._flat.values, *optimizer._masters, *moments]
 
     return step, state
 
