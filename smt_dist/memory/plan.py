@@ -105,7 +105,7 @@ def make_plan(request: Request, exact: bool = False, report: Report = lambda _: 
     report("shape")
     shape = measure_shape(request)
     exact = exact or not shape.uniform
-    rank = _lora_rank(shape) if request.method == "lora" else 0
+    rank = lora_rank(shape) if request.method == "lora" else 0
     phases = {"load": Phase("reading the base", load_peak(request, shape))}
     worst = None
     if request.method == "smt" and request.selection is None:
@@ -221,5 +221,6 @@ def _sides(shape: Shape) -> int:
     return sum(grid.rows + grid.cols for grid in shape.grids.values())
 
 
-def _lora_rank(shape: Shape) -> int:
+def lora_rank(shape: Shape) -> int:
+    """Of adapters that train as many parameters as the blocks of the budget have."""
     return max(1, round(shape.blocks * shape.block_elements / _sides(shape)))
