@@ -19,6 +19,9 @@ from smt_dist.distributed import agree, assert_same_on_all_ranks, get_rank
 from smt_dist.errors import SMTError, first_line
 from smt_dist.full_ft import save_moved_base
 from smt_dist.loading import initialize_process_group, load_tokenizer_and_model
+from smt_dist.memory.profiling import prepare_profiling, publish
+from smt_dist.memory.recorder import Recorder
+from smt_dist.memory.report import PAGE
 from smt_dist.run import (
     RunArguments,
     attach_blocks,
@@ -43,6 +46,10 @@ def main() -> None:
     set_seed(args.seed)
     agree(lambda: check_writable("--output_dir", Path(args.output_dir)), "the output folder")
 
+    if run.profile_memory is not None:
+        agree(lambda: prepare_profiling(Path(run.profile_memory)), "the folder of the memory report")
+    recorder = Recorder(args.device, run.profile_memory_steps, enabled=run.profile_memory is not None)
+
     resume_from = agree(lambda: find_checkpoint(args.resume_from_checkpoint, args.output_dir), "the checkpoint")
     assert_same_on_all_ranks(str(resume_from).encode(), "the checkpoint to resume from (is --output_dir shared?)")
     selection, adapter = agree(lambda: find_selection(run, resume_from), "the selection")
@@ -50,31 +57,40 @@ def main() -> None:
     if resume_from is not None and config.warmup.mode == "full_ft":  # the checkpoint's blocks belong to that base
         run.model_name_or_path, run.gguf_file = str(Path(resume_from).parent / MOVED_BASE), None
 
-    tokenizer, model = load_tokenizer_and_model(run, args)
+    with recorder.phase("load"):
+        tokenizer, model = load_tokenizer_and_model(run, args)
     data = load_data(run, tokenizer)
     if selection is None:
-        selection, _ = collect_and_select(model, data, config, args)
+        with recorder.phase("warmup", model):
+            observe = recorder.observe_warmup(model, config.warmup.steps)
+            selection, _ = collect_and_select(model, data, config, args, observe)
         if config.warmup.mode == "full_ft":  # the blocks belong to the base as the warm-up left it
             save_moved_base(model, tokenizer, Path(args.output_dir) / MOVED_BASE)
-    attach_blocks(model, selection, config, args, adapter, run.adapter)
-
-    trainer = SMTTrainer(
-        model,
-        args,
-        deltas=adapter.deltas if adapter is not None else None,
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        data_collator=data.collator,
-        processing_class=tokenizer,
-    )
-    result = trainer.train(resume_from_checkpoint=resume_from)
+    with recorder.phase("setup", model):  # training from the first step on
+        attach_blocks(model, selection, config, args, adapter, run.adapter)
+        trainer = SMTTrainer(
+            model,
+            args,
+            deltas=adapter.deltas if adapter is not None else None,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            data_collator=data.collator,
+            processing_class=tokenizer,
+            callbacks=recorder.watch_training(model),
+        )
+        result = trainer.train(resume_from_checkpoint=resume_from)
     logger.info("%s", trainer.describe_optimizer())
-    trainer.save_model()
+    with recorder.phase("save", model):
+        trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     if data.evaluation is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    if run.profile_memory is not None:
+        report = publish(recorder, Path(run.profile_memory), model, config, args)
+        if report is not None:
+            print(f"{report}\nmemory report: {Path(run.profile_memory) / PAGE}", flush=True)
     if get_rank() == 0:
         print(f"adapter saved in {args.output_dir}", flush=True)
 

@@ -28,7 +28,7 @@ def collect_scores_full_ft(
     learning_rate: float,
     accumulation: int = 1,
     progress: bool = False,
-    observe: Observer = lambda accumulator, steps: None,
+    observe: Observer | None = None,
 ) -> BlockScores:
     """Fully fine-tune ``model`` for ``config.warmup.steps`` steps and score the gradients.
 
@@ -40,7 +40,7 @@ def collect_scores_full_ft(
         learning_rate: of AdamW, constant.
         accumulation: micro-batches a global step.
         progress: show a progress bar on rank 0.
-        observe: looks on.
+        observe: looks on from the beginning.
 
     Raises:
         SMTError: as :func:`collect_scores`.

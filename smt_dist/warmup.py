@@ -38,7 +38,7 @@ def collect_scores(
     batches: Iterable[Batch | list[Batch]],
     config: SMTConfig,
     progress: bool = False,
-    observe: Observer = lambda accumulator, steps: None,
+    observe: Observer | None = None,
 ) -> BlockScores:
     """Score every block of the target weights by its gradient over up to ``config.warmup.steps`` global steps.
 
@@ -52,7 +52,7 @@ def collect_scores(
             All ranks need as many.
         config: its score, targets, steps and passes. More than one pass reads ``batches`` into a list.
         progress: show a progress bar on rank 0.
-        observe: looks on.
+        observe: looks on from the beginning.
 
     Returns:
         Scores of all targets, equal on all ranks.
@@ -165,7 +165,7 @@ def run_steps(
     steps: int,
     accumulator: ScoreAccumulator,
     progress: str | None,
-    observe: Observer = lambda accumulator, steps: None,
+    observe: Observer | None = None,
 ) -> int:
     """Run up to ``steps`` global steps of forwards and backwards; returns how many there were.
 
@@ -176,13 +176,14 @@ def run_steps(
         steps: the most to run.
         accumulator: is told where micro-batches and steps end.
         progress: the bar's label; None for no bar.
-        observe: looks on.
+        observe: looks on from the beginning.
     """
     iterator = iter(batches)
     names = list(dict(model.named_modules()))
     bar = tqdm(total=steps, desc=progress, unit="step", disable=progress is None or get_rank() != 0)
     done = 0
-    observe(accumulator, done)
+    if observe is not None:
+        observe(accumulator, done)
     with bar:
         while done < steps and (step := _next_step(iterator, done)) is not None:
             micro_batches, tokens = step
@@ -194,7 +195,8 @@ def run_steps(
             _refuse_non_finite(accumulator, names, done)
             done += 1
             bar.update()
-            observe(accumulator, done)
+            if observe is not None:
+                observe(accumulator, done)
     return done
 
 

@@ -34,7 +34,10 @@ from smt_dist.elementwise import (
 from smt_dist.engines import BlockState, Moments, Tuning, unwrapped
 from smt_dist.errors import SMTError
 from smt_dist.model import sparse_layers
-from smt_dist.targets import full_shape
+from smt_dist.targets import full_numel, full_shape
+
+# DeepSpeed's own zero_optimization.reduce_bucket_size, in elements.
+DEFAULT_BUCKET = 500_000_000
 
 
 class DeepSpeedEngine:
@@ -92,6 +95,11 @@ class DeepSpeedEngine:
     ) -> torch.optim.Optimizer:
         # ZeRO flattens parameters too, so it can't do more than ShardedBlockOptimizer can.
         refuse_unless_elementwise(optimizer_class, options)
+        elements = sum(full_numel(parameter) for group in groups for parameter in group["params"])
+        # DeepSpeed allocates the whole bucket, 0.5e9 elements unless told otherwise, however few gradients there are.
+        section = self.config["zero_optimization"]
+        if isinstance(given := section.get("reduce_bucket_size", DEFAULT_BUCKET), int | float):
+            section["reduce_bucket_size"] = min(int(given), elements)
         return optimizer_class(groups, **options)
 
     def read_blocks(
@@ -215,7 +223,8 @@ def held_tensors(zero: Any) -> Iterator[tuple[str, Any]]:
     yield "optimizer_state", [flats, [list(zero.optimizer.state[flat].values()) for flat in flats]]
     names = ("averaged_gradients", "all_grad_tensors", "fp32_groups_gradients_flat", "grad_partitions_flat_buffer")
     yield "gradients", [*(list(_tensors(getattr(zero, name, None))) for name in names), *(flat.grad for flat in flats)]
-    yield "communication", [getattr(bucket, "buffer", None) for bucket in getattr(zero, "ipg_buckets", {}).values()]
+    buckets = getattr(zero, "ipg_buckets", {}).values()
+    yield "communication", list(_tensors([getattr(bucket, "buffer", None) for bucket in buckets]))
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:

@@ -91,7 +91,7 @@ class CudaStatistics:
 
 
 def resident_bytes(field: str) -> int | None:
-    """``VmRSS`` (now) or ``VmHWM`` (the most since :func:`forget_resident_peak`) of this process; None outside Linux."""
+    """This process's ``VmRSS`` (now) or ``VmHWM`` (the most since :func:`forget_resident_peak`); None outside Linux."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:

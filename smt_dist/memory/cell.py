@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
@@ -102,7 +101,7 @@ def measure_cell(request: Request, output_dir: str) -> dict[str, tuple[str, Memo
 
 
 def _trainable(request: Request) -> BlockSelection | int | None:
-    """The blocks, evenly spread, or LoRA's rank. Looked for on fake tensors, so before DeepSpeed may build the model."""
+    """The blocks, evenly spread, or LoRA's rank; on fake tensors, so before DeepSpeed partitions all that is built."""
     if request.method == "full":
         return None
     shape = measure_shape(request)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from smt_dist.memory.tracker import MemoryTracker, Record
+from smt_dist.memory.tracker import OTHER, MemoryTracker, Record
 
 
 class Place(NamedTuple):
@@ -44,6 +44,7 @@ class RealTracker(MemoryTracker):
 
     Attributes:
         phase: of the run; each moment that begins belongs to it.
+        gathers_in_place: what an all-gather of a forward or backward writes is a weight (ZeRO-3), no buffer (FSDP2).
         marks: the moments that began.
     """
 
@@ -51,6 +52,7 @@ class RealTracker(MemoryTracker):
         super().__init__(device_type)
         self._on_end = on_end
         self.phase = ""
+        self.gathers_in_place = False
         self.marks: list[Mark] = []
         self._places: dict[Record, list[Place]] = {}
 
@@ -64,6 +66,12 @@ class RealTracker(MemoryTracker):
         super()._changed(record, change, storage)
         address, size = (0, 0) if storage is None else (storage.data_ptr(), storage.nbytes())
         self._places.setdefault(record, []).append(Place(time.time_ns(), address, size))
+
+    def _mark(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> None:
+        gathers = "allgather" in func._schema.name.replace("_", "")
+        if self.gathers_in_place and gathers and self.current_stage != OTHER:
+            self.register(args[0], "gathered_weights")
+        super()._mark(func, args, kwargs)
 
     def stretches(self) -> list[tuple[str, Place, int | None]]:
         """(category, place, when it ended) of everything that was there; None: it still is. Call it at the end."""

@@ -38,6 +38,7 @@ class Window:
         self._handles: list[RemovableHandle] = []
         self._stage = ExitStack()
         self._peaks: list[int] = []
+        self._optimizer: torch.optim.Optimizer | None = None
 
     def open(self, phase: str, moment: str) -> None:
         """Everything that is there now counts as held, as temporary until :meth:`register` says what it is."""
@@ -55,7 +56,9 @@ class Window:
             self._tracker.register(tensors, category)
 
     def register_model(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """:meth:`register` what these two hold."""
+        """:meth:`register` what these two hold; what the optimizer holds only within a backward is looked for there."""
+        self._optimizer = optimizer
+        self._tracker.gathers_in_place = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
         self.register(held_by_model(model))
         self.register(held_by_optimizer(optimizer))
 
@@ -64,17 +67,18 @@ class Window:
         self._tracker.phase = phase
         self._tracker.moment(moment)
 
-    def watch(self, model: PreTrainedModel, on_batch: Batch = lambda rows, tokens: None) -> None:
+    def watch(self, model: PreTrainedModel, on_batch: Batch | None = None) -> None:
         """Tell forward from backward, and name the moments by layer.
 
         Args:
             model: the bare model.
-            on_batch: is told the rows and tokens of each batch.
+            on_batch: is told the rows, and tokens a row, of each batch.
         """
         layers = int(text_config(model.config).num_hidden_layers)
 
         def before(_module: nn.Module, _args: tuple, inputs: dict[str, Any]) -> None:
-            if (tokens := inputs.get("input_ids")) is not None:
+            tokens = inputs.get("input_ids")
+            if on_batch is not None and tokens is not None:
                 on_batch(*tokens.shape)
             self.mark(self._tracker.phase, "forward embedding")
             self._enter(FORWARD)
@@ -111,6 +115,8 @@ class Window:
         return timeline_of_allocations(allocations, stretches, marks)
 
     def _end_moment(self) -> None:
+        if self._optimizer is not None:
+            self.register(held_by_optimizer(self._optimizer))
         if self._cuda is not None:
             self._peaks.append(self._cuda.peak())
 
