@@ -59,6 +59,7 @@ def main() -> None:
 
     with recorder.phase("load"):
         tokenizer, model = load_tokenizer_and_model(run, args)
+        recorder.see_model(model)
     data = load_data(run, tokenizer)
     if selection is None:
         with recorder.phase("warmup", model):

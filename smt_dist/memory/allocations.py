@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +37,7 @@ class CpuAllocations:
 
     def start(self) -> None:
         """Begin; the profiler's log grows until :meth:`stop`."""
+        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it would print two lines for every recording
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.start()
 

@@ -86,8 +86,8 @@ def measure_cell(request: Request, output_dir: str) -> dict[str, tuple[str, Memo
         raise RuntimeError(f"{get_world_size()} ranks run a request for {request.world_size}")
     torch.manual_seed(0)
     engine = make_engine(args)
-    window = Window(torch.device("cpu"))
-    model = _load(request)
+    window = Window()
+    model = load_model(request)
     window.open("load", "loaded")
     window.register_model(model)
     try:
@@ -159,7 +159,8 @@ def _autocast(request: Request) -> AbstractContextManager[Any]:
     return torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext()
 
 
-def _load(request: Request) -> PreTrainedModel:
+def load_model(request: Request) -> PreTrainedModel:
+    """The base with random weights, as the engine holds it."""
     config = request.at_depth(request.layers)
     config.use_cache = False
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -175,7 +176,7 @@ def _load(request: Request) -> PreTrainedModel:
     if sharding is not None:
         model = kind.maybe_distribute_model(model, sharding, mesh)
     if request.checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()
     return model
 

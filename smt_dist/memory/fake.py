@@ -37,8 +37,7 @@ def fake_model(request: Request, layers: int) -> Iterator[PreTrainedModel]:
     Raises:
         SMTError: the model can't be built or sharded; names its class.
     """
-    # ZeRO has its own group and collectives, which zero.py reckons.
-    ranks = 1 if request.engine.startswith("zero") else request.world_size
+    ranks = request.world_size
     config = request.at_depth(layers)
     config.use_cache = False
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
@@ -67,7 +66,7 @@ def _prepared(model: PreTrainedModel, request: Request) -> PreTrainedModel:
     if request.checkpointing:
         if not model.supports_gradient_checkpointing:
             raise SMTError(f"--gradient_checkpointing: {type(model).__name__} can't")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # as train.py does
     return model
 

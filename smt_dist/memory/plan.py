@@ -146,12 +146,10 @@ def _warmup(request: Request, shape: Shape, exact: bool) -> dict[str, Memory]:
         return moments
     zero = _zero(request, shape, [])
     resident = zero.resident(training=False)
-    shard = request.world_size if not request.smt.selection.score.startswith("mean_abs") else 1
     return {
         name: memory.with_(
             base_weights=resident.base_weights,
             gathered_weights=zero.gathered(name, training=False),
-            statistics=memory.statistics // shard,
         )
         for name, memory in moments.items()
     }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -62,45 +62,54 @@ def publish(
     return agree(write, "the memory report")
 
 
-def request_of_run(
+def requests_of_run(
     ranks: list[dict[str, Any]], model: PreTrainedModel, config: SMTConfig, args: SMTTrainingArguments
-) -> Request:
-    """What was run, as the planner asks for it: with the largest micro-batch that any rank recorded."""
+) -> dict[str, Request]:
+    """Phase -> what was run, as the planner asks for it: with the largest micro-batch that any rank recorded in it."""
     section = (args.filled_deepspeed_config() or {}).get("zero_optimization", {})
-    rows, tokens = max((rank["batch"]["rows"], rank["batch"]["tokens"]) for rank in ranks)
-    return Request(
-        model=model.config,
-        smt=config,
-        engine=f"zero{section['stage']}" if args.deepspeed else args.engine,
-        world_size=get_world_size(),
-        replicas=args.dp_replicate_size,
-        checkpointing=bool(args.activation_checkpointing),
-        batch=rows,
-        sequence=tokens,
-        dtype=args.dtype,
-        selection=model.smt_selection,
-        ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
-        zero=section,
-    )
+
+    def request(phase: str) -> Request:
+        rows, tokens = largest_batch(ranks, phase)
+        return Request(
+            model=model.config,
+            smt=config,
+            engine=f"zero{section['stage']}" if args.deepspeed else args.engine,
+            world_size=get_world_size(),
+            replicas=args.dp_replicate_size,
+            checkpointing=bool(args.activation_checkpointing),
+            batch=rows,
+            sequence=tokens,
+            dtype=args.dtype,
+            selection=model.smt_selection if phase == "training" else None,
+            ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            zero=section,
+        )
+
+    return {phase: request(phase) for phase in ("warmup", "training") if largest_batch(ranks, phase) != (0, 0)}
 
 
-def plan_in_new_process(request: Request, warmup: bool) -> dict[str, Any]:
+def largest_batch(ranks: list[dict[str, Any]], phase: str) -> tuple[int, int]:
+    """(rows, tokens a row) of a phase's largest micro-batch on any rank; zeros if it had none."""
+    batches = [tuple(rank["batches"][phase].values()) for rank in ranks if phase in rank["batches"]]
+    return max(batches, key=math.prod, default=(0, 0))
+
+
+def plan_in_new_process(requests: dict[str, Request]) -> dict[str, Any]:
     """Phase -> moment and peak; in a process without a process group and without DeepSpeed's changes to torch.
 
     Args:
-        request: with the run's selection.
-        warmup: plan the warm-up that found it, too.
+        requests: :func:`requests_of_run`.
 
     Raises:
         SMTError: the run can't be planned.
     """
-    requests = [request, replace(request, selection=None)] if warmup else [request]
     try:
         with _without_accelerate(), ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-            given, *before = pool.map(_plan, requests)
+            plans = dict(zip(requests, pool.map(_plan, requests.values()), strict=True))
     except (pickle.PicklingError, AttributeError, BrokenProcessPool) as error:
         raise SMTError(f"the plan's process failed ({first_line(error)})") from None
-    return {**{phase: value for plan in before for phase, value in plan.items() if phase == "warmup"}, **given}
+    wanted = {phase: plan[phase] for phase, plan in plans.items() if phase in plan}
+    return {"load": next(iter(plans.values()))["load"], **wanted} if plans else {}
 
 
 def _plan(request: Request) -> dict[str, Any]:
@@ -122,19 +131,18 @@ def _report(
     ranks: list[dict[str, Any]], model: PreTrainedModel, config: SMTConfig, args: SMTTrainingArguments
 ) -> dict[str, Any]:
     planned, no_plan = {}, None
-    warmup = any("warmup" in rank["phases"] for rank in ranks)
     try:
-        planned = plan_in_new_process(request_of_run(ranks, model, config, args), warmup)
+        planned = plan_in_new_process(requests_of_run(ranks, model, config, args))
     except SMTError as error:
         no_plan = str(error)
-    batch = max((rank["batch"]["rows"], rank["batch"]["tokens"]) for rank in ranks)
+    rows, tokens = largest_batch(ranks, "training")
     run = {
         "model": model.config.model_type,
         "engine": args.engine,
         "ranks": get_world_size(),
         "dtype": args.dtype,
         "gradient checkpointing": bool(args.activation_checkpointing),
-        "largest micro-batch recorded": f"{batch[0]} x {batch[1]} tokens",
+        "largest micro-batch recorded": f"{rows} x {tokens} tokens",
         "blocks": sum(map(len, model.smt_selection.blocks.values())),
     }
     return {"run": run, "planned": planned, "no_plan": no_plan, "ranks": ranks}

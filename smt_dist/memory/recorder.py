@@ -7,6 +7,7 @@ resident memory, and a GPU's own counters.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,7 +39,8 @@ class Recorder:
     def __init__(self, device: torch.device, steps: int, cuda: Any = torch.cuda, enabled: bool = True) -> None:
         self.enabled = enabled
         self.recording = Recording(get_rank(), str(device))
-        self._device, self._steps, self._cuda = device, steps, cuda
+        self._device, self._steps = device, steps
+        self._statistics = CudaStatistics(device, cuda) if device.type == "cuda" else None
         self._window: Window | None = None
         self._unrecorded = False
 
@@ -61,6 +63,11 @@ class Recorder:
         finally:
             self._close()
             self._note_resident(name)
+
+    def see_model(self, model: PreTrainedModel) -> None:
+        """The model that a phase has made."""
+        if self._window is not None:
+            self._window.register_model(model)
 
     def observe_warmup(self, model: PreTrainedModel, steps: int) -> Observer | None:
         """For :func:`smt_dist.warmup.collect_scores`: records its first steps, and from its last step on to the end.
@@ -119,7 +126,7 @@ class Recorder:
     # -- recording -------------------------------------------------------------------------------------------------
 
     def _open(self, phase: str, moment: str, model: PreTrainedModel | None) -> None:
-        self._window = Window(self._device, self._cuda)
+        self._window = Window(self._device.type, self._statistics)
         self._window.open(phase, moment)
         if model is not None:
             self._window.register_model(model)
@@ -131,8 +138,8 @@ class Recorder:
             return
         window, self._window = self._window, None
         self.recording.add(window.close())
-        if self._device.type == "cuda":
-            self.recording.allocator = CudaStatistics(self._device, self._cuda).summary()
+        if self._statistics is not None:
+            self.recording.allocator = self._statistics.summary()
         if phase is not None:
             self._note_resident(phase)
             self._unrecorded = forget_resident_peak()
@@ -146,8 +153,9 @@ class Recorder:
         kept[phase] = max(peak, kept.get(phase, 0))
         self._unrecorded = False
 
-    def _see_batch(self, rows: int, tokens: int) -> None:
-        self.recording.batch = max(self.recording.batch, (rows, tokens))
+    def _see_batch(self, phase: str, rows: int, tokens: int) -> None:
+        batches = self.recording.batches
+        batches[phase] = max((rows, tokens), batches.get(phase, (0, 0)), key=math.prod)
 
 
 class _StepRecorder(TrainerCallback):

@@ -20,7 +20,7 @@ class Recording:
         resident: phase -> bytes of the process's peak resident memory; with the recorder's own log where it recorded.
         resident_unrecorded: the same over a phase's steps that weren't recorded.
         allocator: of a GPU: see :meth:`CudaStatistics.summary`.
-        batch: the largest micro-batch that was recorded: (rows, tokens a row).
+        batches: phase -> the largest micro-batch that was recorded: (rows, tokens a row).
         timelines: of each recorded stretch.
     """
 
@@ -30,7 +30,7 @@ class Recording:
     resident: dict[str, int] = field(default_factory=dict)
     resident_unrecorded: dict[str, int] = field(default_factory=dict)
     allocator: dict[str, int] = field(default_factory=dict)
-    batch: tuple[int, int] = (0, 0)
+    batches: dict[str, tuple[int, int]] = field(default_factory=dict)
     timelines: list[Timeline] = field(default_factory=list)
 
     def add(self, timeline: Timeline) -> None:
@@ -51,6 +51,6 @@ class Recording:
             "resident_bytes": self.resident,
             "resident_bytes_unrecorded": self.resident_unrecorded,
             "allocator": self.allocator,
-            "batch": {"rows": self.batch[0], "tokens": self.batch[1]},
+            "batches": {phase: {"rows": rows, "tokens": tokens} for phase, (rows, tokens) in self.batches.items()},
             "timelines": [timeline.to_json() for timeline in self.timelines],
         }

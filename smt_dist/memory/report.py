@@ -80,18 +80,30 @@ def comparison(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """:func:`comparison`, aligned, and resident memory."""
-    rows = comparison(report)
-    width = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join([row[0].ljust(width[0]), *(cell.rjust(size) for cell, size in zip(row[1:], width[1:], strict=True))])
-        for row in rows
-    ]
-    head = "memory of the fullest rank in each phase" + (f"; no plan: {report['no_plan']}" if report["no_plan"] else "")
-    resident = [max(rank["resident_bytes"].values(), default=0) for rank in report["ranks"]]
-    if any(resident):
-        lines.append(f"resident memory of a process, at most: {format_size(max(resident))} (with the profiler's log)")
-    return "\n".join([head, *(line.rstrip() for line in lines)])
+    """Each phase's peak as planned and as measured, what it is made of where both are known, and resident memory."""
+    measured = fullest(report["ranks"])
+    lines = [f"{'peak of the fullest rank':<26}{'planned':>12}{'measured':>12}{'error':>9}  measured at"]
+    for phase, value in measured.items():
+        total = value["peak"]["total"]
+        planned = report["planned"].get(phase, {}).get("peak", {}).get("total")
+        error = "" if planned is None else f"{planned / total - 1:+.1%}"
+        size = "-" if planned is None else format_size(planned)
+        moment = f"{value['moment']} (rank {value['rank']})"
+        lines.append(f"{phase:<26}{size:>12}{format_size(total):>12}{error:>9}  {moment}")
+    for phase in ("warmup", "training"):
+        if phase in measured and phase in report["planned"]:
+            lines.append(f"{phase}, by category")
+            lines += _categories(report["planned"][phase]["peak"], measured[phase]["peak"])
+    if report["no_plan"]:
+        lines.append(f"no plan: {report['no_plan']}")
+    if resident := max((max(rank["resident_bytes"].values(), default=0) for rank in report["ranks"]), default=0):
+        lines.append(f"resident memory of a process, with the profiler's log: {format_size(resident)} at most")
+    return "\n".join(lines)
+
+
+def _categories(planned: Mapping[str, int], measured: Mapping[str, int]) -> list[str]:
+    rows = [(name, planned[name], measured[name]) for name in CATEGORIES if planned[name] or measured[name]]
+    return [f"  {name.replace('_', ' '):<24}{format_size(plan):>12}{format_size(run):>12}" for name, plan, run in rows]
 
 
 def _kinds(phase: str, planned: Mapping[str, Any]) -> list[str]:

@@ -83,11 +83,11 @@ class Timeline:
         }
 
     def _rows(self) -> list[tuple[int, int]]:
-        """(first, end) of each mark's rows; what was there when the moment began counts too."""
+        """(first, end) of each mark's rows. A mark has a row of its own: what was there when it began counts too."""
         starts = [mark.nanoseconds for mark in self.marks]
-        firsts = [max(0, int(first) - 1) for first in np.searchsorted(self.nanoseconds, starts, "right")]
-        ends = [int(end) for end in np.searchsorted(self.nanoseconds, starts[1:], "left")] + [len(self.nanoseconds)]
-        return [(first, max(end, first + 1)) for first, end in zip(firsts, ends, strict=True)]
+        last = len(self.nanoseconds)
+        firsts = [min(int(row), last - 1) for row in np.searchsorted(self.nanoseconds, starts)]
+        return [(first, max(end, first + 1)) for first, end in zip(firsts, [*firsts[1:], last], strict=True)]
 
     def _memory(self, row: int) -> Memory:
         return Memory(**dict(zip(CATEGORIES, map(int, self.levels[row]), strict=True)))
@@ -109,11 +109,13 @@ def timeline_of_allocations(
         (before if stretch[1].nanoseconds <= start else inside).append(stretch)
     held = {place.address: _Piece(start, end, place.bytes, _INDEX[name]) for name, place, end in before}
     pieces, by_address = _pieces(allocations, held)
-    for name, place, _ in inside:
+    for name, place, end in inside:
         found = by_address.get(place.address, [])
         index = bisect_right(found, place.nanoseconds + CLOCK_ERROR, key=lambda piece: piece.start) - 1
         if index >= 0:
             found[index].category = _INDEX[name]
+            # What a collective's thread took back, the profiler, which sees one thread, didn't.
+            found[index].end = found[index].end or end
     return _sweep([*held.values(), *pieces], marks)
 
 
@@ -131,6 +133,8 @@ def _pieces(allocations: Iterable[Allocation], held: dict[int, _Piece]) -> tuple
     by_address: dict[int, list[_Piece]] = {}
     for allocation in allocations:
         if allocation.bytes > 0:
+            if allocation.address in live:  # taken back by another thread
+                live.pop(allocation.address).end = allocation.nanoseconds
             piece = _Piece(allocation.nanoseconds, None, allocation.bytes)
             live[allocation.address] = piece
             pieces.append(piece)
@@ -144,11 +148,12 @@ def _pieces(allocations: Iterable[Allocation], held: dict[int, _Piece]) -> tuple
 
 
 def _sweep(pieces: list[_Piece], marks: list[Mark]) -> Timeline:
-    changes = [(piece.start, piece.category, piece.bytes) for piece in pieces]
+    changes = [(mark.nanoseconds, 0, 0) for mark in marks]
+    changes += [(piece.start, piece.category, piece.bytes) for piece in pieces]
     changes += [(piece.end, piece.category, -piece.bytes) for piece in pieces if piece.end is not None]
     changes.sort(key=lambda change: change[0])  # stable: what begins at an instant before what ends at it
-    deltas = np.zeros((len(changes) + 1, len(CATEGORIES)), dtype=np.int64)
-    for row, (_, category, size) in enumerate(changes, start=1):
+    deltas = np.zeros((len(changes), len(CATEGORIES)), dtype=np.int64)
+    for row, (_, category, size) in enumerate(changes):
         deltas[row, category] = size
-    times = np.array([marks[0].nanoseconds, *(time for time, _, _ in changes)], dtype=np.int64)
+    times = np.array([time for time, _, _ in changes], dtype=np.int64)
     return Timeline(times, deltas.cumsum(0), marks)

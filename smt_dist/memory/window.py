@@ -20,21 +20,21 @@ from smt_dist.memory.timeline import Timeline, timeline_of_allocations, timeline
 from smt_dist.memory.trace import watch_layers
 from smt_dist.memory.tracker import BACKWARD, FORWARD
 
-Batch = Callable[[int, int], None]
+OnBatch = Callable[[str, int, int], None]
 
 
 class Window:
     """Records from :meth:`open` to :meth:`close`; keep it short, as the log grows with every operator that runs.
 
     Args:
-        device: whose memory.
-        cuda: ``torch.cuda``, or what stands in for it.
+        device_type: whose memory.
+        statistics: of a GPU's allocator; None: the CPU's allocations are recorded.
     """
 
-    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
-        self._cuda = CudaStatistics(device, cuda) if device.type == "cuda" else None
-        self._cpu = CpuAllocations() if self._cuda is None else None
-        self._tracker = RealTracker(device.type, self._end_moment)
+    def __init__(self, device_type: str = "cpu", statistics: CudaStatistics | None = None) -> None:
+        self._cuda = statistics
+        self._cpu = CpuAllocations() if statistics is None else None
+        self._tracker = RealTracker(device_type, self._end_moment)
         self._handles: list[RemovableHandle] = []
         self._stage = ExitStack()
         self._peaks: list[int] = []
@@ -67,19 +67,19 @@ class Window:
         self._tracker.phase = phase
         self._tracker.moment(moment)
 
-    def watch(self, model: PreTrainedModel, on_batch: Batch | None = None) -> None:
+    def watch(self, model: PreTrainedModel, on_batch: OnBatch | None = None) -> None:
         """Tell forward from backward, and name the moments by layer.
 
         Args:
             model: the bare model.
-            on_batch: is told the rows, and tokens a row, of each batch.
+            on_batch: is told the phase, rows, and tokens a row, of each batch.
         """
         layers = int(text_config(model.config).num_hidden_layers)
 
         def before(_module: nn.Module, _args: tuple, inputs: dict[str, Any]) -> None:
             tokens = inputs.get("input_ids")
             if on_batch is not None and tokens is not None:
-                on_batch(*tokens.shape)
+                on_batch(self._tracker.phase, *tokens.shape)
             self.mark(self._tracker.phase, "forward embedding")
             self._enter(FORWARD)
 
