@@ -19,6 +19,9 @@ from smt_dist.distributed import agree, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.full_ft import save_moved_base
 from smt_dist.loading import initialize_process_group, load_tokenizer_and_model
+from smt_dist.memory.profiling import prepare_profiling, publish
+from smt_dist.memory.recorder import Recorder
+from smt_dist.memory.report import PAGE
 from smt_dist.phases import enter_phase
 from smt_dist.rotation import find_checkpoint
 from smt_dist.run import (
@@ -47,6 +50,10 @@ def main() -> None:
     set_seed(args.seed)
     agree(lambda: check_writable("--output_dir", Path(args.output_dir)), "the output folder")
 
+    if run.profile_memory is not None:
+        agree(lambda: prepare_profiling(Path(run.profile_memory)), "the folder of the memory report")
+    recorder = Recorder(args.device, run.profile_memory_steps, enabled=run.profile_memory is not None)
+
     resume_from = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     selection, adapter = agree(lambda: find_selection(run, resume_from), "the selection")
     config = agree(lambda: load_config(run, selection, adapter, resume_from), "the SMT config")
@@ -54,40 +61,50 @@ def main() -> None:
         run.model_name_or_path, run.gguf_file = str(Path(resume_from).parent / MOVED_BASE), None
 
     enter_phase("load")
-    tokenizer, model = load_tokenizer_and_model(run, args)
+    with recorder.phase("load"):
+        tokenizer, model = load_tokenizer_and_model(run, args)
+        recorder.see_model(model)
     honour_collective_timeout(model, args.ddp_timeout)
     enter_phase("data")
     data = load_data(run, tokenizer)
     if selection is None:
         enter_phase("warm-up")
-        selection, _ = collect_and_select(model, data, config, args)
+        with recorder.phase("warmup", model):
+            observe = recorder.observe_warmup(model, config.warmup.steps)
+            selection, _ = collect_and_select(model, data, config, args, observe)
         if config.warmup.mode == "full_ft":  # the blocks belong to the base as the warm-up left it
             save_moved_base(model, tokenizer, Path(args.output_dir) / MOVED_BASE)
     enter_phase("attaching the blocks")
-    attach_blocks(model, selection, config, args, adapter, run.adapter)
-
-    trainer = SMTTrainer(
-        model,
-        args,
-        deltas=adapter.deltas if adapter is not None else None,
-        train_dataset=data.train,
-        eval_dataset=data.evaluation,
-        data_collator=data.collator,
-        processing_class=tokenizer,
-    )
-    result = trainer.train(resume_from_checkpoint=resume_from)
+    with recorder.phase("setup", model):  # training from the first step on
+        attach_blocks(model, selection, config, args, adapter, run.adapter)
+        trainer = SMTTrainer(
+            model,
+            args,
+            deltas=adapter.deltas if adapter is not None else None,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            data_collator=data.collator,
+            processing_class=tokenizer,
+            callbacks=recorder.watch_training(model),
+        )
+        result = trainer.train(resume_from_checkpoint=resume_from)
     if trainer.preempted:
         if get_rank() == 0:
             saved, name = trainer.saved_when_preempted(), signal.Signals(trainer.preempted).name
             print(f"ended by {name}: saved in {saved}; go on with --resume_from_checkpoint auto", flush=True)
         return
     logger.info("%s", trainer.describe_optimizer())
-    trainer.save_model()
+    with recorder.phase("save", model):
+        trainer.save_model()
     trainer.save_metrics("train", result.metrics)
     if data.evaluation is not None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    if run.profile_memory is not None:
+        report = publish(recorder, Path(run.profile_memory), model, config, args)
+        if report is not None:
+            print(f"{report}\nmemory report: {Path(run.profile_memory) / PAGE}", flush=True)
     if get_rank() == 0:
         print(f"adapter saved in {args.output_dir}", flush=True)
 

@@ -21,7 +21,7 @@ from smt_dist.files import save_tokenizer
 from smt_dist.model import gathered
 from smt_dist.saves import Save
 from smt_dist.scores import BlockScores, make_accumulator
-from smt_dist.warmup import Batch, build_scores, plan_grids, probe_modules, run_steps
+from smt_dist.warmup import Batch, Observer, build_scores, plan_grids, probe_modules, run_steps
 
 
 def collect_scores_full_ft(
@@ -32,6 +32,7 @@ def collect_scores_full_ft(
     learning_rate: float,
     accumulation: int = 1,
     progress: bool = False,
+    observe: Observer | None = None,
 ) -> BlockScores:
     """Fully fine-tune ``model`` for ``config.warmup.steps`` steps and score the gradients.
 
@@ -43,6 +44,7 @@ def collect_scores_full_ft(
         learning_rate: of AdamW, constant.
         accumulation: micro-batches a global step.
         progress: show a progress bar on rank 0.
+        observe: looks on from the beginning.
 
     Raises:
         SMTError: as :func:`collect_scores`.
@@ -54,7 +56,7 @@ def collect_scores_full_ft(
     model.train()
     label = "warm-up (full fine-tuning)" if progress else None
     with engine.full_finetuning(model, learning_rate, accumulation) as tuning, probe_modules(model, accumulator, grids):
-        steps = run_steps(model, _summed(tuning), batches, config.warmup.steps, accumulator, label)
+        steps = run_steps(model, _summed(tuning), batches, config.warmup.steps, accumulator, label, observe)
     tables = {name: table / get_world_size() for name, table in accumulator.tables().items()}
     return build_scores(model, config, groups, grids, tables, steps)
 

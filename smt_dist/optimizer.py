@@ -7,7 +7,7 @@ reduce-scatter of their gradients, the wrapped optimizer's step on this rank's s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from itertools import pairwise
 from typing import Any
 
@@ -250,6 +250,12 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
             "values": self._flat.values.nbytes,
             "gradients": sum(tensor.nbytes for tensor in self.gradients.tensors()),
         }
+
+    def held_tensors(self) -> Iterator[tuple[str, Any]]:
+        """(category of :mod:`smt_dist.memory.categories`, tensors) of everything that this rank holds."""
+        yield "gradients", self._gradients
+        yield "optimizer_state", [self._masters, [list(state.values()) for state in self.inner.state.values()]]
+        yield "blocks", self._flat.values  # last: in fp32 the masters are a part of them
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state: this rank's slice only, without the masters; not collective.

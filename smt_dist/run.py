@@ -33,7 +33,7 @@ from smt_dist.scores import BlockScores
 from smt_dist.selection import select_blocks
 from smt_dist.targets import find_targets
 from smt_dist.trainer import STATE_BYTES, state_bytes_per_rank
-from smt_dist.warmup import collect_scores
+from smt_dist.warmup import Observer, collect_scores
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +64,13 @@ class RunArguments:
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "such as sdpa or flash_attention_2"})
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+    profile_memory: str | None = field(
+        default=None,
+        metadata={"help": "folder: record each rank's memory in every phase, and write it beside its plan (train.py)"},
+    )
+    profile_memory_steps: int = field(
+        default=2, metadata={"help": "first steps of the warm-up and of training to record change by change"}
+    )
 
     def check(self) -> None:
         """Raise SMTError for what can be seen without reading anything."""
@@ -75,6 +82,8 @@ class RunArguments:
             raise SMTError("--train_file is missing (or --dataset_name)")
         if self.train_file is not None and self.dataset_name is not None:
             raise SMTError("--train_file together with --dataset_name: give one of them")
+        if self.profile_memory_steps < 1:
+            raise SMTError(f"--profile_memory_steps: must be at least 1, not {self.profile_memory_steps}")
         if self.selection and self.adapter:
             raise SMTError("--selection together with --adapter: the adapter brings its own selection")
 
@@ -165,21 +174,25 @@ def warmup_batches(
 
 
 def collect_and_select(
-    model: PreTrainedModel, data: TrainingData, config: SMTConfig, args: SMTTrainingArguments
+    model: PreTrainedModel,
+    data: TrainingData,
+    config: SMTConfig,
+    args: SMTTrainingArguments,
+    observe: Observer | None = None,
 ) -> tuple[BlockSelection, BlockScores]:
-    """Run the warm-up under the engine and choose the blocks."""
+    """Run the warm-up under the engine and choose the blocks; ``observe`` looks on."""
     engine = make_engine(args)
     batches = warmup_batches(data, args, config.warmup.steps)
     progress = not args.disable_tqdm
     if config.warmup.mode == "full_ft":
         scores = collect_scores_full_ft(
-            model, batches, config, engine, args.learning_rate, args.gradient_accumulation_steps, progress
+            model, batches, config, engine, args.learning_rate, args.gradient_accumulation_steps, progress, observe
         )
     else:
         targets = {name for names in find_targets(model, config).values() for name in names}
         chunk_loss(model, args.loss_chunk_size, targets)
         with engine.probing(model):
-            scores = collect_scores(model, batches, config, progress)
+            scores = collect_scores(model, batches, config, progress, observe)
     enter_phase("selection")
     return select_blocks(scores, config), scores
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,10 +29,16 @@ logger = logging.getLogger(__name__)
 
 Batch = Mapping[str, torch.Tensor]
 GlobalStep = list[Batch]
+# Told the accumulator and the steps done so far, before the first step and after each; once more for every pass.
+Observer = Callable[[ScoreAccumulator, int], None]
 
 
 def collect_scores(
-    model: nn.Module, batches: Iterable[Batch | list[Batch]], config: SMTConfig, progress: bool = False
+    model: nn.Module,
+    batches: Iterable[Batch | list[Batch]],
+    config: SMTConfig,
+    progress: bool = False,
+    observe: Observer | None = None,
 ) -> BlockScores:
     """Score every block of the target weights by its gradient over up to ``config.warmup.steps`` global steps.
 
@@ -46,6 +52,7 @@ def collect_scores(
             All ranks need as many.
         config: its score, targets, steps and passes. More than one pass reads ``batches`` into a list.
         progress: show a progress bar on rank 0.
+        observe: looks on from the beginning.
 
     Returns:
         Scores of all targets, equal on all ranks.
@@ -65,7 +72,8 @@ def collect_scores(
         with _frozen(model), probe_modules(model, accumulator, part), _seeded(config.selection.seed):
             label = "warm-up" if len(parts) == 1 else f"warm-up, pass {index + 1} of {len(parts)}"
             probing = Tuning(model, torch.Tensor.backward, lambda: None)
-            steps = run_steps(model, probing, batches, config.warmup.steps, accumulator, label if progress else None)
+            label = label if progress else None
+            steps = run_steps(model, probing, batches, config.warmup.steps, accumulator, label, observe)
         tables.update(accumulator.tables())
     if steps < config.warmup.steps:
         logger.warning("the warm-up saw %d global steps of the %d that the config asks for", steps, config.warmup.steps)
@@ -157,6 +165,7 @@ def run_steps(
     steps: int,
     accumulator: ScoreAccumulator,
     progress: str | None,
+    observe: Observer | None = None,
 ) -> int:
     """Run up to ``steps`` global steps of forwards and backwards; returns how many there were.
 
@@ -167,11 +176,14 @@ def run_steps(
         steps: the most to run.
         accumulator: is told where micro-batches and steps end.
         progress: the bar's label; None for no bar.
+        observe: looks on from the beginning.
     """
     iterator = iter(batches)
     names = list(dict(model.named_modules()))
     bar = tqdm(total=steps, desc=progress, unit="step", disable=progress is None or get_rank() != 0)
     done = 0
+    if observe is not None:
+        observe(accumulator, done)
     with bar:
         while done < steps and (step := _next_step(iterator, done)) is not None:
             micro_batches, tokens = step
@@ -183,6 +195,8 @@ def run_steps(
             _refuse_non_finite(accumulator, names, done)
             done += 1
             bar.update()
+            if observe is not None:
+                observe(accumulator, done)
     return done
 
 

@@ -1,8 +1,8 @@
 """``deepspeed``: ZeRO-1, 2 and 3. DeepSpeed shards the base (stage 3) and the blocks' optimizer state itself.
 
 Blocks, masters and moments are read and written through ``deepspeed.utils``' public ``safe_get`` and ``safe_set``
-functions. What has no public way stands in ``_flat_partitions``, ``_create_moments``, ``_link_moments`` and
-``_forget_engine``, checked on DeepSpeed 0.19.8.
+functions. What has no public way stands in ``_flat_partitions``, ``held_tensors``, ``_create_moments``,
+``_link_moments`` and ``_forget_engine``, checked on DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -36,7 +36,10 @@ from smt_dist.elementwise import (
 from smt_dist.engines import BlockState, Moments, Tuning, unwrapped
 from smt_dist.errors import SMTError
 from smt_dist.model import sparse_layers
-from smt_dist.targets import full_shape
+from smt_dist.targets import full_numel, full_shape
+
+# DeepSpeed's own zero_optimization.reduce_bucket_size, in elements.
+DEFAULT_BUCKET = 500_000_000
 
 
 class DeepSpeedEngine:
@@ -97,6 +100,11 @@ class DeepSpeedEngine:
     ) -> torch.optim.Optimizer:
         # ZeRO flattens parameters too, so it can't do more than ShardedBlockOptimizer can.
         refuse_unless_elementwise(optimizer_class, options)
+        elements = sum(full_numel(parameter) for group in groups for parameter in group["params"])
+        # DeepSpeed allocates the whole bucket, 0.5e9 elements unless told otherwise, however few gradients there are.
+        section = self.config["zero_optimization"]
+        if isinstance(given := section.get("reduce_bucket_size", DEFAULT_BUCKET), int | float):
+            section["reduce_bucket_size"] = min(int(given), elements)
         return optimizer_class(groups, **options)
 
     def read_blocks(
@@ -229,6 +237,26 @@ def _flat_partitions(zero: Any) -> list[torch.Tensor]:
         if hasattr(zero, name):  # ZeRO-1/2, ZeRO-3, bf16 with fp32 gradients under stage 1
             return list(getattr(zero, name))
     raise SMTError(f"deepspeed: {type(zero).__name__} is not known to smt_dist (checked on DeepSpeed 0.19.8)")
+
+
+def held_tensors(zero: Any) -> Iterator[tuple[str, Any]]:
+    """(category of :mod:`smt_dist.memory.categories`, tensors) that DeepSpeed's optimizer holds on this rank."""
+    flats = _flat_partitions(zero)
+    yield "base_weights", getattr(zero, "fp16_partitioned_groups_flat", [])
+    yield "optimizer_state", [flats, [list(zero.optimizer.state[flat].values()) for flat in flats]]
+    names = ("averaged_gradients", "all_grad_tensors", "fp32_groups_gradients_flat", "grad_partitions_flat_buffer")
+    yield "gradients", [*(list(_tensors(getattr(zero, name, None))) for name in names), *(flat.grad for flat in flats)]
+    buckets = getattr(zero, "ipg_buckets", {}).values()
+    yield "communication", list(_tensors([getattr(bucket, "buffer", None) for bucket in buckets]))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """In dicts and lists, DeepSpeed's own kinds of list included."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def _counters(inner: torch.optim.Optimizer, flats: list[torch.Tensor]) -> dict[str, int | float]:

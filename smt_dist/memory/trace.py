@@ -10,10 +10,10 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from smt_dist.blocks import BlockGrid, BlockSelection
-from smt_dist.chunked_loss import chunk_loss
 from smt_dist.distributed import get_world_size, is_distributed
 from smt_dist.errors import SMTError, first_line
 from smt_dist.memory.categories import Memory
@@ -66,7 +66,7 @@ def trace_warmup(request: Request, layers: int) -> dict[str, Memory]:
         # Set: it doesn't look for infinities, which fake tensors don't have.
         accumulator._non_finite = ""
         _fill(accumulator, part, request)
-        tracker.register(_tensors_of(accumulator), "statistics")
+        tracker.register(tensors_of(accumulator), "statistics")
         watch_layers(model, tracker, layers)
         with _frozen(model), probe_modules(model, accumulator, part):
             _forward_backward(model, tracker, request)
@@ -85,8 +85,6 @@ def _traced(request: Request, layers: int) -> Iterator[tuple[PreTrainedModel, Me
         with fake_model(request, layers) as model, MemoryTracker() as tracker:
             tracker.moment(_IGNORED)
             tracker.register([list(model.parameters()), list(model.buffers())], "base_weights")
-            if request.method == "smt":
-                chunk_loss(model, request.loss_chunk)
             yield model, tracker
     except (RuntimeError, NotImplementedError) as error:
         if isinstance(error, SMTError):
@@ -115,10 +113,12 @@ def _forward_backward(model: nn.Module, tracker: MemoryTracker, request: Request
         loss.backward()
 
 
-def watch_layers(model: nn.Module, tracker: MemoryTracker, layers: int, special: int = EDGE) -> None:
-    """Name the moments by layer, and tell recomputation from backward."""
+def watch_layers(model: nn.Module, tracker: MemoryTracker, layers: int, special: int = EDGE) -> list[RemovableHandle]:
+    """Name the moments by layer, and tell recomputation from backward; the handles end it."""
+    handles = []
     for index, layer in enumerate(decoder_layers(model, layers)):
-        _watch_layer(layer, tracker, _place(index, layers, special), last=index == layers - 1)
+        handles += _watch_layer(layer, tracker, _place(index, layers, special), last=index == layers - 1)
+    return handles
 
 
 def _place(index: int, layers: int, special: int) -> str:
@@ -127,7 +127,7 @@ def _place(index: int, layers: int, special: int) -> str:
     return f"layer -{layers - index}" if index >= layers - EDGE else "layers between"
 
 
-def _watch_layer(layer: nn.Module, tracker: MemoryTracker, place: str, last: bool) -> None:
+def _watch_layer(layer: nn.Module, tracker: MemoryTracker, place: str, last: bool) -> list[RemovableHandle]:
     open_stages: list[ExitStack] = []
 
     def before(*_: Any) -> None:
@@ -147,8 +147,7 @@ def _watch_layer(layer: nn.Module, tracker: MemoryTracker, place: str, last: boo
         if last:
             tracker.moment("forward head")
 
-    layer.register_forward_pre_hook(before)
-    layer.register_forward_hook(after, always_call=True)
+    return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True)]
 
 
 # -- the warm-up's accumulators --------------------------------------------------------------------------------------
@@ -176,6 +175,7 @@ def _end_micro_batch(accumulator: Any) -> None:
         accumulator.end_micro_batch()
 
 
-def _tensors_of(accumulator: Any) -> list[torch.Tensor]:
+def tensors_of(accumulator: Any) -> list[torch.Tensor]:
+    """What a score accumulator keeps between backwards."""
     tables = [accumulator._sums, getattr(accumulator, "_steps", None), getattr(accumulator, "_step_sums", None)]
     return [*(table.flat for table in tables if table is not None), *getattr(accumulator, "_shards", {}).values()]

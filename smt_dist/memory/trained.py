@@ -111,16 +111,21 @@ def _prepare_full(task: Task) -> Step:
     return _plain_adamw(parameters, task)
 
 
-def _prepare_lora(task: Task) -> Step:
+def attach_lora(model: nn.Module, request: Request, rank: int) -> None:
+    """PEFT's adapters on the targets of the SMT config, in fp32, in place. Raises SMTError without PEFT."""
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise SMTError('--method lora: PEFT is not installed; pip install "smt_dist[benchmark]"') from None
-    groups, _ = plan_grids(task.model, task.request.smt)
+    groups, _ = plan_grids(model, request.smt)
     targets = [name for names in groups.values() for name in names]
-    # Module.to doesn't work on fake tensors, and isn't needed: adapters are made on this device, in fp32.
+    get_peft_model(model, LoraConfig(r=rank, target_modules=targets, lora_dropout=0.0))
+
+
+def _prepare_lora(task: Task) -> Step:
+    # Module.to doesn't work on fake tensors, and isn't needed: adapters are made on this device.
     with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
-        get_peft_model(task.model, LoraConfig(r=task.rank, target_modules=targets, lora_dropout=0.0))
+        attach_lora(task.model, task.request, task.rank)
     adapters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     task.tracker.register(adapters, "blocks")
     return _plain_adamw(adapters, task)
