@@ -99,6 +99,14 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield name, module
 
 
+def may_be_idle(module: str) -> bool:
+    """Whether a module may get no token on some ranks, to go by its name: an expert, in a list inside a layer.
+
+    What ranks exchange while a backward runs must not wait for such a module's gradient.
+    """
+    return sum(part.isdigit() for part in module.split(".")) > 1
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether ``module`` computes ``x @ weight^T`` with a 2-D weight of (out, in)."""
     weight = getattr(module, "weight", None)

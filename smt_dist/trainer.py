@@ -33,6 +33,7 @@ from smt_dist.guarded_trainer import GuardedTrainer
 from smt_dist.model import sparse_layers
 from smt_dist.optimizer import ShardedBlockOptimizer, release_gradients
 from smt_dist.saving_trainer import SavingTrainer
+from smt_dist.targets import may_be_idle
 
 logger = logging.getLogger(__name__)
 
@@ -81,10 +82,12 @@ class SMTTrainer(GuardedTrainer, SavingTrainer):
         Weight decay pulls a block's delta to zero, that is, the model to its base.
         """
         if self.optimizer is None:
-            args, blocks = self.args, [layer.delta for layer in sparse_layers(self.model).values()]
+            args, layers = self.args, sparse_layers(self.model)
+            blocks = [layer.delta for layer in layers.values()]
             groups = block_parameter_groups(model or self.model, args.learning_rate, args.weight_decay)
             release_gradients(blocks)  # of an earlier trainer's optimizer
-            self.optimizer = self.engine.make_optimizer(groups, *self._optimizer_class_and_options())
+            idle = any(may_be_idle(name) for name in layers)
+            self.optimizer = self.engine.make_optimizer(groups, *self._optimizer_class_and_options(), idle)
             for block in blocks:
                 # Trainer would all-reduce each gradient; the optimizer reduces them all at once.
                 block._replicated_grad_hook_registered = True

@@ -130,6 +130,17 @@ def test_state_dict_asks_nothing_of_other_ranks(found, world_size):
     assert all(rank["state_dict"] for rank in found[world_size])
 
 
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_that_miss_a_gradient_reduce_when_the_others_do(found, world_size):
+    """An expert that no token of a rank reaches: that rank would reduce later than the others, who would wait for it
+    where it waits for them, in one of FSDP2's gathers. Not told of it, the ranks do part.
+    """
+    told, not_told = ([rank["idle"][name] for rank in found[world_size]] for name in ("told", "not told"))
+    assert told == [0] * world_size
+    assert not_told[0] < world_size
+    assert not_told[1:] == [world_size] * (world_size - 1)
+
+
 @each_size
 def test_clipping_twice_clips_to_the_smaller(found, world_size):
     """The second call measures what the first left; a second reduce-scatter would add the gradients up again."""

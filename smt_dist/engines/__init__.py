@@ -93,7 +93,11 @@ class Engine(Protocol):
         """
 
     def make_optimizer(
-        self, groups: list[dict[str, Any]], optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]
+        self,
+        groups: list[dict[str, Any]],
+        optimizer_class: type[torch.optim.Optimizer],
+        options: dict[str, Any],
+        may_be_idle: bool = False,
     ) -> torch.optim.Optimizer:
         """The optimizer of the blocks.
 
@@ -101,6 +105,7 @@ class Engine(Protocol):
             groups: parameter groups of blocks.
             optimizer_class: an elementwise one (:func:`smt_dist.elementwise.refuse_unless_elementwise`).
             options: its keyword arguments.
+            may_be_idle: some blocks may get no gradient on some ranks (:func:`smt_dist.targets.may_be_idle`).
         """
 
     def read_blocks(

@@ -96,7 +96,11 @@ class DeepSpeedEngine:
             _forget_engine(model)
 
     def make_optimizer(
-        self, groups: list[dict[str, Any]], optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]
+        self,
+        groups: list[dict[str, Any]],
+        optimizer_class: type[torch.optim.Optimizer],
+        options: dict[str, Any],
+        may_be_idle: bool = False,  # noqa: ARG002
     ) -> torch.optim.Optimizer:
         # ZeRO flattens parameters too, so it can't do more than ShardedBlockOptimizer can.
         refuse_unless_elementwise(optimizer_class, options)

@@ -27,9 +27,15 @@ class ReplicatedBlocks:
         self.micro_batches = micro_batches
 
     def make_optimizer(
-        self, groups: list[dict[str, Any]], optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]
+        self,
+        groups: list[dict[str, Any]],
+        optimizer_class: type[torch.optim.Optimizer],
+        options: dict[str, Any],
+        may_be_idle: bool = False,
     ) -> ShardedBlockOptimizer:
-        return ShardedBlockOptimizer(groups, optimizer_class, options, self.reduce_dtype, self.micro_batches)
+        # A rank that waits for a gradient that doesn't come would leave FSDP2's gathers on the others unanswered.
+        micro_batches = None if may_be_idle else self.micro_batches
+        return ShardedBlockOptimizer(groups, optimizer_class, options, self.reduce_dtype, micro_batches)
 
     def read_blocks(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None

@@ -16,6 +16,8 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from smt_dist.targets import may_be_idle
+
 UNITS = ("auto", "layer", "weight")
 FREE = "free_full_weight"
 # From this size on a layer is cut up by "auto", in bytes of its gathered weights.
@@ -29,8 +31,8 @@ def sharding_plan(config: PreTrainedConfig, dtype: torch.dtype, units: str) -> d
         config: the model's.
         dtype: of its weights.
         units: ``layer``: transformers' plan but for the head, which is given back after use (with a chunked loss it
-            is never gathered at all). ``weight``: each linear weight of a layer as well. ``auto``: by weight where a
-            layer has at least 256 MiB.
+            is never gathered at all). ``weight``: each linear weight of a layer as well, but for experts. ``auto``:
+            by weight where a layer has at least 256 MiB.
     """
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return {}  # a model of its own code: transformers' plan
@@ -42,7 +44,8 @@ def sharding_plan(config: PreTrainedConfig, dtype: torch.dtype, units: str) -> d
     if head in names and embedding is not None and head.weight is not embedding.weight:
         plan[names[head]] = FREE
     layered = {name: module for module, name in names.items() if _wildcard(name) != name}
-    linear = {_wildcard(name): module for name, module in layered.items() if isinstance(module, nn.Linear)}
+    # Experts stay in their layer's unit: a rank whose tokens don't reach one would leave the others waiting for it.
+    linear = {_wildcard(n): m for n, m in layered.items() if isinstance(m, nn.Linear) and not may_be_idle(n)}
     largest = max((_elements(m) for n, m in layered.items() if re.fullmatch(r".*\.\d+", n)), default=0)
     if units == "weight" or (units == "auto" and largest * dtype.itemsize >= LARGE_LAYER):
         plan |= dict.fromkeys(linear, FREE)

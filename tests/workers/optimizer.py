@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
 from smt_dist.distributed import barrier, get_rank, get_world_size
 from smt_dist.elementwise import optimizer_class_by_name
-from smt_dist.optimizer import ShardedBlockOptimizer
+from smt_dist.engines.replicated import ReplicatedBlocks
+from smt_dist.optimizer import ShardedBlockOptimizer, release_gradients
 
 # 7 + 15 elements in one group, 1 in the other: neither ranks' slices nor groups end where parameters do.
 SHAPES = [[(7, 1), (3, 5)], [(1, 1)]]
@@ -24,7 +26,12 @@ Case = dict[str, Any]
 def run_cases(_folder: Path, cases: dict[str, Case]) -> dict[str, Any]:
     """Case name -> findings. A case: ``optimizer``, ``options``, ``dtype``, ``reduce_dtype``."""
     found = {name: _train(**case) for name, case in cases.items()}
-    return found | {"moved to a new optimizer": _moved(), "state_dict": _state_dict(), "scaled": _clipped_to_nothing()}
+    return found | {
+        "moved to a new optimizer": _moved(),
+        "state_dict": _state_dict(),
+        "scaled": _clipped_to_nothing(),
+        "idle": {name: _reductions_in_a_backward(told) for name, told in (("told", True), ("not told", False))},
+    }
 
 
 def make_groups(dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -143,6 +150,24 @@ def _state_dict() -> bool:
     backward(groups, gradients_of(1, 0, get_rank()))
     sharded.step()
     return sharded.counters == {"step": 2.0}
+
+
+def _reductions_in_a_backward(may_be_idle: bool) -> int:
+    """How many this rank began while its backward ran, in which rank 0's first parameter got no gradient."""
+    groups = make_groups(torch.float32)
+    engine = ReplicatedBlocks(micro_batches=1)
+    optimizer = engine.make_optimizer(groups, torch.optim.SGD, {"lr": 0.1}, may_be_idle)
+    gradients = gradients_of(0, 0, get_rank())
+    with mock.patch("smt_dist.gradients.dist.reduce") as reduce:
+        if get_rank() == 0:
+            rest = [{"params": groups[0]["params"][1:]}, *groups[1:]]
+            backward(rest, gradients[1:])
+        else:
+            backward(groups, gradients)
+        count = reduce.call_count
+    release_gradients(parameter for group in groups for parameter in group["params"])
+    del optimizer
+    return count
 
 
 def _clipped_to_nothing() -> float:
