@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,6 +140,8 @@ def _prepare_output(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SMTError(f"--output {path}: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise SMTError(f"--output {path}: its folder isn't writable")
     return path
 
 

@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from smt_dist.blocks import BlockSelection
 from smt_dist.cli import parse_arguments, run_program
-from smt_dist.distributed import agree, barrier, get_rank
+from smt_dist.distributed import agree, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.files import replace_file
 from smt_dist.loading import initialize_process_group, load_tokenizer_and_model
@@ -58,11 +58,19 @@ def main() -> None:
     data = load_data(run, tokenizer)
     enter_phase("warm-up")
     selection, scores = collect_and_select(model, data, config, args)
+    agree(lambda: write(selection, output), "writing the selection")
     if get_rank() == 0:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(output, lambda beside: beside.write_text(selection.to_json()))
         print(f"{summary(selection)}; {scores.steps} steps, score {scores.score}; written to {run.output}", flush=True)
-    barrier()
+
+
+def write(selection: BlockSelection, output: Path) -> None:
+    """On rank 0; whole or not at all."""
+    if get_rank() == 0:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            replace_file(output, lambda beside: beside.write_text(selection.to_json()))
+        except OSError as error:
+            raise SMTError(f"--output {output}: can't be written ({error.strerror})") from None
 
 
 def summary(selection: BlockSelection) -> str:

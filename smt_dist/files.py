@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from smt_dist.errors import SMTError, first_line
 
 FLOAT32_BYTES = 4
-# Of one JSON file; parsed it takes ten times as much. Far above what any run writes.
-MAX_JSON_BYTES = 64 * 1024**2
+# Of one JSON file: 20 million blocks, or a million logged steps. Parsed, it takes ten times as much.
+MAX_JSON_BYTES = 256 * 1024**2
 MAX_SHOWN = 80  # characters of a wrong value in a message
 
 

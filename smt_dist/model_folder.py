@@ -79,12 +79,25 @@ def check_model_folder(source: str, trust_remote_code: bool = False) -> PreTrain
 
 
 def read_config(source: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """A model's config. Raises SMTError, naming the source."""
-    # transformers would ask at the terminal whether to run code, and wait, if it weren't told.
+    """A model's config.
+
+    Raises:
+        SMTError: it can't be read, or asks for code that isn't transformers' own; names the source.
+    """
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=bool(trust_remote_code))
+        content, _ = PreTrainedConfig.get_config_dict(source)
+        # transformers would ask at the terminal whether to run code, and wait, if it weren't told.
+        config = AutoConfig.from_pretrained(source, trust_remote_code=bool(trust_remote_code))
     except Exception as error:  # a config's own checks raise anything at all
         raise SMTError(f"{source}: no model folder, nor a model on the hub ({whole_message(error)})") from None
+    for key, value in _nested(content):
+        # The name of a repository there is downloaded and run (transformers 5.23 with the kernels package).
+        if "attn_implementation" in key and not trust_remote_code and "/" in str(value):
+            raise SMTError(
+                f"{source}: its config.json asks for the attention code of {shorten(repr(value))}: give "
+                "--trust_remote_code if you trust both"
+            )
+    return config
 
 
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -71,6 +71,14 @@ def test_program_on_a_full_disk_says_so_in_one_line_and_keeps_the_old_adapter(tr
     assert (small_disk / "out" / "smt_blocks.safetensors").read_bytes() != before
 
 
+def test_selection_on_a_full_disk_is_one_line_and_no_half_file(train, small_disk):
+    """Hours of warm-up end there; the ranks that don't write have to end as well."""
+    fill(small_disk)
+    error = train("--output", str(small_disk / "selection.json"), program="select_blocks.py").error
+    assert "selection.json: can't be written (No space left on device)" in error
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+
+
 def test_limit_on_a_files_size_counts_as_a_full_disk(train, tmp_path):
     """A quota, where nothing can be mounted: the same line."""
     import resource

@@ -52,7 +52,7 @@ def replaced(content: Any, place: tuple, value: Any) -> Any:
     return copy
 
 
-@settings(max_examples=2000, deadline=None, derandomize=True, database=None)
+@settings(max_examples=1500, deadline=None, derandomize=True, database=None)
 @given(st.lists(st.tuples(st.sampled_from(PLACES), anything), min_size=1, max_size=2))
 def test_config_with_any_value_anywhere_is_a_config_or_one_line(changes):
     """Each key with every kind of value; what is accepted survives being saved."""

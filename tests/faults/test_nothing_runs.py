@@ -109,6 +109,15 @@ def test_model_with_pickled_weights_only_is_refused(train, run, folder, tmp_path
     assert not mark.exists()
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+def test_attention_code_that_a_config_names_is_not_fetched(train, folder, tmp_path, key):
+    """transformers takes a repository there, downloads a kernel and runs it, whatever --trust_remote_code says."""
+    model = tmp_path / "model"
+    shutil.copytree(folder / "model", model)
+    write_json(model / "config.json", json.loads((model / "config.json").read_text()) | {key: "evil/kernels"})
+    assert "asks for the attention code of 'evil/kernels'" in train(model_name_or_path=model).error
+
+
 @pytest.mark.parametrize("program", ["train.py", "select_blocks.py", "merge_adapter.py", "evaluate_model.py"])
 def test_code_in_a_model_folder_is_not_run(train, run, folder, tmp_path, monkeypatch, program):
     """transformers would ask at the terminal, and wait; with --trust_remote_code (train.py only) it runs."""
