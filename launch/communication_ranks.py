@@ -96,7 +96,8 @@ def summarize(
         "trained": trained,
         "steps": steps,
         "kinds": _as_json(collectives, steps),
-        "blocks": _as_json([call for call in collectives if call.bytes in sizes], steps),
+        # Under fsdp2 their gradients go to one rank after the other, and nothing else does.
+        "blocks": _as_json([call for call in collectives if call.bytes in sizes or call.kind == "reduce"], steps),
     }
 
 

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import logging
 import signal
+from contextlib import nullcontext
 from pathlib import Path
 
 from transformers import set_seed
 
+from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.cli import parse_arguments, run_program
+from smt_dist.cpu_products import SinglePrecisionProducts
 from smt_dist.distributed import agree, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.full_ft import save_moved_base
@@ -45,6 +48,12 @@ def main() -> None:
     run.check()
     if args.do_eval and run.eval_file is None:  # --eval_strategy switches do_eval on
         raise SMTError("--eval_strategy (or --do_eval) needs --eval_file")
+    with SinglePrecisionProducts() if args.cpu_fp32_products else nullcontext():
+        tune(run, args)
+
+
+def tune(run: RunArguments, args: SMTTrainingArguments) -> None:
+    """The whole run: load, warm-up, selection, training, saving."""
     initialize_process_group(args)
     supervise(args)
     set_seed(args.seed)

@@ -104,6 +104,13 @@ class SMTTrainingArguments(TrainingArguments):
             "their logits before the loss always have whole ones"
         },
     )
+    cpu_fp32_products: bool = field(
+        default=False,
+        metadata={
+            "help": "on CPUs without bf16 instructions: multiply bf16 matrices in fp32, a piece at a time; many times "
+            "faster there"
+        },
+    )
     optim: str = field(
         default="adamw_torch_fused",
         metadata={
@@ -147,6 +154,8 @@ class SMTTrainingArguments(TrainingArguments):
         self._check_optimizer()
         if not torch.cuda.is_available():
             self.use_cpu = True
+        elif self.cpu_fp32_products and not self.use_cpu:
+            raise SMTError("--cpu_fp32_products: this run computes on a GPU")
         self._meet_within_the_timeout()
         if self.activation_checkpointing or self.gradient_checkpointing:
             self._use_non_reentrant_checkpointing()

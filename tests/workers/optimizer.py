@@ -24,7 +24,7 @@ Case = dict[str, Any]
 
 
 def run_cases(_folder: Path, cases: dict[str, Case]) -> dict[str, Any]:
-    """Case name -> findings. A case: ``optimizer``, ``options``, ``dtype``, ``reduce_dtype``."""
+    """Case name -> findings. A case: ``optimizer``, ``options``, ``dtype``, ``reduce_dtype``, ``told`` micro-batches."""
     found = {name: _train(**case) for name, case in cases.items()}
     return found | {
         "moved to a new optimizer": _moved(),
@@ -63,16 +63,21 @@ def own_ranks() -> list[int]:
     return list(range(get_rank() * share, (get_rank() + 1) * share))
 
 
-def _train(optimizer: str, options: dict[str, Any], dtype: str, reduce_dtype: str) -> dict[str, Any]:
+def _train(
+    optimizer: str, options: dict[str, Any], dtype: str, reduce_dtype: str, told: int | None = None
+) -> dict[str, Any]:
     groups = make_groups(getattr(torch, dtype))
-    sharded = ShardedBlockOptimizer(groups, optimizer_class_by_name(optimizer), options, getattr(torch, reduce_dtype))
-    norms = []
+    inner = optimizer_class_by_name(optimizer)
+    told = told and told * len(own_ranks())
+    sharded = ShardedBlockOptimizer(groups, inner, options, getattr(torch, reduce_dtype), told)
+    norms, held = [], []
     for step in range(STEPS):
         for micro_batch in range(ACCUMULATION):
             for rank in own_ranks():
                 # The loss of a rank that does the work of several is scaled as theirs together would be.
                 gradients = [gradient / len(own_ranks()) for gradient in gradients_of(step, micro_batch, rank)]
                 backward(groups, gradients)
+        held.append(sharded.memory_bytes()["gradients"])
         norms.append(float(sharded.clip_grad_norm_(MAX_NORM)))
         for group in sharded.param_groups:
             group["lr"] *= 0.9
@@ -86,6 +91,7 @@ def _train(optimizer: str, options: dict[str, Any], dtype: str, reduce_dtype: st
         "moments": [sharded.read_moments(parameter) for parameter in parameters],
         "counters": sharded.counters,
         "memory": sharded.memory_bytes(),
+        "held_after_backward": held,
         "gradients_left": sum(parameter.grad is not None for parameter in parameters),
     }
 
@@ -176,3 +182,16 @@ def _clipped_to_nothing() -> float:
     backward(groups, gradients_of(0, 0, get_rank()))
     sharded.clip_grad_norm_(1e-3)
     return float(sharded.clip_grad_norm_(math.inf))
+
+
+def one_backward_too_many(_folder: Path) -> str:
+    """What the second backward of a step says where one was told."""
+    groups = make_groups(torch.float32)
+    kept = ShardedBlockOptimizer(groups, torch.optim.SGD, {}, micro_batches=1)
+    backward(groups, gradients_of(0, 0, get_rank()))
+    try:
+        backward(groups, gradients_of(0, 1, get_rank()))
+    except RuntimeError as error:
+        assert kept is not None
+        return str(error)
+    return "nothing"
