@@ -23,9 +23,11 @@ from smt_dist.run import (
     RunArguments,
     check_writable,
     collect_and_select,
+    draw,
     load_config,
     load_data,
 )
+from smt_dist.score_files import save_scores, scores_path
 
 
 @dataclass
@@ -49,13 +51,17 @@ def main() -> None:
     config = agree(lambda: load_config(run, None, None, None), "the SMT config")
     if config.warmup.mode == "full_ft":
         raise SMTError("warmup.mode full_ft moves the base, which this program doesn't keep: run train.py")
+    if config.selection.needs_batches:
+        run.check_data()
     tokenizer, model = load_tokenizer_and_model(run, args)
-    data = load_data(run, tokenizer)
+    data = load_data(run, tokenizer) if config.selection.needs_batches else None
     selection, scores = collect_and_select(model, data, config, args)
     if get_rank() == 0:
         output.parent.mkdir(parents=True, exist_ok=True)
         replace_file(output, lambda beside: beside.write_text(selection.to_json()))
+        save_scores(scores, scores_path(output))
         print(f"{summary(selection)}; {scores.steps} steps, score {scores.score}; written to {run.output}", flush=True)
+    draw(run, output.with_suffix(".html"), selection, scores)
     barrier()
 
 

@@ -20,14 +20,19 @@ from smt_dist.errors import SMTError, first_line
 from smt_dist.full_ft import save_moved_base
 from smt_dist.loading import initialize_process_group, load_tokenizer_and_model
 from smt_dist.run import (
+    PAGE_FILE,
     RunArguments,
     attach_blocks,
     check_writable,
     collect_and_select,
+    draw,
     find_selection,
+    keep_scores,
+    known_scores,
     load_config,
     load_data,
 )
+from smt_dist.score_files import SCORES_FILE
 from smt_dist.trainer import SMTTrainer, last_checkpoint
 
 logger = logging.getLogger("smt_dist.train")  # under the name whose level the command line sets
@@ -37,6 +42,7 @@ MOVED_BASE = "moved_base"
 def main() -> None:
     run, args = parse_arguments(RunArguments, __doc__)
     run.check()
+    run.check_data()
     if args.do_eval and run.eval_file is None:  # --eval_strategy switches do_eval on
         raise SMTError("--eval_strategy (or --do_eval) needs --eval_file")
     initialize_process_group(args)
@@ -50,13 +56,18 @@ def main() -> None:
     if resume_from is not None and config.warmup.mode == "full_ft":  # the checkpoint's blocks belong to that base
         run.model_name_or_path, run.gguf_file = str(Path(resume_from).parent / MOVED_BASE), None
 
+    page = Path(args.output_dir) / PAGE_FILE
     tokenizer, model = load_tokenizer_and_model(run, args)
     data = load_data(run, tokenizer)
     if selection is None:
-        selection, _ = collect_and_select(model, data, config, args)
+        selection, scores = collect_and_select(model, data, config, args)
+        keep_scores(scores, page.with_name(SCORES_FILE))
         if config.warmup.mode == "full_ft":  # the blocks belong to the base as the warm-up left it
             save_moved_base(model, tokenizer, Path(args.output_dir) / MOVED_BASE)
+    else:
+        scores = agree(lambda: known_scores(run, page.parent, selection), "the scores")
     attach_blocks(model, selection, config, args, adapter, run.adapter)
+    draw(run, page, selection, scores)
 
     trainer = SMTTrainer(
         model,
@@ -75,6 +86,7 @@ def main() -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
+    draw(run, page, trainer.model.smt_selection, scores, trainer.state.log_history)
     if get_rank() == 0:
         print(f"adapter saved in {args.output_dir}", flush=True)
 

@@ -17,7 +17,8 @@ from smt_dist.distributed import barrier, get_rank, get_world_size
 from smt_dist.engines import Engine, Tuning
 from smt_dist.model import gathered
 from smt_dist.scores import BlockScores, make_accumulator
-from smt_dist.warmup import Batch, build_scores, plan_grids, probe_modules, run_steps
+from smt_dist.steps import Batch, run_steps
+from smt_dist.warmup import build_scores, plan_grids, probe_modules
 
 
 def collect_scores_full_ft(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -27,6 +29,8 @@ from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
 from smt_dist.full_ft import collect_scores_full_ft
 from smt_dist.model import apply_selection, describe_blocks
+from smt_dist.picture import write_pictures
+from smt_dist.score_files import SCORES_FILE, belongs_to, load_scores, save_scores, scores_path
 from smt_dist.scores import BlockScores
 from smt_dist.selection import select_blocks
 from smt_dist.trainer import STATE_BYTES, state_bytes_per_rank
@@ -60,6 +64,9 @@ class RunArguments:
         default=None, metadata={"help": "GGUF file (in the model folder, or a path): dequantised once and cached"}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "such as sdpa or flash_attention_2"})
+    picture: bool = field(
+        default=True, metadata={"help": "write selection.html and PNG files (needs plotly and matplotlib)"}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
 
     def check(self) -> None:
@@ -68,12 +75,15 @@ class RunArguments:
             raise SMTError("--model_name_or_path is missing (or --gguf_file)")
         if self.prompt_style not in ("plain", "chat"):
             raise SMTError(f"--prompt_style: {self.prompt_style!r} is not one of plain, chat")
-        if self.train_file is None and self.dataset_name is None:
-            raise SMTError("--train_file is missing (or --dataset_name)")
         if self.train_file is not None and self.dataset_name is not None:
             raise SMTError("--train_file together with --dataset_name: give one of them")
         if self.selection and self.adapter:
             raise SMTError("--selection together with --adapter: the adapter brings its own selection")
+
+    def check_data(self) -> None:
+        """Raise SMTError where there is nothing to read."""
+        if self.train_file is None and self.dataset_name is None:
+            raise SMTError("--train_file is missing (or --dataset_name)")
 
 
 @dataclass
@@ -160,18 +170,18 @@ def warmup_batches(
 
 
 def collect_and_select(
-    model: PreTrainedModel, data: TrainingData, config: SMTConfig, args: SMTTrainingArguments
+    model: PreTrainedModel, data: TrainingData | None, config: SMTConfig, args: SMTTrainingArguments
 ) -> tuple[BlockSelection, BlockScores]:
-    """Run the warm-up under the engine and choose the blocks."""
+    """Run the warm-up under the engine and choose the blocks; ``data`` may be None where the score needs none."""
     engine = make_engine(args)
-    batches = warmup_batches(data, args, config.warmup.steps)
+    batches = warmup_batches(data, args, config.warmup.steps) if data is not None else ()
     progress = not args.disable_tqdm
     if config.warmup.mode == "full_ft":
         scores = collect_scores_full_ft(
             model, batches, config, engine, args.learning_rate, args.gradient_accumulation_steps, progress
         )
     else:
-        with engine.probing(model):
+        with engine.probing(model) if config.selection.needs_batches else nullcontext():
             scores = collect_scores(model, batches, config, progress)
     return select_blocks(scores, config), scores
 
@@ -213,6 +223,37 @@ def attach_blocks(
         STATE_BYTES,
         get_world_size(),
     )
+
+
+PAGE_FILE = "selection.html"
+
+
+def known_scores(run: RunArguments, output_dir: Path, selection: BlockSelection) -> BlockScores | None:
+    """The scores of a selection that was made earlier: beside its file, or in the folder of its run."""
+    folder = Path(run.adapter) if run.adapter is not None else output_dir
+    path = scores_path(run.selection) if run.selection is not None else folder / SCORES_FILE
+    scores = load_scores(path) if path.is_file() else None
+    return scores if scores is not None and belongs_to(scores, selection) else None
+
+
+def draw(
+    run: RunArguments,
+    page: Path,
+    selection: BlockSelection,
+    scores: BlockScores | None,
+    log_history: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write the selection's picture, where it is wanted, on rank 0."""
+    if run.picture and get_rank() == 0:
+        source = run.model_name_or_path or run.gguf_file or ""
+        write_pictures(page, selection, scores, log_history, {"model": Path(source).name})
+
+
+def keep_scores(scores: BlockScores, path: Path) -> None:
+    """Write the scores on rank 0: for the picture of a run that is resumed, or that uses this selection."""
+    if get_rank() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_scores(scores, path)
 
 
 def check_writable(flag: str, path: Path) -> None:
