@@ -169,20 +169,26 @@ def warmup_batches(
         ]
 
 
-def collect_and_select(
+def collect(
     model: PreTrainedModel, data: TrainingData | None, config: SMTConfig, args: SMTTrainingArguments
-) -> tuple[BlockSelection, BlockScores]:
-    """Run the warm-up under the engine and choose the blocks; ``data`` may be None where the score needs none."""
+) -> BlockScores:
+    """Run the warm-up under the engine; ``data`` may be None where the score needs none."""
     engine = make_engine(args)
     batches = warmup_batches(data, args, config.warmup.steps) if data is not None else ()
     progress = not args.disable_tqdm
     if config.warmup.mode == "full_ft":
-        scores = collect_scores_full_ft(
+        return collect_scores_full_ft(
             model, batches, config, engine, args.learning_rate, args.gradient_accumulation_steps, progress
         )
-    else:
-        with engine.probing(model) if config.selection.needs_batches else nullcontext():
-            scores = collect_scores(model, batches, config, progress)
+    with engine.probing(model) if config.selection.needs_batches else nullcontext():
+        return collect_scores(model, batches, config, progress)
+
+
+def collect_and_select(
+    model: PreTrainedModel, data: TrainingData | None, config: SMTConfig, args: SMTTrainingArguments
+) -> tuple[BlockSelection, BlockScores]:
+    """Run the warm-up and choose the blocks."""
+    scores = collect(model, data, config, args)
     return select_blocks(scores, config), scores
 
 

@@ -50,6 +50,13 @@ def select_blocks(scores: BlockScores, config: SMTConfig) -> BlockSelection:
             kept within it; names the group.
         RuntimeError: the ranks disagree.
     """
+    selection = choose_blocks(scores, config)
+    assert_same_on_all_ranks(selection.to_json().encode(), "the block selection")
+    return selection
+
+
+def choose_blocks(scores: BlockScores, config: SMTConfig) -> BlockSelection:
+    """:func:`select_blocks` for one rank alone: nothing is compared."""
     chosen: dict[str, list[Block]] = {}
     for pool in budget_pools(scores, config):
         if config.selection.strategy == "norm_dist":
@@ -63,14 +70,12 @@ def select_blocks(scores: BlockScores, config: SMTConfig) -> BlockSelection:
     # The model's order, so that the file doesn't depend on which block came first.
     order = [module for module in scores.tables if module in chosen]
     group_of = {module: group for group, modules in scores.groups.items() for module in modules}
-    selection = BlockSelection(
+    return BlockSelection(
         block_size=scores.block_size,
         blocks={module: sorted(chosen[module]) for module in order},
         shapes={module: scores.shapes[module] for module in order},
         groups={module: group_of[module] for module in order},
     )
-    assert_same_on_all_ranks(selection.to_json().encode(), "the block selection")
-    return selection
 
 
 def budget_pools(scores: BlockScores, config: SMTConfig) -> list[Pool]:
