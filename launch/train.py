@@ -13,10 +13,12 @@ import signal
 from contextlib import nullcontext
 from pathlib import Path
 
-from transformers import set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from smt_dist.arguments import SMTTrainingArguments
+from smt_dist.blocks import BlockSelection
 from smt_dist.cli import parse_arguments, run_program
+from smt_dist.config import SMTConfig
 from smt_dist.cpu_products import SinglePrecisionProducts
 from smt_dist.distributed import agree, get_rank
 from smt_dist.errors import SMTError
@@ -28,14 +30,21 @@ from smt_dist.memory.report import PAGE
 from smt_dist.phases import enter_phase
 from smt_dist.rotation import find_checkpoint
 from smt_dist.run import (
+    PAGE_FILE,
     RunArguments,
+    TrainingData,
     attach_blocks,
     check_writable,
     collect_and_select,
+    draw,
     find_selection,
+    keep_scores,
+    known_scores,
     load_config,
     load_data,
 )
+from smt_dist.score_files import SCORES_FILE
+from smt_dist.scores import BlockScores
 from smt_dist.supervision import honour_collective_timeout, supervise
 from smt_dist.trainer import SMTTrainer
 
@@ -46,6 +55,7 @@ MOVED_BASE = "moved_base"
 def main() -> None:
     run, args = parse_arguments(RunArguments, __doc__)
     run.check()
+    run.check_data()
     if args.do_eval and run.eval_file is None:  # --eval_strategy switches do_eval on
         raise SMTError("--eval_strategy (or --do_eval) needs --eval_file")
     with SinglePrecisionProducts() if args.cpu_fp32_products else nullcontext():
@@ -76,16 +86,15 @@ def tune(run: RunArguments, args: SMTTrainingArguments) -> None:
     honour_collective_timeout(model, args.ddp_timeout)
     enter_phase("data")
     data = load_data(run, tokenizer)
+    page = Path(args.output_dir) / PAGE_FILE
     if selection is None:
-        enter_phase("warm-up")
-        with recorder.phase("warmup", model):
-            observe = recorder.observe_warmup(model, config.warmup.steps)
-            selection, _ = collect_and_select(model, data, config, args, observe)
-        if config.warmup.mode == "full_ft":  # the blocks belong to the base as the warm-up left it
-            save_moved_base(model, tokenizer, Path(args.output_dir) / MOVED_BASE)
+        selection, scores = warm_up(model, tokenizer, data, config, args, recorder)
+    else:
+        scores = agree(lambda: known_scores(run, page.parent, selection), "the scores")
     enter_phase("attaching the blocks")
     with recorder.phase("setup", model):  # training from the first step on
         attach_blocks(model, selection, config, args, adapter, run.adapter)
+        draw(run, page, selection, scores)
         trainer = SMTTrainer(
             model,
             args,
@@ -98,24 +107,54 @@ def tune(run: RunArguments, args: SMTTrainingArguments) -> None:
         )
         result = trainer.train(resume_from_checkpoint=resume_from)
     if trainer.preempted:
-        if get_rank() == 0:
-            saved, name = trainer.saved_when_preempted(), signal.Signals(trainer.preempted).name
-            print(f"ended by {name}: saved in {saved}; go on with --resume_from_checkpoint auto", flush=True)
+        report_preemption(trainer)
         return
-    logger.info("%s", trainer.describe_optimizer())
-    with recorder.phase("save", model):
-        trainer.save_model()
-    trainer.save_metrics("train", result.metrics)
-    if data.evaluation is not None:
-        metrics = trainer.evaluate()
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+    save_results(trainer, result.metrics, recorder)
     if run.profile_memory is not None:
         report = publish(recorder, Path(run.profile_memory), model, config, args)
         if report is not None:
             print(f"{report}\nmemory report: {Path(run.profile_memory) / PAGE}", flush=True)
+    draw(run, page, trainer.model.smt_selection, scores, trainer.state.log_history)
     if get_rank() == 0:
         print(f"adapter saved in {args.output_dir}", flush=True)
+
+
+def warm_up(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    data: TrainingData,
+    config: SMTConfig,
+    args: SMTTrainingArguments,
+    recorder: Recorder,
+) -> tuple[BlockSelection, BlockScores]:
+    """Choose the blocks, and keep what they were chosen by."""
+    enter_phase("warm-up")
+    with recorder.phase("warmup", model):
+        observe = recorder.observe_warmup(model, config.warmup.steps)
+        selection, scores = collect_and_select(model, data, config, args, observe)
+    keep_scores(scores, Path(args.output_dir) / SCORES_FILE)
+    if config.warmup.mode == "full_ft":  # the blocks belong to the base as the warm-up left it
+        save_moved_base(model, tokenizer, Path(args.output_dir) / MOVED_BASE)
+    return selection, scores
+
+
+def report_preemption(trainer: SMTTrainer) -> None:
+    """Say what the signal left."""
+    if get_rank() == 0:
+        saved, name = trainer.saved_when_preempted(), signal.Signals(trainer.preempted).name
+        print(f"ended by {name}: saved in {saved}; go on with --resume_from_checkpoint auto", flush=True)
+
+
+def save_results(trainer: SMTTrainer, metrics: dict[str, float], recorder: Recorder) -> None:
+    """The adapter and the metrics; those of the evaluation rows, if there are any, are worked out first."""
+    logger.info("%s", trainer.describe_optimizer())
+    with recorder.phase("save", trainer.model):
+        trainer.save_model()
+    trainer.save_metrics("train", metrics)
+    if trainer.eval_dataset is not None:
+        metrics = trainer.evaluate()
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from smt_dist.errors import SMTError
 from smt_dist.files import check_tensors, read_header, read_tensors, write_tensors
 from smt_dist.model import apply_selection, base_fingerprint, remove_blocks, sparse_layers
 from smt_dist.saves import MANIFEST_FILE, read_manifest, saving, verify
-from smt_dist.targets import base_modules, is_linear
+from smt_dist.targets import base_modules, takes_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,7 @@ def attach_adapter(
 def verify_base_model(model: nn.Module, adapter: Adapter, source: str) -> str:
     """Check that ``model`` is the base of ``adapter``; its fingerprint. Raises SMTError, naming the source."""
     modules = dict(base_modules(model))
-    missing = [name for name in adapter.selection.blocks if name not in modules or not is_linear(modules[name])]
+    missing = [name for name in adapter.selection.blocks if name not in modules or not takes_blocks(modules[name])]
     if missing:
         raise SMTError(f"{source}: trained on another model: this one ({type(model).__name__}) has no {missing[0]}")
     try:

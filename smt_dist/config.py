@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,9 +13,15 @@ from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, fi
 from smt_dist.errors import SMTError
 from smt_dist.files import parse_json, read_text, shorten
 
-ScoreName = Literal[
-    "mean_abs", "abs_mean", "l1", "l2", "mean_abs_per_step", "abs_mean_per_step", "l1_per_step", "l2_per_step"
-]
+# By what they need: gradients, forwards only, or no batch at all.
+GRADIENT_SCORES = (
+    *("abs_mean", "mean_abs", "l1", "l2"),
+    *("abs_mean_per_step", "mean_abs_per_step", "l1_per_step", "l2_per_step"),
+)
+SALIENCY, ACTIVATION = "grad_x_weight", "activation"
+DATA_FREE_SCORES = ("magnitude", "random", "diagonal")
+SCORES = (*GRADIENT_SCORES, SALIENCY, ACTIVATION, *DATA_FREE_SCORES)
+_DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 Strategy = Literal["no_restriction", "norm_dist"]
 
 MAX_AUTO_BLOCK_SIZE = 256
@@ -97,17 +104,55 @@ class SelectionConfig(_Strict):
     """How blocks are ranked.
 
     Attributes:
-        score: a score of the gradient ``G`` summed over the warm-up (``mean_abs``, ``abs_mean``, ``l1``, ``l2``),
-            or the mean over steps of the score of each step's gradient (the same names with ``_per_step``),
-            which is another statistic and needs no accumulator between steps.
-        strategy: ``no_restriction`` takes the group's best blocks over all its weights; ``norm_dist`` takes the
+        score: one of :data:`SCORES`, or the dotted name of a function of yours (:mod:`smt_dist.custom_scores`).
+            Of the gradient ``G`` summed over the warm-up: ``mean_abs``, ``abs_mean``, ``l1``, ``l2``; the mean over
+            steps of the score of each step's gradient: the same names with ``_per_step``; the mean of
+            ``|G * weight|``: ``grad_x_weight``; of the layers' inputs: ``activation``; of the weight alone:
+            ``magnitude``; of nothing: ``random`` and ``diagonal``.
+        strategy: ``no_restriction`` takes the budget's best blocks over all its weights; ``norm_dist`` takes the
             same number from every weight.
-        seed: seeds random choices (dropout during the probe).
+        budget: ``separate``: each group spends its own. ``joint``: the groups' budgets are added up, and spent on
+            the best blocks of all groups.
+        floor: the least number of blocks of each layer that has targets, within each budget. ``no_restriction`` only.
+        ceiling: the most of each layer, likewise.
+        bounds_per: what ``floor`` and ``ceiling`` count: the blocks of a decoder ``layer`` (the modules whose names
+            agree up to the first number; any other module is a layer by itself), or of a ``weight``.
+        seed: seeds random choices (the ``random`` score, dropout during the probe).
     """
 
-    score: ScoreName = "abs_mean"
+    score: str = "abs_mean"
     strategy: Strategy = "no_restriction"
+    budget: Literal["separate", "joint"] = "separate"
+    floor: int | None = Field(default=None, ge=1, strict=True)
+    ceiling: int | None = Field(default=None, ge=1, strict=True)
+    bounds_per: Literal["layer", "weight"] = "layer"
     seed: int = Field(default=0, ge=0, le=MAX_SEED, strict=True)
+
+    @field_validator("score")
+    @classmethod
+    def _is_a_score(cls, value: str) -> str:
+        if value not in SCORES and not _DOTTED_NAME.fullmatch(value):
+            raise ValueError(f"expected one of {', '.join(SCORES)}, or a function's dotted name")
+        return value
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> SelectionConfig:
+        bounded = self.floor is not None or self.ceiling is not None
+        if bounded and self.strategy == "norm_dist":
+            raise ValueError("'floor' and 'ceiling' need strategy no_restriction: norm_dist fixes each weight's number")
+        if self.floor is not None and self.ceiling is not None and self.floor > self.ceiling:
+            raise ValueError(f"'floor' {self.floor} is above 'ceiling' {self.ceiling}")
+        return self
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether ``score`` is a function's dotted name."""
+        return self.score not in SCORES
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether the score needs any data; a function of the user's is taken to."""
+        return self.score not in DATA_FREE_SCORES
 
 
 class WarmupConfig(_Strict):
@@ -164,6 +209,15 @@ class SMTConfig(_Strict):
     warmup: WarmupConfig = WarmupConfig()
     untie: bool = Field(default=False, strict=True)
     bad_numbers: BadNumbersConfig = BadNumbersConfig()
+
+    @model_validator(mode="after")
+    def _full_ft_scores_gradients(self) -> SMTConfig:
+        if self.warmup.mode == "full_ft" and self.selection.score not in GRADIENT_SCORES:
+            raise ValueError(
+                f"warmup.mode full_ft scores its gradients: selection.score {shorten(self.selection.score)!r} is none "
+                f"of {', '.join(GRADIENT_SCORES)}; use mode probe"
+            )
+        return self
 
     @field_validator("block_size", mode="before")
     @classmethod

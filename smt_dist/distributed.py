@@ -46,6 +46,15 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def broadcast_first(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's ``tensor``, which all ranks have of the same shape and dtype on the CPU; a new tensor there."""
+    if not is_distributed():
+        return tensor
+    moved = tensor.to(collective_device(), copy=True)
+    dist.broadcast(moved, src=0)
+    return moved.cpu()
+
+
 def reduce_scatter_rows(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's rows of the sum of ``tensor`` over all ranks; dimension 0 must be a multiple of the world size."""
     shard = tensor.new_empty(tensor.shape[0] // dist.get_world_size(), *tensor.shape[1:])

@@ -9,19 +9,18 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smt_dist.config import SMTConfig
-from smt_dist.distributed import agree, get_rank, get_world_size
+from smt_dist.distributed import get_rank, get_world_size
 from smt_dist.engines import Engine, Tuning
-from smt_dist.errors import SMTError, first_line
 from smt_dist.files import save_tokenizer
 from smt_dist.model import gathered
-from smt_dist.saves import Save
+from smt_dist.saves import Save, write_on_rank_zero
 from smt_dist.scores import BlockScores, make_accumulator
-from smt_dist.warmup import Batch, Observer, build_scores, plan_grids, probe_modules, run_steps
+from smt_dist.steps import Batch, Observer, run_steps
+from smt_dist.warmup import build_scores, plan_grids, probe_modules
 
 
 def collect_scores_full_ft(
@@ -81,14 +80,7 @@ def save_moved_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
     save = Save(folder)
 
     def on_rank_zero(action: Callable[[], object]) -> None:
-        def attempt() -> None:
-            if get_rank() == 0:
-                try:
-                    action()
-                except (OSError, SafetensorError) as error:
-                    raise SMTError(f"{folder}: can't be written ({first_line(error)})") from None
-
-        agree(attempt, "saving the moved base")
+        write_on_rank_zero(action, str(folder), "saving the moved base")
 
     try:
         on_rank_zero(save.begin)

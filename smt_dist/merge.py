@@ -10,7 +10,7 @@ from torch import nn
 from smt_dist.blocks import read_blocks, write_blocks
 from smt_dist.errors import SMTError
 from smt_dist.model import sparse_layers
-from smt_dist.sparse_linear import SparseLinear
+from smt_dist.sparse_linear import SparseLayer
 from smt_dist.targets import tied_parameter_names
 
 # Where a merged base keeps what `unmerge_blocks` needs: in `__dict__`, so that no submodule is registered.
@@ -18,7 +18,7 @@ _UNDO = "_smt_undo"
 
 
 class _Undo(NamedTuple):
-    layer: SparseLinear
+    layer: SparseLayer
     weight: nn.Parameter  # the parameter before the merge: another one after it, if it was tied
     blocks: torch.Tensor  # its selected blocks before the merge
 
@@ -81,7 +81,7 @@ def unmerge_blocks(model: nn.Module) -> None:
         model.set_submodule(name, undo.layer)
 
 
-def _refuse_unmergeable(name: str, layer: SparseLinear) -> None:
+def _refuse_unmergeable(name: str, layer: SparseLayer) -> None:
     weight = layer.base.weight
     sharded = hasattr(weight, "ds_id") or hasattr(weight, "full_tensor")
     if sharded or not weight.is_floating_point():

@@ -13,8 +13,17 @@ from torch.distributed.tensor import DTensor
 from smt_dist.blocks import BlockSelection, read_blocks
 from smt_dist.config import SMTConfig
 from smt_dist.errors import SMTError
-from smt_dist.sparse_linear import SparseLinear
-from smt_dist.targets import base_modules, full_numel, is_linear, tied_parameter_names, weight_shape
+from smt_dist.sparse_embedding import SparseEmbedding
+from smt_dist.sparse_linear import SparseLayer, SparseLinear
+from smt_dist.targets import (
+    base_modules,
+    full_numel,
+    is_embedding,
+    takes_blocks,
+    tied_parameter_names,
+    weight_shape,
+    why_no_blocks,
+)
 
 
 def apply_selection(
@@ -26,7 +35,7 @@ def apply_selection(
     fingerprint: str | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """Wrap each selected module in a :class:`SparseLinear`, in place, and freeze everything but the blocks.
+    """Wrap each selected module in a :class:`SparseLayer`, in place, and freeze everything but the blocks.
 
     Args:
         model: any model; its weights may be partitioned by ZeRO-3 or sharded by FSDP2.
@@ -39,8 +48,8 @@ def apply_selection(
         device: of the blocks; default: each base weight's, which is wrong where the base is offloaded.
 
     Raises:
-        SMTError: a module is missing, not linear, tied, or of another shape; or the model has blocks already.
-            The model is unchanged then.
+        SMTError: a module is missing, neither linear nor an embedding, tied, or of another shape; or the model has
+            blocks already. The model is unchanged then.
     """
     if sparse_layers(model):
         raise SMTError("the model has blocks already; remove them with smt_dist.remove_blocks(model) first")
@@ -57,19 +66,20 @@ def apply_selection(
 
 def _build_layers(
     model: nn.Module, selection: BlockSelection, dtype: torch.dtype, device: torch.device | None, untie: bool
-) -> dict[str, SparseLinear]:
+) -> dict[str, SparseLayer]:
     modules = dict(base_modules(model))
     layers = {}
     for name, blocks in selection.blocks.items():
         if name not in modules:
             raise SMTError(f"selection: the model ({type(model).__name__}) has no module {name}")
         module = modules[name]
-        if not is_linear(module):
-            raise SMTError(f"selection: {name} is a {type(module).__name__}, not a linear layer")
+        if not takes_blocks(module):
+            raise SMTError(f"selection: {name} {why_no_blocks(module)}")
         grid = selection.grid(name, weight_shape(module))
         if not untie and (others := tied_parameter_names(model, name)):
             raise SMTError(f"selection: {name} is tied to {others[0]}; pass untie=True to cut the tie at the merge")
-        layers[name] = SparseLinear(module, grid, blocks, dtype, device or module.weight.device)
+        kind = SparseEmbedding if is_embedding(module) else SparseLinear
+        layers[name] = kind(module, grid, blocks, dtype, device or module.weight.device)
         layers[name].train(module.training)
     return layers
 
@@ -85,9 +95,9 @@ def _refuse_other_config(selection: BlockSelection, config: SMTConfig) -> None:
         raise SMTError(f"selection: its blocks are {selection.block_size}, the smt config's block_size is {size}")
 
 
-def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
     """Module name -> layer with blocks, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
 
 
 @contextmanager
@@ -125,7 +135,7 @@ def base_fingerprint(model: nn.Module, selection: BlockSelection) -> str:
     modules = dict(base_modules(model))
     for name in selection.blocks:
         module = modules[name]
-        module = module.base if isinstance(module, SparseLinear) else module
+        module = module.base if isinstance(module, SparseLayer) else module
         with gathered(module.weight) as weight:
             fingerprint.add(name, weight, weight_shape(module))
     return fingerprint.hexdigest()

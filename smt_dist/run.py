@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
 import torch
@@ -29,11 +30,15 @@ from smt_dist.errors import SMTError
 from smt_dist.full_ft import collect_scores_full_ft
 from smt_dist.model import apply_selection, describe_blocks
 from smt_dist.phases import enter_phase
+from smt_dist.picture import write_pictures
+from smt_dist.saves import write_on_rank_zero
+from smt_dist.score_files import SCORES_FILE, belongs_to, load_scores, save_scores, scores_path
 from smt_dist.scores import BlockScores
 from smt_dist.selection import select_blocks
+from smt_dist.steps import Observer
 from smt_dist.targets import find_targets
 from smt_dist.trainer import STATE_BYTES, state_bytes_per_rank
-from smt_dist.warmup import Observer, collect_scores
+from smt_dist.warmup import collect_scores
 
 logger = logging.getLogger(__name__)
 
@@ -63,6 +68,9 @@ class RunArguments:
         default=None, metadata={"help": "GGUF file (in the model folder, or a path): dequantised once and cached"}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "such as sdpa or flash_attention_2"})
+    picture: bool = field(
+        default=True, metadata={"help": "write selection.html and PNG files (needs plotly and matplotlib)"}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
     profile_memory: str | None = field(
         default=None,
@@ -78,14 +86,17 @@ class RunArguments:
             raise SMTError("--model_name_or_path is missing (or --gguf_file)")
         if self.prompt_style not in ("plain", "chat"):
             raise SMTError(f"--prompt_style: {self.prompt_style!r} is not one of plain, chat")
-        if self.train_file is None and self.dataset_name is None:
-            raise SMTError("--train_file is missing (or --dataset_name)")
         if self.train_file is not None and self.dataset_name is not None:
             raise SMTError("--train_file together with --dataset_name: give one of them")
         if self.profile_memory_steps < 1:
             raise SMTError(f"--profile_memory_steps: must be at least 1, not {self.profile_memory_steps}")
         if self.selection and self.adapter:
             raise SMTError("--selection together with --adapter: the adapter brings its own selection")
+
+    def check_data(self) -> None:
+        """Raise SMTError where there is nothing to read."""
+        if self.train_file is None and self.dataset_name is None:
+            raise SMTError("--train_file is missing (or --dataset_name)")
 
 
 @dataclass
@@ -173,26 +184,38 @@ def warmup_batches(
         ]
 
 
+def collect(
+    model: PreTrainedModel,
+    data: TrainingData | None,
+    config: SMTConfig,
+    args: SMTTrainingArguments,
+    observe: Observer | None = None,
+) -> BlockScores:
+    """Run the warm-up under the engine; ``data`` may be None where the score needs none, and ``observe`` looks on."""
+    engine = make_engine(args)
+    batches = warmup_batches(data, args, config.warmup.steps) if data is not None else ()
+    progress = not args.disable_tqdm
+    if config.warmup.mode == "full_ft":
+        return collect_scores_full_ft(
+            model, batches, config, engine, args.learning_rate, args.gradient_accumulation_steps, progress, observe
+        )
+    if not config.selection.needs_batches:
+        return collect_scores(model, batches, config, progress)
+    targets = {name for names in find_targets(model, config).values() for name in names}
+    chunk_loss(model, args.loss_chunk_size, targets)
+    with engine.probing(model):
+        return collect_scores(model, batches, config, progress, observe)
+
+
 def collect_and_select(
     model: PreTrainedModel,
-    data: TrainingData,
+    data: TrainingData | None,
     config: SMTConfig,
     args: SMTTrainingArguments,
     observe: Observer | None = None,
 ) -> tuple[BlockSelection, BlockScores]:
-    """Run the warm-up under the engine and choose the blocks; ``observe`` looks on."""
-    engine = make_engine(args)
-    batches = warmup_batches(data, args, config.warmup.steps)
-    progress = not args.disable_tqdm
-    if config.warmup.mode == "full_ft":
-        scores = collect_scores_full_ft(
-            model, batches, config, engine, args.learning_rate, args.gradient_accumulation_steps, progress, observe
-        )
-    else:
-        targets = {name for names in find_targets(model, config).values() for name in names}
-        chunk_loss(model, args.loss_chunk_size, targets)
-        with engine.probing(model):
-            scores = collect_scores(model, batches, config, progress, observe)
+    """Run the warm-up and choose the blocks; ``observe`` looks on."""
+    scores = collect(model, data, config, args, observe)
     enter_phase("selection")
     return select_blocks(scores, config), scores
 
@@ -235,6 +258,44 @@ def attach_blocks(
         STATE_BYTES,
         get_world_size(),
     )
+
+
+PAGE_FILE = "selection.html"
+
+
+def known_scores(run: RunArguments, output_dir: Path, selection: BlockSelection) -> BlockScores | None:
+    """The scores of a selection that was made earlier: beside its file, or in the folder of its run."""
+    folder = Path(run.adapter) if run.adapter is not None else output_dir
+    path = scores_path(run.selection) if run.selection is not None else folder / SCORES_FILE
+    scores = load_scores(path) if path.is_file() else None
+    return scores if scores is not None and belongs_to(scores, selection) else None
+
+
+def draw(
+    run: RunArguments,
+    page: Path,
+    selection: BlockSelection,
+    scores: BlockScores | None,
+    log_history: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write the selection's picture, where it is wanted, on rank 0."""
+    if run.picture and get_rank() == 0:
+        source = run.model_name_or_path or run.gguf_file or ""
+        write_pictures(page, selection, scores, log_history, {"model": Path(source).name})
+
+
+def keep_scores(scores: BlockScores, path: Path) -> None:
+    """Write the scores, for the picture of a run that is resumed or that uses this selection; collective.
+
+    Raises:
+        SMTError: they can't be written (a full disk); on all ranks.
+    """
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_scores(scores, path)
+
+    write_on_rank_zero(write, str(path), "writing the scores")
 
 
 def check_writable(flag: str, path: Path) -> None:

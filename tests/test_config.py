@@ -109,7 +109,9 @@ def assert_one_short_line(message: str) -> None:
 def test_the_defaults_are_the_documented_ones():
     """Otherwise an omitted key means something else than the documentation says."""
     shown = json.loads(SMTConfig().to_json())
-    documented = {**DOCUMENTED_DEFAULTS, "warmup": {**DOCUMENTED_DEFAULTS["warmup"], "passes": 1}, "untie": False}
+    selection = {**DOCUMENTED_DEFAULTS["selection"], "budget": "separate", "bounds_per": "layer"}
+    warmup = {**DOCUMENTED_DEFAULTS["warmup"], "passes": 1}
+    documented = {**DOCUMENTED_DEFAULTS, "selection": selection, "warmup": warmup, "untie": False}
     assert shown == documented
     assert SMTConfig.from_json(json.dumps(DOCUMENTED_DEFAULTS)) == SMTConfig() == SMTConfig.from_json("{}")
 

@@ -1,4 +1,4 @@
-"""Pictures of a recording, as PNG: matplotlib, the extra ``profile``, imported where it is used."""
+"""Pictures of a recording, as PNG: matplotlib, the extra ``plots``, imported where it is used."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COLORS = dict(
 def require_matplotlib(flag: str) -> None:
     """Raise SMTError, naming the flag, where it isn't installed."""
     if find_spec("matplotlib") is None:
-        raise SMTError(f'{flag}: matplotlib is not installed; pip install "smt_dist[profile]"')
+        raise SMTError(f'{flag}: matplotlib is not installed; pip install "smt_dist[plots]"')
 
 
 def timeline_picture(recording: Mapping[str, Any]) -> bytes:

@@ -136,7 +136,7 @@ def _warmup(request: Request, shape: Shape, exact: bool) -> dict[str, Memory]:
         full = replace(request, method="full")
         moments = _training(full, shape, {}, shape.parameters, exact)
         targets = sum(len(grid) * grid.block_elements for grid in shape.grids.values())
-        mean = request.smt.selection.score.startswith("mean_abs")
+        mean = request.score.startswith("mean_abs")
         kept = 8 * sum(map(len, shape.grids.values())) if mean else FP32 * targets // request.world_size
         return {name: memory.plus(statistics=kept) for name, memory in moments.items()}
     # The passes split the layers; how many lie in one isn't even in the depth.

@@ -21,7 +21,7 @@ from smt_dist.memory.recording import Recording
 from smt_dist.memory.trace import tensors_of
 from smt_dist.memory.window import Window
 from smt_dist.scores import ScoreAccumulator
-from smt_dist.warmup import Observer
+from smt_dist.steps import Observer
 
 PHASES = ("load", "warmup", "selection", "setup", "training", "save")
 

@@ -14,7 +14,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from smt_dist.arguments import DTYPES
 from smt_dist.blocks import BlockSelection
 from smt_dist.chunked_loss import CHUNK
-from smt_dist.config import SMTConfig
+from smt_dist.config import GRADIENT_SCORES, SALIENCY, SMTConfig
 from smt_dist.engines.units import UNITS
 from smt_dist.errors import SMTError, first_line
 
@@ -102,6 +102,14 @@ class Request:
         if self.engine == "fsdp2":
             return self.world_size // self.replicas
         return self.world_size if self.engine == "zero3" else 1
+
+    @property
+    def score(self) -> str:
+        """The gradient score whose warm-up is planned; where the config's isn't one, one that needs as much or more."""
+        chosen = self.smt.selection
+        if chosen.score in GRADIENT_SCORES:
+            return chosen.score
+        return "abs_mean" if chosen.is_custom or chosen.score == SALIENCY else "mean_abs"
 
     @property
     def layers(self) -> int:

@@ -22,7 +22,8 @@ from smt_dist.memory.request import Request
 from smt_dist.memory.tracker import BACKWARD, FORWARD, RECOMPUTE, MemoryTracker
 from smt_dist.memory.trained import Task, prepare
 from smt_dist.scores import ElementwiseAccumulator, make_accumulator
-from smt_dist.warmup import _frozen, _split_layers, plan_grids, probe_modules
+from smt_dist.steps import frozen
+from smt_dist.warmup import _split_layers, plan_grids, probe_modules
 
 # The lowest and highest layers are different moments; between them peaks grow evenly.
 EDGE = 2
@@ -62,13 +63,13 @@ def trace_warmup(request: Request, layers: int) -> dict[str, Memory]:
     with _traced(request, layers) as (model, tracker):
         _, grids = plan_grids(model, request.smt)
         part = _split_layers(grids, request.smt.warmup.passes)[-1]
-        accumulator = make_accumulator(request.smt.selection.score, part, torch.device("cpu"))
+        accumulator = make_accumulator(request.score, part, torch.device("cpu"))
         # Set: it doesn't look for infinities, which fake tensors don't have.
         accumulator._non_finite = ""
         _fill(accumulator, part, request)
         tracker.register(tensors_of(accumulator), "statistics")
         watch_layers(model, tracker, layers)
-        with _frozen(model), probe_modules(model, accumulator, part):
+        with frozen(model), probe_modules(model, accumulator, part):
             _forward_backward(model, tracker, request)
             tracker.moment("statistics")
             _end_micro_batch(accumulator)
@@ -155,7 +156,7 @@ def _watch_layer(layer: nn.Module, tracker: MemoryTracker, place: str, last: boo
 
 def _fill(accumulator: Any, grids: Mapping[str, BlockGrid], request: Request) -> None:
     """What earlier steps left: this rank's rows of each gradient."""
-    per_step = request.smt.selection.score.endswith("_per_step")
+    per_step = request.score.endswith("_per_step")
     if isinstance(accumulator, ElementwiseAccumulator) and not per_step:
         ranks = get_world_size()
         for name, grid in grids.items():

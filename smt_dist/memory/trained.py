@@ -18,7 +18,7 @@ from smt_dist.errors import SMTError
 from smt_dist.memory.request import Request
 from smt_dist.memory.tracker import MemoryTracker
 from smt_dist.model import apply_selection, sparse_layers
-from smt_dist.sparse_linear import _Layout, _Place
+from smt_dist.sparse_linear import SparseLinear, _Layout, _Place
 from smt_dist.trainer import block_parameter_groups
 from smt_dist.warmup import plan_grids
 
@@ -93,6 +93,8 @@ def _join_columns(model: nn.Module) -> None:
     They hold as much in as few operations as possible: a plan of 70B has thousands of blocks.
     """
     for layer in sparse_layers(model).values():
+        if not isinstance(layer, SparseLinear):
+            continue
         rows, places, first = layer.grid.block_rows, [], 0
         heights = Counter(place.column for place in layer._layout.places)
         for column, height in sorted(heights.items()):
