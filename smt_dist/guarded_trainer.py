@@ -74,6 +74,14 @@ class GuardedTrainer(Trainer):
             self.accelerator.deepspeed_engine_wrapped = _GuardedDeepSpeed(engine, self.before_step)
         return prepared
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Trainer looks only after a step whether that was the last: a run that was ended between its last
+            # checkpoint and its adapter would be trained one step too far when it is started again.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, **kwargs)

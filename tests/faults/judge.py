@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -148,7 +149,7 @@ def judge_relaunch(before: Outcome, newest: int, relaunch: Outcome, output: Path
 def last_saved(outcome: Outcome) -> int:
     """The last step that rank 0 had saved when the run ended: it began something else afterwards."""
     phases = [phase for _, phase in outcome.phases[0]]
-    done = [phase for phase, after in zip(phases, phases[1:], strict=False) if after != phase]
+    done = [phase for phase, after in pairwise(phases) if after != phase]
     steps = [int(phase.rpartition(" ")[2]) for phase in done if phase.startswith("saving step ")]
     return max(steps, default=0)
 
