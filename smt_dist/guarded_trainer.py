@@ -142,7 +142,9 @@ class GuardedTrainer(Trainer):
         enter_phase(f"saving step {self.state.global_step}")
         refuse_different_blocks(self.model, "not saved")
         masters = self.engine.read_blocks(self.model, self.optimizer)
-        agree(check_masters(self.model, masters, _local_state(self.optimizer)), "checking what is to be saved")
+        damaged = None if self.optimizer is None else self.engine.damaged_block(self.model, self.optimizer)
+        report = check_masters(self.model, damaged, masters, _local_state(self.optimizer))
+        agree(report, "checking what is to be saved")
         if self.lr_scheduler is not None:
             progress = f"{self.state.global_step} {self.lr_scheduler.state_dict().get('_last_lr')}"
             assert_same_on_all_ranks(progress.encode(), "the step count or the learning rate")
