@@ -86,12 +86,16 @@ def odd_ones(values: Iterable[str | int]) -> str:
 
 
 def check_masters(
-    model: nn.Module, masters: Iterable[tuple[str, torch.Tensor]], local_state: Iterable[tuple[str, torch.Tensor]]
+    model: nn.Module,
+    damaged: str | None,
+    masters: Iterable[tuple[str, torch.Tensor]],
+    local_state: Iterable[tuple[str, torch.Tensor]],
 ) -> Callable[[], None]:
     """Read what would be saved, and find out whether it may be.
 
     Args:
         model: with the values that compute.
+        damaged: a module whose values the engine knows to be wrong on this rank.
         masters: (module, fp32 master), as the engine reads them; collective.
         local_state: (name, tensor) of this rank's part of the optimizer's state.
 
@@ -99,14 +103,15 @@ def check_masters(
         To be called by :func:`smt_dist.distributed.agree`: raises SMTError for numbers that aren't finite and for
         masters of which the values that compute aren't the rounding.
     """
-    problem: str | None = None
+    wrong = "the block values of {} aren't those of their fp32 masters"
+    problem = None if damaged is None else wrong.format(damaged)
     layers = sparse_layers(model)
     for module, master in masters:
         delta = layers[module].delta
         if not master.isfinite().all():
             problem = problem or f"the blocks of {module} are not finite (NaN or infinity)"
         elif delta.numel() and not torch.equal(bits(master.to(delta.dtype)), bits(delta).cpu().view(master.shape)):
-            problem = problem or f"the block values of {module} aren't those of their fp32 masters"
+            problem = problem or wrong.format(module)
     for name, tensor in local_state:
         if not tensor.isfinite().all():
             problem = problem or f"the optimizer's {name} is not finite (NaN or infinity)"

@@ -76,6 +76,14 @@ class GuardedTrainer(Trainer):
             self.accelerator.deepspeed_engine_wrapped = _GuardedDeepSpeed(engine, self.before_step)
         return prepared
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        if self.state.global_step >= self.state.max_steps:
+            # Trainer looks only after a step whether that was the last: a run that was ended between its last
+            # checkpoint and its adapter would be trained one step too far when it is started again.
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -145,7 +153,9 @@ class GuardedTrainer(Trainer):
         enter_phase(f"saving step {self.state.global_step}")
         refuse_different_blocks(self.model, "not saved")
         masters = self.engine.read_blocks(self.model, self.optimizer)
-        agree(check_masters(self.model, masters, _local_state(self.optimizer)), "checking what is to be saved")
+        damaged = None if self.optimizer is None else self.engine.damaged_block(self.model, self.optimizer)
+        report = check_masters(self.model, damaged, masters, _local_state(self.optimizer))
+        agree(report, "checking what is to be saved")
         if self.lr_scheduler is not None:
             progress = f"{self.state.global_step} {self.lr_scheduler.state_dict().get('_last_lr')}"
             assert_same_on_all_ranks(progress.encode(), "the step count or the learning rate")

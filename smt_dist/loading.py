@@ -24,7 +24,6 @@ from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.data import prepare_model_for_packing
 from smt_dist.distributed import agree, get_world_size, main_process_first
 from smt_dist.engines import make_engine
-from smt_dist.errors import RankError, SMTError
 from smt_dist.gguf import dequantize_gguf, find_gguf_file
 from smt_dist.model_folder import check_model_folder, load_causal_lm, load_tokenizer
 
@@ -95,11 +94,8 @@ def load_tokenizer_and_model(
     engine = make_engine(args)
     sharding = engine.load_options(config, args.base_dtype)
     logger.info("engine %s, %d ranks", args.engine, get_world_size())
-    try:
-        tokenizer = load_tokenizer(source, run.trust_remote_code)
-        model = load_causal_lm(source, args.base_dtype, run.trust_remote_code, **options, **sharding)
-    except SMTError as error:
-        raise RankError(str(error)) from None
+    tokenizer = agree(lambda: load_tokenizer(source, run.trust_remote_code), "reading the tokenizer")
+    model = load_causal_lm(source, args.base_dtype, run.trust_remote_code, **options, **sharding)
     if not sharding and not is_deepspeed_zero3_enabled():
         model.to(args.device)
     engine.prepare_base(model)

@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from smt_dist.errors import SMTError, whole_message
+from smt_dist.distributed import agree
+from smt_dist.errors import RankError, SMTError, whole_message
 from smt_dist.files import TensorKind, parse_json_object, read_header, read_text, shorten
 
 logger = logging.getLogger(__name__)
@@ -111,7 +112,7 @@ def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTr
 def load_causal_lm(
     source: str | Path, dtype: torch.dtype | str, trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedModel:
-    """A base from safetensors files, all of whose weights are there.
+    """A base from safetensors files, all of whose weights are there. Collective.
 
     Args:
         source: folder or hub name, after :func:`check_model_folder`.
@@ -120,7 +121,8 @@ def load_causal_lm(
         **options: of ``from_pretrained``.
 
     Raises:
-        SMTError: it can't be loaded, a weight is missing (transformers would draw it at random) or of another shape.
+        RankError: it can't be loaded, as far as this rank knows.
+        SMTError: a weight is missing (transformers would draw it at random) or of another shape; on all ranks.
     """
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
@@ -133,7 +135,13 @@ def load_causal_lm(
             **options,
         )
     except Exception as error:  # parsers of foreign files raise anything at all
-        raise SMTError(f"{source}: can't be loaded as a causal language model ({whole_message(error)})") from None
+        raise RankError(f"{source}: can't be loaded as a causal language model ({whole_message(error)})") from None
+    # Under ZeRO-3 rank 0 alone reads the files.
+    agree(lambda: _check_report(source, report), "loading the base")
+    return model
+
+
+def _check_report(source: str | Path, report: dict[str, Any]) -> None:
     if report["mismatched_keys"]:
         name, saved, wanted = min(report["mismatched_keys"])
         raise SMTError(f"{source}: {name} is {tuple(saved)}, but its config.json asks for {tuple(wanted)}")
@@ -145,7 +153,6 @@ def load_causal_lm(
     if report["unexpected_keys"]:
         names = sorted(report["unexpected_keys"])
         logger.warning("%s: %d weights have no place in the model, such as %s", source, len(names), shorten(names[0]))
-    return model
 
 
 def _check_sizes(folder: Path, config: dict[str, Any]) -> None:

@@ -238,6 +238,7 @@ OVERRIDDEN = [
     "compute_loss",
     "training_step",
     "evaluate",
+    "_run_epoch",
 ]
 
 
@@ -252,7 +253,7 @@ def test_overridden_method_still_exists_in_trainer(name):
     """A method that transformers renames isn't overridden any more, silently: the base would be in checkpoints."""
     assert name in overridden()
     ours, theirs = (list(inspect.signature(getattr(owner, name)).parameters) for owner in (SMTTrainer, Trainer))
-    assert ours == theirs
+    assert ours in (theirs, ["self", "args", "kwargs"])  # or it hands on whatever it is given
 
 
 def test_list_of_overridden_methods_is_complete():

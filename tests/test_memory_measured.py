@@ -212,6 +212,13 @@ def test_the_fullest_rank_of_each_phase_is_reported():
 # -- the validation --------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def run(run, monkeypatch):
+    """Programs find their neighbours in ``launch/``, as when they are started."""
+    monkeypatch.syspath_prepend(str(LAUNCH))
+    return run
+
+
 def test_the_grid_has_every_engine_and_method_in_both_dtypes_on_two_ranks():
     cells = make_grid()
     assert len({cell.name for cell in cells}) == len(cells)
@@ -221,7 +228,7 @@ def test_the_grid_has_every_engine_and_method_in_both_dtypes_on_two_ranks():
 
 
 def test_a_plan_holds_within_five_percent_or_16_mib_of_the_fullest_rank():
-    rows = [(95, 100, True), (80, 100, True), (900, 1000, False), (951, 1000, True)]
+    rows = [(95, 100, True), (85, 100, True), (900, 1000, False), (951, 1000, True)]
     assert [Deviation("c", "training", a * MIB, b * MIB).holds for a, b, _ in rows] == [holds for *_, holds in rows]
     cells = {"c": {"planned": {"training": {"total": 90}}, "measured": {"training": [{"total": 50}, {"total": 100}]}}}
     (found,) = deviations(cells)
@@ -252,7 +259,6 @@ def test_validation_runs_its_cells_and_goes_on_where_it_stopped(run, tmp_path):
 
 def test_a_cell_that_fails_is_named_and_the_program_ends_with_an_error(run, monkeypatch, tmp_path):
     """Else a grid of which half failed would look right."""
-    monkeypatch.syspath_prepend(str(LAUNCH))
     import validate_memory
 
     monkeypatch.setattr(validate_memory, "_measure", lambda cells: ((cell, {"error": "Boom"}) for cell in cells))

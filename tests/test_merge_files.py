@@ -180,7 +180,7 @@ def test_a_merge_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
         raise OSError("disk full")
 
     monkeypatch.setattr("smt_dist.merge_files.save_file", full_disk)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(SMTError, match=r"can't be written \(disk full\)"):
         case.merge()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]
 

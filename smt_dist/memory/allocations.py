@@ -37,7 +37,7 @@ class CpuAllocations:
 
     def start(self) -> None:
         """Begin; the profiler's log grows until :meth:`stop`."""
-        os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # it would print two lines for every recording
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print two lines for every recording
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.start()
 

@@ -212,9 +212,7 @@ def _zero(request: Request, shape: Shape, trained: list[int]) -> ZeroModel:
 def _with_zero(request: Request, shape: Shape, trained: int, moments: dict[str, Memory]) -> dict[str, Memory]:
     """What the model itself holds as traced, all else as ZeRO partitions it."""
     sizes = shape.sizes if request.method == "full" else [trained]
-    # PEFT's adapters are traced in fp32, as they are made; DeepSpeed casts them.
-    width = FP32 if request.method == "lora" else request.base_dtype.itemsize
-    return _zero(request, shape, sizes).moments(moments, width)
+    return _zero(request, shape, sizes).moments(moments, request.base_dtype.itemsize)
 
 
 def _sides(shape: Shape) -> int:

@@ -86,7 +86,7 @@ class Recorder:
             self._window.register([("statistics", tensors_of(accumulator))])
             if done == steps:
                 self._window.mark("selection", "tables")
-            elif done == self._steps:
+            elif done == self._steps and done < steps - 1:
                 self._close("warmup")
             else:
                 self._window.mark("warmup", f"step {done + 1}")

@@ -114,14 +114,18 @@ def _prepare_full(task: Task) -> Step:
 
 
 def attach_lora(model: nn.Module, request: Request, rank: int) -> None:
-    """PEFT's adapters on the targets of the SMT config, in fp32, in place. Raises SMTError without PEFT."""
+    """PEFT's adapters on the targets of the SMT config, in place. Raises SMTError without PEFT.
+
+    They are in fp32, PEFT's default; DeepSpeed would cast them, so under ZeRO they are in the base's dtype at once.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise SMTError('--method lora: PEFT is not installed; pip install "smt_dist[benchmark]"') from None
     groups, _ = plan_grids(model, request.smt)
     targets = [name for names in groups.values() for name in names]
-    get_peft_model(model, LoraConfig(r=rank, target_modules=targets, lora_dropout=0.0))
+    config = LoraConfig(r=rank, target_modules=targets, lora_dropout=0.0)
+    get_peft_model(model, config, autocast_adapter_dtype=not request.engine.startswith("zero"))
 
 
 def _prepare_lora(task: Task) -> Step:

@@ -101,10 +101,20 @@ class ZeroModel:
             blocks=self._held(blocks, persists=False),
             optimizer_state=3 * FP32 * self.share,  # a master, also in fp32, and two moments
         )
+        if self._plain_stage_1:
+            return memory.with_(gradients=(FP32 + self.width) * sum(self.trained))
         if self.settings.stage < 3:
             return memory
         # Both are made with the optimizer, in the dtype in which gradients cross the network and add up.
         return memory.with_(gradients=FP32 * self.share, communication=FP32 * self.settings.reduce_bucket_size)
+
+    @property
+    def _plain_stage_1(self) -> bool:
+        """ZeRO-1 with narrow weights and fp32 gradients is DeepSpeed's ``BF16_Optimizer``, which has no bucket.
+
+        It adds up every gradient in fp32 from the beginning, and keeps the narrow ones, zeroed.
+        """
+        return self.settings.stage == 1 and self.width < FP32
 
     @property
     def share(self) -> int:
@@ -120,10 +130,10 @@ class ZeroModel:
     def _backward(self, done: int) -> Memory:
         """Beside what is resident, when ``done`` elements have their gradients.
 
-        ZeRO-1 keeps them all, in fp32, to the end. ZeRO-2 and 3 copy them into the bucket, which ZeRO-1 and 2 make when
+        ZeRO-1 keeps them all to the end. ZeRO-2 and 3 copy them into the bucket, which ZeRO-1 and 2 make when
         the first comes, and reduce it when it is full: then this rank's share appears.
         """
-        if not done:
+        if not done or self._plain_stage_1:
             return Memory()
         bucket = self.settings.reduce_bucket_size
         full = max(bucket, self._oversized) if done > bucket else self._oversized if done >= self._oversized else 0
@@ -140,11 +150,13 @@ class ZeroModel:
 
     def _end_of_backward(self) -> Memory:
         count = sum(self.trained)
+        if self._plain_stage_1:
+            return Memory()
         if self.settings.stage == 1:
             # A gradient goes when it is copied into the bucket; so with the bucket's flattened copy there are as many
-            # elements as before, and this rank's share.
+            # elements as before, and this rank's share. One that is too large for the bucket isn't copied.
             bucket = self.settings.reduce_bucket_size
-            return Memory(gradients=FP32 * (count + self.share), communication=FP32 * (bucket + self._oversized))
+            return Memory(gradients=FP32 * (count + self.share), communication=FP32 * bucket)
         end = self._backward(count)
         rest = max(min(count, self.settings.reduce_bucket_size), self._oversized)
         gradients = FP32 * self.share if self.settings.stage == 2 else 0
@@ -163,8 +175,10 @@ class ZeroModel:
     def _step(self) -> Memory:
         """This rank's gradients: their norms are taken in fp64, then they are flattened once more.
 
-        Not so in ZeRO-1 and 2 in bf16, which keep them flat.
+        Not so in ZeRO-2 in bf16, which keeps them flat.
         """
+        if self._plain_stage_1:
+            return Memory(temporary=FP32 * self.share)
         flat = self.settings.stage < 3 and self.width < FP32
         held = 0 if self.settings.stage == 3 else FP32 * self.share
         largest = max(self.trained, default=0) if self.base_is_trained else 0

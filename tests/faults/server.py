@@ -77,6 +77,7 @@ def _rank(job: dict[str, Any], rank: int, told: dict[str, Any]) -> None:
     os.setpgid(0, 0)
     os.environ.update(told["environment"])
     faulthandler.enable()
+    signal.signal(signal.SIGUSR2, lambda *_: time.sleep(3600))  # the main thread hangs, the others don't
     _watch_phases(folder, rank, told.get("fault"))
     sys.argv = ["train.py", *job["flags"]]
 

@@ -24,7 +24,7 @@ Case = dict[str, Any]
 
 
 def run_cases(_folder: Path, cases: dict[str, Case]) -> dict[str, Any]:
-    """Case name -> findings. A case: ``optimizer``, ``options``, ``dtype``, ``reduce_dtype``, ``told`` (micro-batches)."""
+    """Case name -> findings. A case: ``optimizer``, ``options``, ``dtype``, ``reduce_dtype``, ``told``."""
     found = {name: _train(**case) for name, case in cases.items()}
     return found | {
         "moved to a new optimizer": _moved(),
