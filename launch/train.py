@@ -14,11 +14,13 @@ from pathlib import Path
 from transformers import TrainerState, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 
+from smt_dist.adapter import trained_deltas
 from smt_dist.cli import parse_arguments, run_program
 from smt_dist.distributed import agree, assert_same_on_all_ranks, get_rank
 from smt_dist.errors import SMTError, first_line
 from smt_dist.full_ft import save_moved_base
 from smt_dist.loading import initialize_process_group, load_tokenizer_and_model
+from smt_dist.model import touched_selection
 from smt_dist.run import (
     PAGE_FILE,
     RunArguments,
@@ -66,13 +68,13 @@ def main() -> None:
             save_moved_base(model, tokenizer, Path(args.output_dir) / MOVED_BASE)
     else:
         scores = agree(lambda: known_scores(run, page.parent, selection), "the scores")
-    attach_blocks(model, selection, config, args, adapter, run.adapter)
+    attach_blocks(model, selection, config, args, adapter, resume_from or f"--adapter {run.adapter}")
     draw(run, page, selection, scores)
 
     trainer = SMTTrainer(
         model,
         args,
-        deltas=adapter.deltas if adapter is not None else None,
+        deltas=trained_deltas(adapter) if adapter is not None else None,
         train_dataset=data.train,
         eval_dataset=data.evaluation,
         data_collator=data.collator,
@@ -86,7 +88,7 @@ def main() -> None:
         metrics = trainer.evaluate()
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
-    draw(run, page, trainer.model.smt_selection, scores, trainer.state.log_history)
+    draw(run, page, touched_selection(trainer.model), scores, trainer.state.log_history)
     if get_rank() == 0:
         print(f"adapter saved in {args.output_dir}", flush=True)
 

@@ -24,6 +24,9 @@ class ReplicatedBlocks:
     def __init__(self, reduce_dtype: torch.dtype = torch.float32) -> None:
         self.reduce_dtype = reduce_dtype
 
+    def forget(self, model: nn.Module) -> None:
+        """Nothing: no engine holds the model."""
+
     def make_optimizer(
         self, groups: list[dict[str, Any]], optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]
     ) -> ShardedBlockOptimizer:
