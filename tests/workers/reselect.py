@@ -58,7 +58,7 @@ def read_state(trainer: SMTTrainer) -> dict[str, Any]:
 
 
 def train(folder: Path, model: str, engines: list[str], killed: list[str]) -> dict[str, Any]:
-    """Each engine: a straight run, and runs that resume its checkpoints: of ``killed`` engines one before an exchange."""
+    """Each engine: a straight run and one that resumes it; for ``killed`` engines also one from before an exchange."""
     return {engine: _train(folder / engine, model, engine, engine in killed) for engine in engines}
 
 
