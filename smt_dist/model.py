@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from smt_dist.blocks import BlockSelection, read_blocks
@@ -254,6 +255,13 @@ def gathered(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
 
     with deepspeed.zero.GatheredParameters([parameter]):
         yield parameter
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that FSDP2 keeps gathered after a forward without a backward: the outermost ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def describe_blocks(model: nn.Module) -> str:
