@@ -15,6 +15,7 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from smt_dist.adapter import trained_deltas
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.blocks import BlockSelection
 from smt_dist.cli import parse_arguments, run_program
@@ -27,6 +28,7 @@ from smt_dist.loading import initialize_process_group, load_tokenizer_and_model
 from smt_dist.memory.profiling import prepare_profiling, publish
 from smt_dist.memory.recorder import Recorder
 from smt_dist.memory.report import PAGE
+from smt_dist.model import touched_selection
 from smt_dist.phases import enter_phase
 from smt_dist.rotation import find_checkpoint
 from smt_dist.run import (
@@ -93,12 +95,12 @@ def tune(run: RunArguments, args: SMTTrainingArguments) -> None:
         scores = agree(lambda: known_scores(run, page.parent, selection), "the scores")
     enter_phase("attaching the blocks")
     with recorder.phase("setup", model):  # training from the first step on
-        attach_blocks(model, selection, config, args, adapter, run.adapter)
+        attach_blocks(model, selection, config, args, adapter, resume_from or f"--adapter {run.adapter}")
         draw(run, page, selection, scores)
         trainer = SMTTrainer(
             model,
             args,
-            deltas=adapter.deltas if adapter is not None else None,
+            deltas=trained_deltas(adapter) if adapter is not None else None,
             train_dataset=data.train,
             eval_dataset=data.evaluation,
             data_collator=data.collator,
@@ -114,7 +116,7 @@ def tune(run: RunArguments, args: SMTTrainingArguments) -> None:
         report = publish(recorder, Path(run.profile_memory), model, config, args)
         if report is not None:
             print(f"{report}\nmemory report: {Path(run.profile_memory) / PAGE}", flush=True)
-    draw(run, page, trainer.model.smt_selection, scores, trainer.state.log_history)
+    draw(run, page, touched_selection(trainer.model), scores, trainer.state.log_history)
     if get_rank() == 0:
         print(f"adapter saved in {args.output_dir}", flush=True)
 

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from smt_dist.blocks import BlockGrid
 from smt_dist.distributed import all_reduce_sum, get_rank
 from smt_dist.errors import SMTError
+from smt_dist.model import reshard
 from smt_dist.steps import Batch, device_of, frozen, next_step, refuse_module
 from smt_dist.targets import is_embedding
 
@@ -63,6 +64,7 @@ def collect_input_rms(
             refuse_module(sums.unmatched, names, f"warm-up step {done + 1}: {{}} {reason}")
             done += 1
             bar.update()
+        reshard(model)
     return sums.root_mean_squares(), done
 
 

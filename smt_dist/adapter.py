@@ -9,18 +9,28 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from smt_dist.blocks import BlockSelection
-from smt_dist.config import GroupConfig, SMTConfig
+from smt_dist.config import GroupConfig, SMTConfig, parse_model
 from smt_dist.errors import SMTError
-from smt_dist.files import check_tensors, read_header, read_tensors, write_tensors
-from smt_dist.model import apply_selection, base_fingerprint, remove_blocks, sparse_layers
+from smt_dist.files import check_tensors, read_header, read_tensors, read_text, write_tensors
+from smt_dist.frozen_blocks import rearrange, without
+from smt_dist.model import (
+    apply_selection,
+    attach_touched,
+    base_fingerprint,
+    frozen_layers,
+    remove_blocks,
+    sparse_layers,
+    touched_selection,
+)
 from smt_dist.saves import MANIFEST_FILE, read_manifest, saving, verify
 from smt_dist.targets import base_modules, takes_blocks
 
@@ -29,7 +39,22 @@ logger = logging.getLogger(__name__)
 CONFIG_FILE = "smt_config.json"
 SELECTION_FILE = "smt_selection.json"
 BLOCKS_FILE = "smt_blocks.safetensors"
+ACTIVE_FILE = "smt_active.json"  # after a re-selection only: the blocks that are still trained
 CARD_FILE = "README.md"
+
+
+class ActiveBlocks(BaseModel):
+    """Which of an adapter's blocks are trained; the others are frozen.
+
+    Attributes:
+        step: the optimizer step of the last re-selection.
+        selection: the trained blocks.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: Annotated[int, Field(strict=True, ge=1)]
+    selection: BlockSelection
 
 
 class Adapter(NamedTuple):
@@ -40,12 +65,19 @@ class Adapter(NamedTuple):
         selection: its blocks.
         deltas: module name -> fp32 ``[blocks * block_rows, block_cols]`` on the CPU.
         base_fingerprint: of the base it was trained on (:func:`smt_dist.model.base_fingerprint`).
+        active: after a re-selection, which blocks are still trained; None: all.
     """
 
     config: SMTConfig
     selection: BlockSelection
     deltas: dict[str, torch.Tensor]
     base_fingerprint: str
+    active: ActiveBlocks | None = None
+
+    @property
+    def trained(self) -> BlockSelection:
+        """The blocks that training goes on with."""
+        return self.active.selection if self.active is not None else self.selection
 
 
 def save_adapter(
@@ -71,25 +103,64 @@ def save_adapter(
     if not sparse_layers(model):
         raise SMTError(f"{folder}: the model has no blocks to save")
     with saving(folder) as beside:
-        write_adapter(model, beside, deltas, card)
+        write_blocks_of(model, beside, deltas, card)
 
 
-def write_adapter(
+def write_blocks_of(
     model: nn.Module, folder: Path, deltas: Iterable[tuple[str, torch.Tensor]] | None = None, card: str = ""
 ) -> None:
     """The files of :func:`save_adapter`, into a folder that is a part of something larger and saved with it."""
-    layers = sparse_layers(model)
-    selection: BlockSelection = model.smt_selection
+    touched, active = touched_selection(model), model.smt_selection
     if deltas is None:
-        deltas = ((name, layer.delta) for name, layer in layers.items())
-    config = model.smt_config or config_of(selection)
+        deltas = ((name, layer.delta) for name, layer in sparse_layers(model).items())
+    step = getattr(model, "smt_reselected_at", None)
+    adapter = Adapter(
+        config=model.smt_config or config_of(touched),
+        selection=touched,
+        deltas={},
+        base_fingerprint=model.smt_base_fingerprint,
+        active=None if step is None else ActiveBlocks(step=step, selection=active),
+    )
+    all_deltas = _with_frozen(model, touched, active, deltas) if frozen_layers(model) else deltas
+    write_adapter(folder, adapter, all_deltas, model_card(model, adapter.config, touched, card))
+
+
+def write_adapter(folder: Path, adapter: Adapter, deltas: Iterable[tuple[str, torch.Tensor]], card: str) -> None:
+    """Write an adapter's files, into a folder that is a part of something larger and saved with it.
+
+    Args:
+        folder: empty, or without an :data:`ACTIVE_FILE`.
+        adapter: all but its ``deltas``.
+        deltas: (module, fp32 values) in the selection's order, written one at a time.
+        card: the model card's text.
+    """
+    selection, active = adapter.selection, adapter.active
     # One key only: safetensors writes several in a random order, and equal adapters should be equal files.
-    metadata = {"base_fingerprint": model.smt_base_fingerprint}
-    shapes = {name: delta_shape(selection, name) for name in layers}
+    metadata = {"base_fingerprint": adapter.base_fingerprint}
+    shapes = {name: delta_shape(selection, name) for name in selection.blocks}
     write_tensors(folder / BLOCKS_FILE, shapes, deltas, metadata)
     (folder / SELECTION_FILE).write_text(selection.to_json())
-    (folder / CARD_FILE).write_text(_model_card(model, config, selection, card))
-    (folder / CONFIG_FILE).write_text(config.to_json())
+    if active is not None:
+        (folder / ACTIVE_FILE).write_text(active.model_dump_json() + "\n")
+    (folder / CARD_FILE).write_text(card)
+    (folder / CONFIG_FILE).write_text(adapter.config.to_json())
+
+
+def _with_frozen(
+    model: nn.Module, touched: BlockSelection, active: BlockSelection, deltas: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The trained masters, one at a time, each with the frozen ones of its module."""
+    frozen, trained = frozen_layers(model), iter(deltas)
+    kept = without(touched, active)
+    for name in touched.blocks:
+        whole = torch.zeros(delta_shape(touched, name))
+        if name in active.blocks:
+            found, delta = next(trained)
+            assert found == name, f"{found} came where {name} was expected"
+            whole += rearrange(delta, active, touched, name)
+        if name in frozen:
+            whole += rearrange(frozen[name].master, kept, touched, name)
+        yield name, whole
 
 
 def load_adapter(
@@ -130,7 +201,8 @@ def read_adapter(folder: str | Path) -> Adapter:
             MANIFEST_FILE,
         )
     else:
-        verify(folder, manifest, (CONFIG_FILE, SELECTION_FILE, BLOCKS_FILE))
+        active = {ACTIVE_FILE} if ACTIVE_FILE in manifest.files or (folder / ACTIVE_FILE).exists() else set()
+        verify(folder, manifest, {CONFIG_FILE, SELECTION_FILE, BLOCKS_FILE} | active)
     config = SMTConfig.from_json_file(folder / CONFIG_FILE)
     selection = BlockSelection.from_json_file(folder / SELECTION_FILE)
     path = folder / BLOCKS_FILE
@@ -141,7 +213,38 @@ def read_adapter(folder: str | Path) -> Adapter:
     for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise SMTError(f"{path}: {name} is not finite (NaN or infinity): its training diverged")
-    return Adapter(config, selection, tensors, metadata.get("base_fingerprint", ""))
+    return Adapter(config, selection, tensors, metadata.get("base_fingerprint", ""), read_active(folder, selection))
+
+
+def trained_deltas(adapter: Adapter) -> Mapping[str, torch.Tensor]:
+    """Module -> fp32 values of the blocks that training goes on with; made when they are asked for, one at a time."""
+    return adapter.deltas if adapter.active is None else _TrainedDeltas(adapter)
+
+
+class _TrainedDeltas(Mapping[str, torch.Tensor]):
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return rearrange(self._adapter.deltas[name], self._adapter.selection, self._adapter.trained, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapter.trained.blocks)
+
+    def __len__(self) -> int:
+        return len(self._adapter.trained.blocks)
+
+
+def read_active(folder: Path, touched: BlockSelection) -> ActiveBlocks | None:
+    """Which of an adapter's blocks are still trained; None if it doesn't say: all. Raises SMTError if malformed."""
+    path = folder / ACTIVE_FILE
+    if not path.exists():
+        return None
+    active: ActiveBlocks = parse_model(ActiveBlocks, read_text(path), str(path))
+    for name, blocks in active.selection.blocks.items():
+        if not set(blocks) <= set(touched.blocks.get(name, ())) or active.selection.block_size != touched.block_size:
+            raise SMTError(f"{path}: trains blocks of {name} that {SELECTION_FILE} doesn't have")
+    return active
 
 
 def attach_adapter(
@@ -152,6 +255,7 @@ def attach_adapter(
     dtype: torch.dtype,
     verify_base: bool = True,
     device: torch.device | None = None,
+    train_active: bool = False,
 ) -> None:
     """Put a read adapter's blocks into ``model``, in place; blocks that it has already are replaced.
 
@@ -163,11 +267,17 @@ def attach_adapter(
         dtype: of the blocks.
         verify_base: compare the content fingerprint of the base.
         device: of the blocks, as in :func:`apply_selection`.
+        train_active: leave blocks frozen that a re-selection has frozen; otherwise all are ordinary blocks.
 
     Raises:
         SMTError: as :func:`load_adapter`.
     """
     fingerprint = verify_base_model(model, adapter, source) if verify_base else None
+    if adapter.active is not None and train_active:
+        fingerprint = fingerprint or adapter.base_fingerprint
+        attach_touched(model, adapter.selection, adapter.trained, adapter.deltas, config, dtype, device, fingerprint)
+        model.smt_reselected_at = adapter.active.step
+        return
     if sparse_layers(model):
         remove_blocks(model)
     apply_selection(model, adapter.selection, config, dtype, fingerprint=fingerprint, device=device)
@@ -216,7 +326,8 @@ def config_of(selection: BlockSelection) -> SMTConfig:
     return SMTConfig(block_size=selection.block_size, groups=groups)
 
 
-def _model_card(model: nn.Module, config: SMTConfig, selection: BlockSelection, extra: str) -> str:
+def model_card(model: nn.Module, config: SMTConfig, selection: BlockSelection, extra: str) -> str:
+    """The text of an adapter's README.md; ``extra`` lines at its end."""
     front = json.dumps(["smt", "sparse-matrix-tuning"])
     moved = (
         "**It needs the moved base**: the warm-up ran full fine-tuning, so the blocks don't fit the original model.\n\n"

@@ -176,6 +176,32 @@ class WarmupConfig(_Strict):
         return self
 
 
+class ReselectConfig(_Strict):
+    """Re-selection while training: the weakest blocks are frozen as they are, and as many new ones grow.
+
+    In the spirit of RigL (arXiv 1911.11134) and SpIEL (arXiv 2401.16405). Weak is a small mean \\|delta\\|; what grows
+    has the best gradient score among all blocks that aren't trained, by a probe of the model as it is then.
+
+    Attributes:
+        every: optimizer steps between two re-selections; none happens at the last step.
+        fraction: of the trained blocks of each budget, rounded down, to exchange.
+        steps: global steps of the probe.
+        score: by which blocks grow, one of :data:`GRADIENT_SCORES`.
+    """
+
+    every: int = Field(ge=1, strict=True)
+    fraction: float = Field(gt=0, le=1, strict=True)
+    steps: int = Field(default=4, ge=1, strict=True)
+    score: str = "abs_mean"
+
+    @field_validator("score")
+    @classmethod
+    def _is_a_gradient_score(cls, value: str) -> str:
+        if value not in GRADIENT_SCORES:
+            raise ValueError(f"expected one of {', '.join(GRADIENT_SCORES)}")
+        return value
+
+
 class BadNumbersConfig(_Strict):
     """What happens after a step whose loss or gradients hold NaN or infinity. Nothing of it is ever applied.
 
@@ -197,6 +223,7 @@ class SMTConfig(_Strict):
         groups: the target weights and their budgets.
         selection: how blocks are ranked.
         warmup: the probing phase.
+        reselect: exchange blocks while training; None: never.
         untie: allow a target whose weight is tied to another (an output head tied to the embedding). The
             tie is cut when the blocks are merged.
         bad_numbers: what happens after NaN or infinity in training. It may differ from launch to launch. In the
@@ -207,6 +234,7 @@ class SMTConfig(_Strict):
     groups: Annotated[list[GroupConfig], FailFast()] = Field(default_factory=lambda: [GroupConfig()], min_length=1)
     selection: SelectionConfig = SelectionConfig()
     warmup: WarmupConfig = WarmupConfig()
+    reselect: ReselectConfig | None = None
     untie: bool = Field(default=False, strict=True)
     bad_numbers: BadNumbersConfig = BadNumbersConfig()
 

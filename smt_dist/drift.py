@@ -17,7 +17,7 @@ from torch import nn
 
 from smt_dist.distributed import collective_device, get_world_size, is_distributed
 from smt_dist.errors import SMTError
-from smt_dist.model import sparse_layers
+from smt_dist.model import frozen_layers, sparse_layers
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 
@@ -27,9 +27,15 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().view(_INTEGERS[tensor.element_size()])
 
 
+def computing_blocks(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> values of the blocks that compute: the trained ones, and those that re-selection has frozen."""
+    frozen = {f"{name} (frozen)": layer.delta for name, layer in frozen_layers(model).items()}
+    return {name: layer.delta for name, layer in sparse_layers(model).items()} | frozen
+
+
 def block_sums(model: nn.Module) -> torch.Tensor:
     """For each module the sum of its block values' bits, int64, on their device: one element more or less shows."""
-    return torch.stack([bits(layer.delta).sum(dtype=torch.int64) for layer in sparse_layers(model).values()])
+    return torch.stack([bits(values).sum(dtype=torch.int64) for values in computing_blocks(model).values()])
 
 
 def mixed(sums: torch.Tensor) -> int:
@@ -54,14 +60,14 @@ def refuse_different_blocks(model: nn.Module, when: str) -> None:
     Raises:
         SMTError: on all ranks, naming the first module that differs, and the ranks.
     """
-    layers = sparse_layers(model)
-    digests = [hashlib.sha256(bits(layer.delta).cpu().numpy().tobytes()).hexdigest() for layer in layers.values()]
-    _refuse_different(list(layers), digests, when)
+    blocks = computing_blocks(model)
+    digests = [hashlib.sha256(bits(values).cpu().numpy().tobytes()).hexdigest() for values in blocks.values()]
+    _refuse_different(list(blocks), digests, when)
 
 
 def refuse_different_sums(model: nn.Module, sums: torch.Tensor, when: str) -> None:
     """The same with :func:`block_sums`, where :func:`mixed` has shown a difference."""
-    _refuse_different(list(sparse_layers(model)), sums.tolist(), when)
+    _refuse_different(list(computing_blocks(model)), sums.tolist(), when)
     raise SMTError(f"{when}: the ranks' blocks differ")  # two differences that cancel out between modules
 
 
@@ -112,6 +118,9 @@ def check_masters(
             problem = problem or f"the blocks of {module} are not finite (NaN or infinity)"
         elif delta.numel() and not torch.equal(bits(master.to(delta.dtype)), bits(delta).cpu().view(master.shape)):
             problem = problem or wrong.format(module)
+    for module, layer in frozen_layers(model).items():
+        if not torch.equal(bits(layer.master.to(layer.delta.dtype)), bits(layer.delta).cpu()):
+            problem = problem or f"the frozen block values of {module} aren't those of their fp32 masters"
     for name, tensor in local_state:
         if not tensor.isfinite().all():
             problem = problem or f"the optimizer's {name} is not finite (NaN or infinity)"

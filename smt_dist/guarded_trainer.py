@@ -166,8 +166,14 @@ class GuardedTrainer(Trainer):
         refuse_different_blocks(self.model, "before training")
         if (signals := preemption()) is not None:
             signals.defer()
-            if requested := max(request for (request,) in gather_integers([signals.requested])):
-                raise Preempted(requested)
+            if self.asked_to_end():
+                raise Preempted(self.preempted)
+
+    def asked_to_end(self) -> bool:
+        """Whether a rank got a signal, outside of a step; collective."""
+        if (signals := preemption()) is not None:
+            self.preempted = max(request for (request,) in gather_integers([signals.requested]))
+        return self.preempted != 0
 
     def saved_when_preempted(self) -> str:
         """The checkpoint that a preempted run has left."""

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import datasets
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from smt_dist.adapter import CONFIG_FILE, SELECTION_FILE, Adapter, attach_adapter, config_of, read_adapter
+from smt_dist.adapter import (
+    CONFIG_FILE,
+    SELECTION_FILE,
+    Adapter,
+    attach_adapter,
+    config_of,
+    read_active,
+    read_adapter,
+)
 from smt_dist.arguments import SMTTrainingArguments
+from smt_dist.batches import TrainingData, warmup_batches
 from smt_dist.blocks import BlockSelection
 from smt_dist.chunked_loss import chunk_loss
 from smt_dist.config import SMTConfig
@@ -99,15 +107,6 @@ class RunArguments:
             raise SMTError("--train_file is missing (or --dataset_name)")
 
 
-@dataclass
-class TrainingData:
-    """Tokenised rows and what turns them into batches."""
-
-    train: datasets.Dataset
-    evaluation: datasets.Dataset | None
-    collator: CausalLMCollator
-
-
 def load_config(
     run: RunArguments, selection: BlockSelection | None, adapter: Adapter | None, resume_from: str | None
 ) -> SMTConfig:
@@ -161,29 +160,6 @@ def load_data(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Training
     return agree(build_all, "reading the data")
 
 
-def warmup_batches(
-    data: TrainingData, args: SMTTrainingArguments, steps: int
-) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """This rank's micro-batches of each global step, in an order that depends on the seed only.
-
-    A global step's rows are the same for every world size and engine with the same global batch; rows are drawn
-    anew, in another order, each time the data is used up.
-    """
-    per_device, rank = args.per_device_train_batch_size, get_rank()
-    micro_batch = per_device * get_world_size()
-    global_batch = micro_batch * args.gradient_accumulation_steps
-    generator = torch.Generator().manual_seed(args.seed if args.data_seed is None else args.data_seed)
-    order: list[int] = []
-    for _ in range(steps):
-        while len(order) < global_batch:
-            order += torch.randperm(len(data.train), generator=generator).tolist()
-        step, order = order[:global_batch], order[global_batch:]
-        yield [
-            data.collator([data.train[index] for index in step[start + rank * per_device :][:per_device]])
-            for start in range(0, global_batch, micro_batch)
-        ]
-
-
 def collect(
     model: PreTrainedModel,
     data: TrainingData | None,
@@ -223,10 +199,13 @@ def collect_and_select(
 def find_selection(run: RunArguments, resume_from: str | None) -> tuple[BlockSelection | None, Adapter | None]:
     """A selection made earlier (checkpoint, adapter or file), and the adapter whose blocks to go on from."""
     if resume_from is not None:
-        return BlockSelection.from_json_file(Path(resume_from) / SELECTION_FILE), None
+        selection = BlockSelection.from_json_file(Path(resume_from) / SELECTION_FILE)
+        # After a re-selection it takes the frozen blocks' values too to be where it was.
+        reselected = read_active(Path(resume_from), selection) is not None
+        return selection, read_adapter(resume_from) if reselected else None
     if run.adapter is not None:
         adapter = read_adapter(run.adapter)
-        return adapter.selection, adapter
+        return adapter.trained, adapter
     return (BlockSelection.from_json_file(run.selection), None) if run.selection is not None else (None, None)
 
 
@@ -236,9 +215,11 @@ def attach_blocks(
     config: SMTConfig,
     args: SMTTrainingArguments,
     adapter: Adapter | None = None,
-    adapter_folder: str | None = None,
+    source: str = "",
 ) -> None:
     """Put the blocks into the model, in the dtype that the engine wants, and say what is trained.
+
+    ``source`` names the adapter in errors.
 
     Raises:
         SMTError: the selection doesn't fit the model, or the adapter belongs to another base.
@@ -247,10 +228,10 @@ def attach_blocks(
     # The blocks compute in the base's dtype; the engine keeps their fp32 masters.
     dtype, device = args.base_dtype, args.device
     if adapter is not None:
-        attach_adapter(model, adapter, f"--adapter {adapter_folder}", config, dtype, device=device)
+        attach_adapter(model, adapter, source, config, dtype, device=device, train_active=True)
     else:
         apply_selection(model, selection, config, dtype, device=device)
-    chunk_loss(model, args.loss_chunk_size, selection.blocks)
+    chunk_loss(model, args.loss_chunk_size, {*selection.blocks, *_may_get_blocks(model, config)})
     logger.info("SMT trains %s", describe_blocks(model))
     logger.info(
         "optimizer state: %s bytes a rank (%d a parameter: fp32 master and two moments; sharded over %d ranks)",
@@ -258,6 +239,11 @@ def attach_blocks(
         STATE_BYTES,
         get_world_size(),
     )
+
+
+def _may_get_blocks(model: PreTrainedModel, config: SMTConfig) -> set[str]:
+    """The modules in which re-selection may put blocks later."""
+    return {name for names in find_targets(model, config).values() for name in names} if config.reselect else set()
 
 
 PAGE_FILE = "selection.html"

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from smt_dist.adapter import delta_shape, write_adapter
+from smt_dist.adapter import delta_shape, write_blocks_of
 from smt_dist.checkpoint import random_state, save_moments, save_random_states, save_schedule
 from smt_dist.distributed import agree, gather_objects, get_world_size
 from smt_dist.engines import Engine
@@ -53,7 +53,7 @@ class SavingTrainer(Trainer):
         deltas = self.engine.read_blocks(self.model, self.optimizer)
 
         def write() -> None:
-            write_adapter(self.model, folder, deltas, card=self._card_lines())
+            write_blocks_of(self.model, folder, deltas, card=self._card_lines())
             if self.processing_class is not None:
                 save_tokenizer(self.processing_class, folder)
 

@@ -55,10 +55,10 @@ def select_blocks(scores: BlockScores, config: SMTConfig) -> BlockSelection:
     return selection
 
 
-def choose_blocks(scores: BlockScores, config: SMTConfig) -> BlockSelection:
-    """:func:`select_blocks` for one rank alone: nothing is compared."""
+def choose_blocks(scores: BlockScores, config: SMTConfig, pools: list[Pool] | None = None) -> BlockSelection:
+    """:func:`select_blocks` for one rank alone: nothing is compared. ``pools`` instead of the config's budgets."""
     chosen: dict[str, list[Block]] = {}
-    for pool in budget_pools(scores, config):
+    for pool in budget_pools(scores, config) if pools is None else pools:
         if config.selection.strategy == "norm_dist":
             picks = _best_of_each(scores, pool)
         elif config.selection.floor is None and config.selection.ceiling is None:
@@ -223,7 +223,7 @@ def _cut_off_gap(ranked: list[tuple[float, Candidate]], budget: int) -> float:
 
 
 def _gap(last: float, first_out: float) -> float:
-    return (last - first_out) / abs(last) if last else 0.0
+    return (last - first_out) / abs(last) if math.isfinite(last) and last else math.inf if last else 0.0
 
 
 def _log_gap(name: str, gap: float) -> None:

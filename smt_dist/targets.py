@@ -193,7 +193,7 @@ def _refuse_parameter(name: str, parameter: torch.Tensor) -> None:
 def tied_parameter_names(model: nn.Module, module_name: str) -> list[str]:
     """The other names under which the weight of ``module_name`` is known (an embedding tied to the head)."""
     weight = model.get_submodule(module_name).weight
-    own = {f"{module_name}.weight", f"{module_name}.base.weight"}
+    own = {f"{module_name}.weight", f"{module_name}.base.weight", f"{module_name}.base.base.weight"}
     return [
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers.trainer_utils import TrainOutput
 
-from smt_dist.adapter import read_adapter, verify_fingerprint
+from smt_dist.adapter import read_adapter, trained_deltas, verify_fingerprint
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.checkpoint import (
     GLOBAL_BATCH,
@@ -29,9 +30,11 @@ from smt_dist.distributed import agree, assert_same_on_all_ranks, get_world_size
 from smt_dist.elementwise import state_names
 from smt_dist.engines import BlockState, Engine, make_engine, unwrapped
 from smt_dist.errors import SMTError
+from smt_dist.frozen_blocks import rearrange
 from smt_dist.guarded_trainer import GuardedTrainer
-from smt_dist.model import sparse_layers
+from smt_dist.model import frozen_layers, sparse_layers, touched_selection
 from smt_dist.optimizer import ShardedBlockOptimizer, release_gradients
+from smt_dist.reselect import PhaseEnd, train_in_phases
 from smt_dist.saving_trainer import SavingTrainer
 from smt_dist.targets import may_be_idle
 
@@ -58,7 +61,7 @@ class SMTTrainer(GuardedTrainer, SavingTrainer):
         self,
         model: nn.Module,
         args: SMTTrainingArguments,
-        deltas: dict[str, torch.Tensor] | None = None,
+        deltas: Mapping[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         if not sparse_layers(model):
@@ -67,12 +70,37 @@ class SMTTrainer(GuardedTrainer, SavingTrainer):
         assert_same_on_all_ranks(model.smt_selection.to_json().encode(), "the block selection")
         self.engine: Engine = make_engine(args)
         self._initial_deltas = deltas
+        plan = model.smt_config.reselect if model.smt_config is not None else None
+        self.phase_end = PhaseEnd(plan.every) if plan is not None else None
         with _saving_only_the_model(args):
             super().__init__(model=model, args=args, **kwargs)
         if args.engine != "deepspeed":
             # Trainer's own switch for a model that nobody may wrap, not even DDP: it would all-reduce the blocks
             # once more, and has nothing left to manage.
             self.is_distributed_loading_by_transformers = True
+        if self.phase_end is not None:
+            self.add_callback(self.phase_end)
+
+    # -- phases ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
+        """As ``Trainer.train``; with ``reselect`` in the config, in phases between which blocks are exchanged."""
+        if self.phase_end is None:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        return train_in_phases(self, self.model.smt_config.reselect, resume_from_checkpoint, options)
+
+    def train_phase(self, resume_from_checkpoint: str | bool | None, options: dict[str, Any]) -> TrainOutput:
+        """Train to the end, or to the next re-selection."""
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+
+    def take_down(self) -> None:
+        """Let go of engine and optimizer, so that the model is as before the training; :meth:`train` makes new ones."""
+        self.accelerator.free_memory()  # destroys a DeepSpeed engine
+        self.engine.forget(self.model)
+        release_gradients(layer.delta for layer in sparse_layers(self.model).values())
+        self.model_wrapped, self.optimizer, self.lr_scheduler = self.model, None, None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = self.deepspeed = None
+        self._initial_deltas = None
 
     # -- optimizer ---------------------------------------------------------------------------------------------
 
@@ -148,10 +176,11 @@ class SMTTrainer(GuardedTrainer, SavingTrainer):
     def _resume(self, folder: Path) -> None:
         def read() -> tuple[Iterator[BlockState], dict[str, int | float], int | None, list[float]]:
             adapter = read_adapter(folder)
-            if adapter.selection.to_json() != self.model.smt_selection.to_json():
+            touched = touched_selection(self.model)
+            if (adapter.selection.blocks, adapter.selection.block_size) != (touched.blocks, touched.block_size):
                 raise SMTError(f"{folder}: its selection isn't the model's")
             verify_fingerprint(adapter, self.model.smt_base_fingerprint, str(folder))
-            states, counters = load_states(folder, adapter.deltas, self._state_names())
+            states, counters = load_states(folder, trained_deltas(adapter), self._state_names())
             schedule = load_schedule(folder, len(self.optimizer.param_groups))
             saved_batch = schedule.pop(GLOBAL_BATCH, None)
             restore_schedule(self.lr_scheduler, schedule, folder)
@@ -178,10 +207,18 @@ class SMTTrainer(GuardedTrainer, SavingTrainer):
         return state_names(*self._optimizer_class_and_options())
 
     def _load_best_model(self) -> None:
+        if self.phase_end is not None and self.phase_end.ended:
+            return
         folder = Path(self.state.best_model_checkpoint)
         logger.info("loading the best blocks from %s (score %s)", folder, self.state.best_metric)
         adapter = agree(lambda: read_adapter(folder), "reading the best checkpoint")
-        self.engine.write_blocks(self.model, self.optimizer, adapter.deltas)
+        # Blocks that have grown since are zero in it, ones that were frozen since go back to what they were.
+        for name, layer in frozen_layers(self.model).items():
+            own = self.model.smt_selection.model_copy(update={"blocks": {name: layer.blocks}})
+            layer.freeze(rearrange(adapter.deltas.get(name), adapter.selection, own, name))
+        active = self.model.smt_selection
+        deltas = {name: rearrange(adapter.deltas.get(name), adapter.selection, active, name) for name in active.blocks}
+        self.engine.write_blocks(self.model, self.optimizer, deltas)
 
 
 @contextmanager

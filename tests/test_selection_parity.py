@@ -212,7 +212,7 @@ def test_passes_change_nothing_but_memory(found, score, strategy):
 
 def test_every_pass_sees_the_same_dropout(tmp_path):
     """Were masks drawn anew in the second pass, its layers' scores would come from another model than the first's."""
-    model = AutoModelForCausalLM.from_pretrained(save_tiny_llama(tmp_path, attention_dropout=0.5))
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_llama(tmp_path, attention_dropout=0.5, vocab_size=112))
     data = standard_data()
     batches = [data.collator([data.train[index] for index in range(start, start + 8)]) for start in (8, 16, 24)]
     state = torch.get_rng_state()
@@ -227,6 +227,7 @@ def test_the_comparison_covers_what_it_should(found):
     for (world_size, engine), ranks in found.items():
         for rank in ranks:
             assert rank["base_elements_held"] == whole // shard_group(engine, world_size)
+            assert rank["base_elements_after"] == rank["base_elements_held"], "weights were left gathered"
             assert rank["gradients"] == 0
         if world_size > 1:
             without = [rank["micro_batches_without_labels"] for rank in ranks]

@@ -81,6 +81,9 @@ class Engine(Protocol):
     def probing(self, model: nn.Module) -> AbstractContextManager[None]:
         """Make forwards and backwards of the bare ``model`` possible, without an optimizer."""
 
+    def forget(self, model: nn.Module) -> None:
+        """Take away what a training engine that was destroyed left in ``model``."""
+
     def full_finetuning(
         self, model: nn.Module, learning_rate: float, accumulation: int
     ) -> AbstractContextManager[Tuning]:

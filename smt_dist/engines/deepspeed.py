@@ -81,6 +81,9 @@ class DeepSpeedEngine:
             engine.destroy()
             _forget_engine(model)
 
+    def forget(self, model: nn.Module) -> None:
+        _forget_engine(model)
+
     @contextmanager
     def full_finetuning(self, model: nn.Module, learning_rate: float, accumulation: int) -> Iterator[Tuning]:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedConfig
 from transformers.distributed import DistributedConfig
@@ -63,13 +62,8 @@ class FSDP2Engine(ReplicatedBlocks):
     def prepare_base(self, model: nn.Module) -> None:
         release_early(model, self.prefetch)
 
-    @contextmanager
-    def probing(self, model: nn.Module) -> Iterator[None]:
-        yield  # FSDP2's own hooks gather the weights
-        # A forward without a backward leaves the outermost weights gathered.
-        for module in model.modules():
-            if isinstance(module, FSDPModule):
-                module.reshard()
+    def probing(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
+        return nullcontext()  # FSDP2's own hooks gather the weights
 
     @contextmanager
     def full_finetuning(self, model: nn.Module, learning_rate: float, accumulation: int) -> Iterator[Tuning]:

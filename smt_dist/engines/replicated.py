@@ -26,6 +26,9 @@ class ReplicatedBlocks:
         self.reduce_dtype = reduce_dtype
         self.micro_batches = micro_batches
 
+    def forget(self, model: nn.Module) -> None:
+        """Nothing: no engine holds the model."""
+
     def make_optimizer(
         self,
         groups: list[dict[str, Any]],

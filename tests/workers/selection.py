@@ -77,6 +77,7 @@ def _select(folder: Path, engine: str, model_folder: str) -> dict[str, Any]:
                     for strategy in STRATEGIES:
                         selection = select_blocks(scores, make_config(score, strategy, passes))
                         found["selections"][f"{score}, {strategy}, {passes}"] = selection.to_json()
+        found["base_elements_after"] = elements_held(model)
         found["gradients"] = sum(parameter.grad is not None for parameter in model.parameters())
         assert not any(torch.isnan(table).any() for table in scores.tables.values())
     return found
