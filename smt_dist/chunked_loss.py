@@ -92,7 +92,8 @@ class ChunkedLossHead(nn.Module):
     @property
     def weight(self) -> torch.Tensor:
         """The head's, for code that asks for its dtype."""
-        return self.head.weight
+        # Not self.head.weight: whoever asks for that in a forward, ZeRO-3 gathers it for in every forward from then on.
+        return next(self.head.parameters())
 
     def begin(self, _model: nn.Module, _args: tuple, options: dict[str, Any]) -> None:
         """A forward pre-hook of the model: keeps the labels for the head."""
@@ -112,14 +113,15 @@ class ChunkedLossHead(nn.Module):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[batch, tokens, hidden]`` -> the loss, a scalar in fp32; without labels ``[batch, tokens, vocabulary]``."""
         question = self._question
-        trained = self.head.weight.requires_grad and torch.is_grad_enabled()  # it needs a gradient of its own
+        weight = self.weight
+        trained = weight.requires_grad and torch.is_grad_enabled()  # it needs a gradient of its own
         if question is None or trained or question.labels.shape != hidden.shape[:-1]:
             return self.head(hidden)
         self.answered = True
         targets = pad(question.labels, (0, 1), value=IGNORED)[..., 1:].reshape(-1).to(hidden.device)
         items = (targets != IGNORED).sum() if question.num_items is None else question.num_items
         items = items.to(hidden.device) if isinstance(items, torch.Tensor) else items
-        with _gathered_by_zero(self.head.weight) as weight:
+        with _gathered_by_zero(weight):
             return _ChunkedLoss.apply(hidden.reshape(-1, hidden.shape[-1]), targets, items, weight, self.entries)
 
 
