@@ -16,14 +16,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
 
 from smt_dist.adapter import Adapter, read_adapter, verify_fingerprint
 from smt_dist.blocks import read_blocks, write_blocks
-from smt_dist.errors import SMTError, first_line, whole_message
+from smt_dist.errors import SMTError, first_line
 from smt_dist.merge import summed_blocks
 from smt_dist.model import Fingerprint
-from smt_dist.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder, read_config, weight_files
+from smt_dist.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder, empty_model, read_config, weight_files
 from smt_dist.targets import is_linear, tied_parameter_names, weight_shape
 
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".bin.index.json")
@@ -127,7 +126,7 @@ class _Plan:
         self.modules: dict[str, str] = {}  # tensor name -> module
         self.copied: dict[str, str] = {}  # tensor to add -> the tied tensor that it starts as
         self.untied = False
-        model = _empty_model(base.folder)
+        model = empty_model(base.folder, read_config(base.folder))
         for module in adapter.selection.blocks:
             self._place(model, module)
 
@@ -260,16 +259,6 @@ def _other_files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES) and not path.name.startswith("."):
             yield path
-
-
-def _empty_model(folder: Path) -> nn.Module:
-    """The model without weights: its module names, shapes and ties."""
-    config = read_config(folder)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except Exception as error:  # a config of any values makes a model that fails anyhow
-        raise SMTError(f"{folder}: not a causal language model's folder ({whole_message(error)})") from None
 
 
 def _find_folder(model_name_or_path: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import re
 from collections.abc import Iterator
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from smt_dist.distributed import agree
 from smt_dist.errors import RankError, SMTError, whole_message
@@ -75,7 +78,9 @@ def check_model_folder(source: str, trust_remote_code: bool = False) -> PreTrain
         raise SMTError(f"{source}: no such folder")
     config = read_config(source, trust_remote_code)
     if Path(source).is_dir():
-        _check_sizes(Path(source), config.to_dict())
+        kinds = _check_sizes(Path(source), config.to_dict())
+        if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:  # not the model's own code
+            _check_shapes(Path(source), config, kinds)
     return config
 
 
@@ -136,7 +141,6 @@ def load_causal_lm(
         )
     except Exception as error:  # parsers of foreign files raise anything at all
         raise RankError(f"{source}: can't be loaded as a causal language model ({whole_message(error)})") from None
-    # Under ZeRO-3 rank 0 alone reads the files.
     agree(lambda: _check_report(source, report), "loading the base")
     return model
 
@@ -155,8 +159,36 @@ def _check_report(source: str | Path, report: dict[str, Any]) -> None:
         logger.warning("%s: %d weights have no place in the model, such as %s", source, len(names), shorten(names[0]))
 
 
-def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
-    """Refuse a config that asks for far more than the files hold, before it is allocated."""
+def empty_model(source: str | Path, config: PreTrainedConfig) -> nn.Module:
+    """The model without weights, on the meta device: its module names, shapes and ties. Not sharded by anything.
+
+    Raises:
+        SMTError: no causal language model has this config; names the source.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"  # the only one that needs nothing installed
+    try:
+        # Not from_config: under ZeRO-3 that would partition it, over all ranks.
+        with torch.device("meta"):
+            return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    except Exception as error:  # a config of any values makes a model that fails anyhow
+        raise SMTError(f"{source}: not a causal language model's folder ({whole_message(error)})") from None
+
+
+def _check_shapes(folder: Path, config: PreTrainedConfig, kinds: dict[str, TensorKind]) -> None:
+    """Refuse weights of another size than the config's: found in a load that ranks share, one would hang the others."""
+    if getattr(config, "quantization_config", None) is not None:
+        return  # packed: of another size than the layer's
+    model = empty_model(folder, config)
+    for name, parameter in model.named_parameters():
+        kind = kinds.get(name) or kinds.get(name.removeprefix(f"{model.base_model_prefix}."))
+        # Elements, not sides: some weights are turned as they are read.
+        if kind is not None and torch.Size(kind.shape).numel() != parameter.numel():
+            raise SMTError(f"{folder}: {name} is {kind.shape}, but its config.json asks for {tuple(parameter.shape)}")
+
+
+def _check_sizes(folder: Path, config: dict[str, Any]) -> dict[str, TensorKind]:
+    """The files' tensors; refuses a config that asks for far more than they hold, before it is allocated."""
     files = weight_files(folder)
     kinds: dict[str, TensorKind] = {}
     for file in sorted(set(files.values())):
@@ -168,6 +200,7 @@ def _check_sizes(folder: Path, config: dict[str, Any]) -> None:
         limit = largest if key in _SIZES else len(kinds) if key in _DEPTHS else None
         if limit is not None and isinstance(value, int) and value > limit:
             raise SMTError(f"{folder / 'config.json'}: {key} is {value:,}: more than the folder's weights can hold")
+    return kinds
 
 
 def _nested(config: dict[str, Any]) -> Iterator[tuple[str, Any]]:

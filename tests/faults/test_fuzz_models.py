@@ -11,9 +11,11 @@ import pytest
 import torch
 from architectures import make_model
 from damage import BOMBS, mutations, outcome
+from harness import launch
 from programs import ROWS, write_json
 from test_gguf import write_gguf
 from tiny_tokenizer import make_tokenizer
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from smt_dist.data import build_dataset
 from smt_dist.evaluation import make_items
@@ -74,6 +76,47 @@ def test_config_that_does_not_fit_the_weights_is_refused(base, tmp_path, changes
     shutil.copytree(base, folder)
     write_json(folder / "config.json", json.loads((folder / "config.json").read_text()) | changes)
     assert named in outcome(lambda: read_base(folder))
+
+
+SMALL = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "more"),
+    [
+        ("phi3", {"pad_token_id": 0}),
+        ("gpt2", {"n_embd": 32, "n_layer": 2, "n_head": 4}),
+        ("mixtral", {"num_local_experts": 4}),
+        ("gpt_oss", {"num_local_experts": 4, "head_dim": 8}),
+    ],
+)
+def test_sound_models_pass(tmp_path, kind, more):
+    """Fused, turned and renamed weights, stored otherwise than the model holds them: nothing is wrong with these."""
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(SMALL | more)))
+    model.save_pretrained(tmp_path / kind)
+    check_model_folder(str(tmp_path / kind))
+    load_causal_lm(tmp_path / kind, torch.float32)
+
+
+def test_base_that_does_not_fit_its_config_ends_all_ranks(base, tmp_path):
+    """Under ZeRO-3 and FSDP2 ranks load together: one that went on alone would wait for the others."""
+    faults = {
+        "deeper": ({"num_hidden_layers": 3}, "weights are missing"),
+        "wider": ({"intermediate_size": 80}, "asks for"),
+    }
+    for name, (changes, _) in faults.items():
+        shutil.copytree(base, tmp_path / name)
+        path = tmp_path / name / "config.json"
+        write_json(path, json.loads(path.read_text()) | changes)
+    models = [str(tmp_path / name) for name in faults]
+    ranks = launch("workers.faults:bases_that_do_not_fit", 2, tmp_path / "ranks", models=models)
+    for rank in ranks:
+        assert len(rank) == 4
+        for place, said in rank.items():
+            assert faults[Path(place).name][1] in said, (place, said)
 
 
 def test_index_names_files_of_its_folder_only(base, tmp_path):

@@ -105,7 +105,7 @@ def test_files_written_in_place_would_be_mixed(tmp_path):
 
 def test_adapter_survives_sigkill_while_it_is_overwritten(tmp_path):
     """The real thing: processes that save without end, killed at random moments."""
-    command = [sys.executable, str(TESTS / "workers/killed_saves.py"), str(tmp_path / "adapter"), "60", "0"]
+    command = [sys.executable, str(TESTS / "workers/killed_saves.py"), str(tmp_path / "adapter"), "30", "0"]
     done = subprocess.run(command, env=rank_environment(0, 1), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
 

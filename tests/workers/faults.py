@@ -12,8 +12,10 @@ from unittest import mock
 from damage import reseal
 from transformers import TrainerCallback
 
-from smt_dist.distributed import barrier, get_rank
+from smt_dist.distributed import agree, barrier, get_rank
+from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
+from smt_dist.model_folder import check_model_folder, load_causal_lm
 from smt_dist.rotation import last_checkpoint
 from workers.runs import engine_arguments
 from workers.training import fixed_data, logged, make_trainer, release
@@ -108,3 +110,19 @@ def _disk_that_fills(folder: Path, output: Path, model: str, engine: str) -> dic
         found["undisturbed"] = logged(trainer)
         release(trainer)
     return found
+
+
+def bases_that_do_not_fit(folder: Path, models: list[str]) -> dict[str, str]:
+    """What each rank says of bases whose config isn't that of their files: ``engine/model`` -> message."""
+    return {f"{engine}/{model}": _load(folder, model, engine) for engine in ("zero3", "fsdp2") for model in models}
+
+
+def _load(folder: Path, model: str, engine: str) -> str:
+    with engine_arguments(engine, folder / engine, max_steps=1) as args:
+        try:
+            # Without this check ZeRO-3 hangs on another shape: rank 0 ends up in a collective of its own.
+            agree(lambda: check_model_folder(model), "reading the model's config")
+            load_causal_lm(model, args.base_dtype, **make_engine(args).load_options())
+        except SMTError as error:
+            return str(error)
+    return "nothing"
