@@ -48,6 +48,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--fraction", type=float, default=0.0084, help="share of the 2-D parameters that SMT trains, in (0, 1]")
     add("--block_size", type=positive_int, default=256, help="side of a square block, in elements")
     add("--learning_rate", type=float, default=1e-3, help="AdamW's")
+    add("--sample_seconds", type=float, default=2.0, help="between two looks at the memory; each takes a while")
     add("--limit", default="20GiB", help="resident memory of all processes: 20GiB (2^30 bytes each) or 20GB (10^9)")
     for name, (default, meaning) in SHAPE.items():
         add(f"--{name}", type=positive_int, default=default, help=meaning)
@@ -67,7 +68,7 @@ def main() -> None:
     folder = arguments.folder.absolute()
     files = prepare(folder, arguments)
     name = f"{arguments.ranks}_ranks_{arguments.score}"
-    sampler, seconds = run(command(arguments, files, folder / name), arguments.ranks)
+    sampler, seconds = run(command(arguments, files, folder / name), arguments.ranks, arguments.sample_seconds)
     losses = read_losses(folder / name, arguments.steps)
     report = {
         "arguments": {key: str(value) if isinstance(value, Path) else value for key, value in vars(arguments).items()},
@@ -84,7 +85,7 @@ def main() -> None:
         raise SMTError(f"the loss on a repeated batch didn't fall: {losses[0]:.4f} to {losses[-1]:.4f}")
 
 
-def run(program: list[str], ranks: int) -> tuple[ResidentSampler, float]:
+def run(program: list[str], ranks: int, every: float) -> tuple[ResidentSampler, float]:
     """Run a program and sample it, to its end. Raises SMTError if it fails."""
     from smt_dist.memory.resident import ResidentSampler
 
@@ -93,14 +94,16 @@ def run(program: list[str], ranks: int) -> tuple[ResidentSampler, float]:
         "OMP_NUM_THREADS": str(max(1, cores // ranks)),
         "TOKENIZERS_PARALLELISM": "false",
         # glibc keeps what is freed for later; with every larger tensor mapped on its own, resident is what is alive.
-        "MALLOC_MMAP_THRESHOLD_": str(2**20),
+        "MALLOC_MMAP_THRESHOLD_": str(2**22),
+        # In huge pages, where the system has them on request: gathered weights come and go, and each page costs.
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
     }
     started = time.monotonic()
     process = subprocess.Popen(program, env=environment)
     # If memory runs out, this run is the one to end, not its neighbours.
     Path(f"/proc/{process.pid}/oom_score_adj").write_text("500")
     try:
-        with ResidentSampler(process.pid, report=_Lines()) as sampler:
+        with ResidentSampler(process.pid, every, _Lines()) as sampler:
             code = process.wait()
     finally:
         process.terminate()

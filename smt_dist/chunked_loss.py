@@ -273,6 +273,7 @@ def _uses_plain_loss(model: PreTrainedModel, head_name: str) -> bool:
     """Run the model's own forward on a stand-in: what its head gives must reach the usual loss untouched."""
     config = copy.deepcopy(model.config)
     config.get_text_config(decoder=True).num_hidden_layers = 1
+    config.output_router_logits = False  # what is added to the loss later is no matter
     with torch.device("meta"):
         stand_in = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     if stand_in.loss_function.__name__ != "ForCausalLMLoss":

@@ -22,16 +22,21 @@ class SinglePrecisionProducts(TorchDispatchMode):
     Backwards that run inside are meant too. Everything else is left alone.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        # One for all pieces: memory that is new each time costs more than the product itself.
+        self._piece = torch.empty(PIECE)
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         # A DTensor takes its operation apart first; what it does locally comes here piece by piece.
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
         if func is torch.ops.aten.mm.default and _is_ours(*args):
-            return product(*args)
+            return product(*args, self._piece)
         if func is torch.ops.aten.addmm.default and _is_ours(*args[1:]) and not kwargs:
-            return product(*args[1:]).add_(args[0])
+            return product(*args[1:], self._piece).add_(args[0])
         if func is torch.ops.aten.addmm_.default and _is_ours(*args[1:]) and not kwargs:
-            return args[0].add_(product(*args[1:]))
+            return args[0].add_(product(*args[1:], self._piece))
         return func(*args, **(kwargs or {}))
 
 
@@ -39,16 +44,22 @@ def _is_ours(*matrices: torch.Tensor) -> bool:
     return all(matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" for matrix in matrices)
 
 
-def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """``left @ right`` of bf16 matrices ``[m, k]`` and ``[k, n]``: summed in fp32, rounded to bf16."""
-    if right.numel() <= PIECE:
-        return (left.float() @ right.float()).bfloat16()
-    rows = max(1, PIECE // min(right.shape))
+def product(left: torch.Tensor, right: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+    """``left @ right`` of bf16 matrices ``[m, k]`` and ``[k, n]``: summed in fp32, rounded to bf16.
+
+    ``piece`` is where parts of ``right`` are converted to: fp32, flat.
+    """
     wide = left.float()
-    if right.stride(0) == 1:  # a transposed weight: pieces of it are columns of the result
-        pieces = [wide @ right[:, first : first + rows].float() for first in range(0, right.shape[1], rows)]
-        return torch.cat(pieces, 1).bfloat16()
+    lines = right.t() if right.stride(0) == 1 else right  # as they lie in memory
+    step = len(piece) // lines.shape[1]
+    if len(lines) <= step or step == 0:
+        return (wide @ right.float()).bfloat16()
     total = wide.new_zeros(left.shape[0], right.shape[1])
-    for first in range(0, right.shape[0], rows):
-        total.addmm_(wide[:, first : first + rows], right[first : first + rows].float())
+    for first in range(0, len(lines), step):
+        part = lines[first : first + step]
+        converted = piece[: part.numel()].view_as(part).copy_(part)
+        if lines is right:
+            total.addmm_(wide[:, first : first + step], converted)
+        else:  # a transposed weight: its parts are columns of the result
+            total[:, first : first + step] = wide @ converted.t()
     return total.bfloat16()
