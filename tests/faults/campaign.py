@@ -40,7 +40,7 @@ from faults.judge import (  # noqa: E402
     relaunch_and_judge,
     run_undisturbed,
 )
-from faults.server import FAULT, STARTED
+from faults.server import FAULT, STARTED  # noqa: E402
 
 LOG = "campaign.jsonl"
 WORDS = ("survived", "lost", "hung", "too late")
