@@ -65,7 +65,7 @@ def test_hurt_run_ends_in_time_and_its_relaunch_ends_as_if_nothing_had_happened(
     """A rank that is left waiting, a checkpoint that is no good, or a step that is done twice or not at all."""
     fault = Fault(SIGNALS[kind], (0, 1) if kind.endswith("all") else (1,), phase, delay)
     # A rank that hangs is killed at last, when the others must have ended for long.
-    outcome = fleet.run(job_flags(files, engine, tmp_path), tmp_path / "launch", fault, limit=30)
+    outcome = fleet.run(job_flags(files, engine, tmp_path), tmp_path / "launch", fault, limit=15)
     assert judge_end(kind, fault, outcome).word == "survived", outcome.described()
     assert set(outcome.struck) == set(fault.ranks), "the fault came too late to show anything"
     assert (outcome.codes[1] == -signal.SIGKILL) == (kind == "kill")
@@ -86,17 +86,16 @@ def test_without_a_heartbeat_nobody_misses_a_rank_that_hangs(fleet, files, tmp_p
     """Shows the fault that the heartbeat is there for: PyTorch's own time-out is half an hour."""
     flags = job_flags(files, "ddp", tmp_path) | {"heartbeat_timeout": 0}
     fault = Fault(signal.SIGSTOP, (1,), "training, step 3: forward")
-    outcome = fleet.run(flags, tmp_path, fault, limit=15)
+    outcome = fleet.run(flags, tmp_path, fault, limit=12)
     assert outcome.struck
     assert outcome.codes[0] is None, outcome.described()
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_main_thread_that_hangs_is_missed_by_collectives(fleet, files, tmp_path, engine):
+def test_main_thread_that_hangs_is_missed_by_collectives(fleet, files, tmp_path):
     """It still has a heartbeat. Trainer hands --ddp_timeout on for GPUs only, and DeepSpeed's group had PyTorch's
     default of half an hour.
     """
-    flags = job_flags(files, engine, tmp_path) | {"ddp_timeout": 5}
+    flags = job_flags(files, "zero2", tmp_path) | {"ddp_timeout": 5}
     fault = Fault(signal.SIGUSR2, (1,), "training, step 3: forward")
     outcome = fleet.run(flags, tmp_path, fault)
     assert None not in outcome.codes.values(), outcome.described()
