@@ -40,6 +40,7 @@ from faults.judge import (  # noqa: E402
     relaunch_and_judge,
     run_undisturbed,
 )
+from faults.server import FAULT, STARTED  # noqa: E402
 
 LOG = "campaign.jsonl"
 WORDS = ("survived", "lost", "hung", "too late")
@@ -125,7 +126,7 @@ def one_round(
     """Hurt a run, relaunch it, and judge both."""
     flags, relaunch = job_flags(files, engine, folder), None
     if kind == "link cut":
-        outcome = fleet.run(flags, folder / "launch", limit=240, meanwhile=cutter(nodes, fault))
+        outcome = fleet.run(flags, folder / "launch", meanwhile=cutter(nodes, fault))
         nodes.second.mend()
     else:
         outcome = fleet.run(flags, folder / "launch", fault)
@@ -150,13 +151,15 @@ def cutter(nodes: Nodes, fault: Fault):
     """Cuts the link when rank 0 is in the fault's phase, and says when."""
 
     def cut(folder: Path) -> None:
-        deadline = time.monotonic() + 200
+        deadline = time.monotonic() + STARTED
         while not any(phase.startswith(fault.phase) for _, phase in phases_of(folder, 0)):
             if time.monotonic() > deadline:
                 return
             time.sleep(0.01)
         time.sleep(fault.delay)
         nodes.second.cut()
+        record = {"time": time.time(), "phase": phases_of(folder, 0)[-1][1], "signal": 0}
+        (folder / FAULT.format(0)).write_text(json.dumps(record))
 
     return cut
 

@@ -120,7 +120,7 @@ class Fleet:
             folder: for outputs; created.
             fault: if any.
             world_size: ranks, spread evenly over the nodes, in their order.
-            limit: seconds until a rank counts as hanging, from the start and from a fault.
+            limit: seconds from a fault until a rank counts as hanging.
             meanwhile: called with the folder while the ranks run.
         """
         folder.mkdir(parents=True, exist_ok=True)
@@ -131,7 +131,13 @@ class Fleet:
                 hurt = fault is not None and rank in fault.ranks
                 environment = self._environment(rank, world_size, per_node, port, self.nodes[index])
                 ranks[rank] = {"environment": environment, "fault": fault.told() if hurt else None}
-            job = {"folder": str(folder), "flags": command_line(flags), "limit": limit, "ranks": ranks}
+            job = {
+                "folder": str(folder),
+                "flags": command_line(flags),
+                "limit": limit,
+                "ranks": ranks,
+                "world_size": world_size,
+            }
             server.stdin.write(json.dumps(job) + "\n")
             server.stdin.flush()
         if meanwhile is not None:

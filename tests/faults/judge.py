@@ -79,19 +79,19 @@ def job_flags(folder: Path, engine: str, output: Path) -> dict[str, object]:
 
 def run_undisturbed(fleet: Fleet, folder: Path, engine: str, output: Path) -> bytes:
     """The final blocks of a run that nobody hurts."""
-    outcome = fleet.run(job_flags(folder, engine, output), output / "launch", limit=4 * LIMIT)
+    outcome = fleet.run(job_flags(folder, engine, output), output / "launch")
     assert not any(outcome.codes.values()), outcome.described()
     return (output / BLOCKS).read_bytes()
 
 
 def judge_end(kind: str, fault: Fault, outcome: Outcome) -> Verdict:
     """Whether the hurt run ended as promised."""
-    hurt = set(outcome.struck) if kind != "link cut" else set(outcome.codes)
-    others = {rank: code for rank, code in outcome.codes.items() if kind == "link cut" or rank not in hurt}
+    hurt = set(outcome.struck) if kind != "link cut" else set()
+    others = {rank: code for rank, code in outcome.codes.items() if rank not in hurt}
     hanging = [rank for rank, code in outcome.codes.items() if code is None and (kind != "hang" or rank not in hurt)]
     if hanging:
         return Verdict("hung", f"ranks {hanging} didn't end in {LIMIT:g} s")
-    if not outcome.struck and kind != "link cut":
+    if not outcome.struck:
         return Verdict("too late")
     late = [rank for rank, seconds in outcome.seconds.items() if seconds > LIMIT and rank in others]
     if late and kind in ("kill", "hang", "link cut"):
@@ -159,5 +159,5 @@ def relaunch_and_judge(
 ) -> tuple[Outcome, Verdict]:
     """Start the same command once more."""
     newest = newest_checkpoint(output)
-    relaunch = fleet.run(job_flags(folder, engine, output), output / "relaunch", limit=4 * LIMIT)
+    relaunch = fleet.run(job_flags(folder, engine, output), output / "relaunch")
     return relaunch, judge_relaunch(before, newest, relaunch, output, expected)

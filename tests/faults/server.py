@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 POLL_SECONDS = 0.01
+STARTED = 300.0  # seconds for a run that nobody hurts, on a busy machine
 PHASES, FAULT, OUTPUT = "phases_{}.jsonl", "fault_{}.json", "output_{}.txt"
 
 
@@ -40,7 +41,7 @@ def serve() -> Any:
                 os.close(results.fileno())
                 return lambda job=job, rank=int(rank), told=told: _rank(job, rank, told)
             processes[int(rank)] = pid
-        print(json.dumps(_wait(processes, Path(job["folder"]), job["limit"])), file=results)
+        print(json.dumps(_wait(processes, Path(job["folder"]), job["world_size"], job["limit"])), file=results)
     return None
 
 
@@ -126,14 +127,14 @@ def _watch_phases(folder: Path, rank: int, fault: dict[str, Any] | None) -> None
     on_phase(listen)
 
 
-def _wait(processes: dict[int, int], folder: Path, limit: float) -> dict[str, Any]:
-    """Wait for all ranks, but no longer than ``limit`` seconds after the start and after a fault.
+def _wait(processes: dict[int, int], folder: Path, world_size: int, limit: float) -> dict[str, Any]:
+    """Wait for all ranks, but no longer than ``limit`` seconds after a fault, and STARTED without one.
 
     Returns:
         Rank -> exit code (minus the signal's number where it died of one) and time of its end; ranks that hang or are
         stopped are killed and have the code None.
     """
-    deadline, running = time.time() + limit, dict(processes)
+    deadline, running = time.time() + STARTED, dict(processes)
     ended: dict[int, list[Any]] = {}
     faults: dict[int, dict[str, Any]] = {}
     while running:
@@ -142,17 +143,18 @@ def _wait(processes: dict[int, int], folder: Path, limit: float) -> dict[str, An
             if gone:
                 del running[rank]
                 ended[rank] = [os.waitstatus_to_exitcode(status), time.time()]
-        for rank in processes:
+        for rank in range(world_size):  # also those on the other node: it is one machine, with one disk
             path = folder / FAULT.format(rank)
             if rank not in faults and path.exists() and (text := path.read_text()):
                 faults[rank] = json.loads(text)
-                deadline = max(deadline, faults[rank]["time"] + limit)
+                deadline = max(fault["time"] for fault in faults.values()) + limit
             fault = faults.get(rank)
             if fault and fault.get("pause") and time.time() > fault["time"] + fault["pause"] and rank in running:
                 os.kill(running[rank], signal.SIGCONT)
         stopped = {rank for rank in running if rank in faults and faults[rank]["signal"] == signal.SIGSTOP}
         stopped -= {rank for rank in stopped if faults[rank].get("pause")}
-        if time.time() > deadline or (running and set(running) == stopped):
+        others_ended = len(processes) == world_size and running and set(running) == stopped
+        if time.time() > deadline or others_ended:
             _end(running, ended, stopped)
         time.sleep(POLL_SECONDS)
     _end_groups(processes)

@@ -64,7 +64,8 @@ def test_hurt_run_ends_in_time_and_its_relaunch_ends_as_if_nothing_had_happened(
 ):
     """A rank that is left waiting, a checkpoint that is no good, or a step that is done twice or not at all."""
     fault = Fault(SIGNALS[kind], (0, 1) if kind.endswith("all") else (1,), phase, delay)
-    outcome = fleet.run(job_flags(files, engine, tmp_path), tmp_path / "launch", fault)
+    # A rank that hangs is killed at last, when the others must have ended for long.
+    outcome = fleet.run(job_flags(files, engine, tmp_path), tmp_path / "launch", fault, limit=15)
     assert judge_end(kind, fault, outcome).word == "survived", outcome.described()
     assert set(outcome.struck) == set(fault.ranks), "the fault came too late to show anything"
     assert (outcome.codes[1] == -signal.SIGKILL) == (kind == "kill")
@@ -85,17 +86,16 @@ def test_without_a_heartbeat_nobody_misses_a_rank_that_hangs(fleet, files, tmp_p
     """Shows the fault that the heartbeat is there for: PyTorch's own time-out is half an hour."""
     flags = job_flags(files, "ddp", tmp_path) | {"heartbeat_timeout": 0}
     fault = Fault(signal.SIGSTOP, (1,), "training, step 3: forward")
-    outcome = fleet.run(flags, tmp_path, fault, limit=15)
+    outcome = fleet.run(flags, tmp_path, fault, limit=12)
     assert outcome.struck
     assert outcome.codes[0] is None, outcome.described()
 
 
-@pytest.mark.parametrize("engine", ["ddp", "zero2"])
-def test_main_thread_that_hangs_is_missed_by_collectives(fleet, files, tmp_path, engine):
+def test_main_thread_that_hangs_is_missed_by_collectives(fleet, files, tmp_path):
     """It still has a heartbeat. Trainer hands --ddp_timeout on for GPUs only, and DeepSpeed's group had PyTorch's
     default of half an hour.
     """
-    flags = job_flags(files, engine, tmp_path) | {"ddp_timeout": 5}
+    flags = job_flags(files, "zero2", tmp_path) | {"ddp_timeout": 5}
     fault = Fault(signal.SIGUSR2, (1,), "training, step 3: forward")
     outcome = fleet.run(flags, tmp_path, fault)
     assert None not in outcome.codes.values(), outcome.described()
@@ -130,9 +130,7 @@ def test_cut_link_ends_both_sides_and_the_relaunch_goes_on(fleet, nodes, files, 
         pytest.skip(f"there is no link: {nodes.problem}")
     fault = Fault(0, (), "training, step 3: forward")
     try:
-        outcome = fleet.run(
-            job_flags(files, "ddp", tmp_path), tmp_path / "launch", limit=120, meanwhile=cutter(nodes, fault)
-        )
+        outcome = fleet.run(job_flags(files, "ddp", tmp_path), tmp_path / "launch", meanwhile=cutter(nodes, fault))
     finally:
         nodes.second.mend()
     assert outcome.codes == {0: 75, 1: 75}, outcome.described()
@@ -146,7 +144,7 @@ def test_cut_link_ends_both_sides_and_the_relaunch_goes_on(fleet, nodes, files, 
 def test_torchrun_restarts_a_killed_rank_and_ends_as_if_nothing_had_happened(fleet, files, tmp_path):
     """The restart must find the newest checkpoint, and nothing of the first try may be in its way."""
     steps = {"max_steps": 60, "save_steps": 10, "eval_strategy": "no", "eval_steps": None}
-    whole = fleet.run(job_flags(files, "ddp", tmp_path / "whole") | steps, tmp_path / "launch", limit=TIMEOUT)
+    whole = fleet.run(job_flags(files, "ddp", tmp_path / "whole") | steps, tmp_path / "launch")
     assert whole.codes == {0: 0, 1: 0}, whole.described()
     output = tmp_path / "hurt"
     launcher = ["torchrun", "--nproc_per_node", "2", "--max-restarts", "1", "--master_port", str(free_port())]

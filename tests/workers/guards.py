@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import statistics
 import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import datasets
 import torch
 from transformers import TrainerCallback
 
 from smt_dist.config import SMTConfig
-from smt_dist.distributed import all_reduce_sum, barrier, get_rank
+from smt_dist.distributed import barrier, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.guarded_trainer import GuardedTrainer
 from smt_dist.model import sparse_layers
-from smt_dist.run import TrainingData
+from smt_dist.run import TrainingData, attach_blocks, collect_and_select
 from smt_dist.trainer import SMTTrainer
-from workers.runs import engine_arguments
+from workers.runs import engine_arguments, load_model, training_data
 from workers.training import BLOCKS, fixed_data, logged, make_trainer, release
 
 BAD_STEP = 2
@@ -175,14 +177,48 @@ def other_data(folder: Path, model: str) -> dict[str, str]:
     return said
 
 
-def cost(folder: Path, model: str) -> float:
-    """Seconds of the checks of one step, on this rank; for the README's ratio. Collective."""
-    with engine_arguments("ddp", folder, max_steps=1) as args:
-        trainer = make_trainer(model, args, fixed_data())
+def cost(folder: Path, model: str) -> dict[str, float]:
+    """Seconds of a step, of the checks in each step, and of those before a save; medians on this rank."""
+    options = {"max_steps": 12, "per_device_train_batch_size": 4, "save_strategy": "steps", "save_steps": 4}
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(3, 100, (64, 256), generator=generator).tolist()
+    rows = datasets.Dataset.from_list(
+        [{"input_ids": row, "labels": row, "attention_mask": [1] * len(row)} for row in ids]
+    )
+    with engine_arguments("ddp", folder, **options) as args:
+        base = load_model(model, args)
+        config = SMTConfig.model_validate({"block_size": 32, "groups": [{"fraction": 0.03}], "warmup": {"steps": 1}})
+        data = training_data(rows)
+        selection, _ = collect_and_select(base, data, config, args)
+        attach_blocks(base, selection, config, args)
+        trainer = SMTTrainer(base, args, train_dataset=rows, data_collator=data.collator)
+        spent: dict[str, list[float]] = {"step": [], "before_step": [], "check_before_save": []}
+        for name in ("before_step", "check_before_save"):
+            setattr(trainer, name, _timed(getattr(trainer, name), spent[name]))
+        began: list[float] = []
+        trainer.add_callback(_Clock(began, spent["step"]))
         trainer.train()
-        began = time.perf_counter()
-        for _ in range(20):
-            trainer.before_step()
-        spent = (time.perf_counter() - began) / 20
         release(trainer)
-    return float(all_reduce_sum(torch.tensor(spent))) / 2
+    return {name: statistics.median(values) for name, values in spent.items()}
+
+
+def _timed(function: Any, spent: list[float]) -> Any:
+    def timed() -> None:
+        began = time.perf_counter()
+        function()
+        spent.append(time.perf_counter() - began)
+
+    return timed
+
+
+class _Clock(TrainerCallback):
+    """The seconds of each step."""
+
+    def __init__(self, began: list[float], spent: list[float]) -> None:
+        self.began, self.spent = began, spent
+
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
+        self.began.append(time.perf_counter())
+
+    def on_step_end(self, *_: Any, **__: Any) -> None:
+        self.spent.append(time.perf_counter() - self.began[-1])
