@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from smt_dist.memory.tracker import OTHER, MemoryTracker, Record
 
@@ -66,6 +67,10 @@ class RealTracker(MemoryTracker):
         super()._changed(record, change, storage)
         address, size = (0, 0) if storage is None else (storage.data_ptr(), storage.nbytes())
         self._places.setdefault(record, []).append(Place(time.time_ns(), address, size))
+
+    def _follows(self, tensor: torch.Tensor) -> bool:
+        # DTensor works out shapes on fake tensors, which lie nowhere.
+        return super()._follows(tensor) and not isinstance(tensor, FakeTensor)
 
     def _mark(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> None:
         gathers = "allgather" in func._schema.name.replace("_", "")
