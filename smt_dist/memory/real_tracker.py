@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from smt_dist.memory.tracker import OTHER, MemoryTracker, Record
+from smt_dist.memory.tracker import OTHER, MemoryTracker, Record, local_tensor
 
 
 class Place(NamedTuple):
@@ -69,8 +70,10 @@ class RealTracker(MemoryTracker):
         self._places.setdefault(record, []).append(Place(time.time_ns(), address, size))
 
     def _follows(self, tensor: torch.Tensor) -> bool:
-        # DTensor works out shapes on fake tensors, which lie nowhere.
-        return super()._follows(tensor) and not isinstance(tensor, FakeTensor)
+        # Fake tensors (DTensor works out shapes on them) and those that wrap others lie nowhere themselves.
+        if isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(local_tensor(tensor)):
+            return False
+        return super()._follows(tensor)
 
     def _mark(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> None:
         gathers = "allgather" in func._schema.name.replace("_", "")

@@ -200,9 +200,9 @@ class ZeroModel:
         """ZeRO-3's whole weights: those used again within the reuse distance at the turn from forward to backward.
 
         At the turn a weight n elements before the end comes back after 2 n elements; so half of the distance is kept,
-        and what is fetched ahead, but never more than all.
+        and what is fetched ahead, but never more than all. One rank has nothing to gather.
         """
-        if self.settings.stage < 3 or moment == "step":
+        if self.settings.stage < 3 or self.ranks == 1 or moment == "step":
             return 0
         limit = self.settings.param_persistence_threshold
         large = [size for size in [*self.frozen, *(self.trained if training else [])] if size >= limit]
