@@ -7,6 +7,7 @@ fullest rank's peak, as the CPU profiler saw the allocator. A run that is cut sh
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import subprocess
 import sys
@@ -102,16 +103,14 @@ def _measure(cells: list[Cell]) -> Iterator[tuple[Cell, dict[str, Any]]]:
             process, log = _start(cells, Path(folder))
             try:
                 for cell in cells:
-                    result = _wait_for(
-                        process, Path(folder) / f"{done}.json", START_SECONDS if not done else CELL_SECONDS
-                    )
+                    seconds = CELL_SECONDS if done else START_SECONDS
+                    result = _wait_for(process, Path(folder) / f"{done}.json", seconds)
                     if result is None:
                         break
                     done += 1
                     yield cell, {"measured": result}
             finally:
-                process.terminate()  # torchrun ends its ranks
-                process.wait()
+                _end(process, at_once=done < len(cells))
             if done < len(cells):
                 yield cells[done], {"error": _last_error(log)}
                 done += 1
@@ -126,6 +125,15 @@ def _start(cells: list[Cell], folder: Path) -> tuple[subprocess.Popen, Path]:
     command = [sys.executable, "-m", "torch.distributed.run", *ranks, str(program), str(folder / "cells.json")]
     with open(log, "wb") as output:
         return subprocess.Popen(command, stdout=output, stderr=output), log
+
+
+def _end(process: subprocess.Popen, at_once: bool) -> None:
+    """A rank that is killed while it loads DeepSpeed's ops leaves a lock, for which later ones wait without end."""
+    if not at_once:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(CELL_SECONDS)
+    process.terminate()  # torchrun ends its ranks
+    process.wait()
 
 
 def _wait_for(process: subprocess.Popen, path: Path, seconds: float) -> Any:

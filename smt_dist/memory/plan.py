@@ -12,7 +12,7 @@ from smt_dist.errors import SMTError
 from smt_dist.memory.categories import Memory, largest
 from smt_dist.memory.depth import at_full_depth
 from smt_dist.memory.load import host_bytes_per_node, load_peak
-from smt_dist.memory.request import Request
+from smt_dist.memory.request import Request, text_config
 from smt_dist.memory.spread import Shape, even_counts, highest_layer, measure_shape, selection_of, worst_counts
 from smt_dist.memory.trace import EDGE, trace_training, trace_warmup
 from smt_dist.memory.zero import FP32, ZeroModel, ZeroSettings
@@ -206,7 +206,8 @@ def _zero(request: Request, shape: Shape, trained: list[int]) -> ZeroModel:
     if request.method == "smt":  # as DeepSpeedEngine.make_optimizer tells DeepSpeed
         settings = replace(settings, reduce_bucket_size=min(settings.reduce_bucket_size, sum(trained)))
     frozen, width = [] if full else shape.sizes, request.base_dtype.itemsize
-    return ZeroModel(settings, request.world_size, width, frozen, trained, full, shape.largest_in_layers)
+    logits = FP32 * request.batch * request.sequence * text_config(request.model).vocab_size
+    return ZeroModel(settings, request.world_size, width, frozen, trained, full, shape.largest_in_layers, logits)
 
 
 def _with_zero(request: Request, shape: Shape, trained: int, moments: dict[str, Memory]) -> dict[str, Memory]:

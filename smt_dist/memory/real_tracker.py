@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from smt_dist.memory.tracker import OTHER, MemoryTracker, Record
+from smt_dist.memory.tracker import OTHER, MemoryTracker, Record, local_tensor
 
 
 class Place(NamedTuple):
@@ -66,6 +68,12 @@ class RealTracker(MemoryTracker):
         super()._changed(record, change, storage)
         address, size = (0, 0) if storage is None else (storage.data_ptr(), storage.nbytes())
         self._places.setdefault(record, []).append(Place(time.time_ns(), address, size))
+
+    def _follows(self, tensor: torch.Tensor) -> bool:
+        # Fake tensors (DTensor works out shapes on them) and those that wrap others lie nowhere themselves.
+        if isinstance(tensor, FakeTensor) or is_traceable_wrapper_subclass(local_tensor(tensor)):
+            return False
+        return super()._follows(tensor)
 
     def _mark(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> None:
         gathers = "allgather" in func._schema.name.replace("_", "")

@@ -21,6 +21,7 @@ from smt_dist.memory.fake import decoder_layers, fake_batch, fake_model
 from smt_dist.memory.request import Request
 from smt_dist.memory.tracker import BACKWARD, FORWARD, RECOMPUTE, MemoryTracker
 from smt_dist.memory.trained import Task, prepare
+from smt_dist.memory.zero_linear import linear_of
 from smt_dist.scores import ElementwiseAccumulator, make_accumulator
 from smt_dist.steps import frozen
 from smt_dist.warmup import _split_layers, plan_grids, probe_modules
@@ -83,7 +84,7 @@ def trace_warmup(request: Request, layers: int) -> dict[str, Memory]:
 @contextmanager
 def _traced(request: Request, layers: int) -> Iterator[tuple[PreTrainedModel, MemoryTracker]]:
     try:
-        with fake_model(request, layers) as model, MemoryTracker() as tracker:
+        with linear_of(request.engine), fake_model(request, layers) as model, MemoryTracker() as tracker:
             tracker.moment(_IGNORED)
             tracker.register([list(model.parameters()), list(model.buffers())], "base_weights")
             yield model, tracker

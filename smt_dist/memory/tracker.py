@@ -68,7 +68,7 @@ class MemoryTracker(TorchDispatchMode):
     def register(self, value: Any, category: str) -> None:
         """All tensors in ``value`` (nested lists and dicts too) belong to ``category``, known ones included."""
         for tensor in tree_leaves(value):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type == self.device_type:
+            if isinstance(tensor, torch.Tensor) and self._follows(tensor):
                 self._record_of(local_tensor(tensor)).category = category
 
     def moment(self, name: str) -> None:
@@ -100,7 +100,7 @@ class MemoryTracker(TorchDispatchMode):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor) and value.device.type == self.device_type:
+            if isinstance(value, torch.Tensor) and self._follows(value):
                 self._record_of(value)
         if isinstance(func, torch._ops.OpOverload):
             self._mark(func, args, kwargs or {})
@@ -118,6 +118,9 @@ class MemoryTracker(TorchDispatchMode):
             patch.__exit__(None, None, None)
         self._records.clear()  # and the references with them: callbacks after the end would write into the log
 
+    def _follows(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == self.device_type
+
     def _mark(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> None:
         if func.namespace in NAMESPACES:
             category = "communication"
@@ -129,7 +132,7 @@ class MemoryTracker(TorchDispatchMode):
         else:
             return
         for value in tree_leaves((args, kwargs)):
-            if isinstance(value, torch.Tensor) and value.device.type == self.device_type:
+            if isinstance(value, torch.Tensor) and self._follows(value):
                 record = self._record_of(value)
                 record.category = record.category or category
 

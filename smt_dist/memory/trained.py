@@ -105,12 +105,7 @@ def _join_columns(model: nn.Module) -> None:
 
 
 def _prepare_full(task: Task) -> Step:
-    parameters = list(task.model.requires_grad_(True).parameters())
-    if task.request.engine == "ddp" and is_distributed():
-        # DDP's reducer doesn't run on fake tensors. Its buckets hold all gradients once more.
-        task.model.smt_buckets = torch.empty(sum(p.numel() for p in parameters), dtype=task.request.base_dtype)
-        task.tracker.register(task.model.smt_buckets, "communication")
-    return _plain_adamw(parameters, task)
+    return _plain_adamw(list(task.model.requires_grad_(True).parameters()), task)
 
 
 def attach_lora(model: nn.Module, request: Request, rank: int) -> None:
@@ -141,6 +136,10 @@ def _plain_adamw(parameters: list[nn.Parameter], task: Task) -> Step:
     watch_gradients(task.model, task.tracker)
     if task.request.engine.startswith("zero"):
         return _no_step
+    if task.request.engine == "ddp" and is_distributed():
+        # DDP's reducer doesn't run on fake tensors. Its buckets hold all gradients once more.
+        task.model.smt_buckets = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype)
+        task.tracker.register(task.model.smt_buckets, "communication")
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)  # Trainer's default
 
     def step() -> None:

@@ -61,6 +61,7 @@ class ZeroModel:
         trained: sizes of those that are.
         base_is_trained: full fine-tuning.
         largest_in_layers: elements of the largest weight of a layer, beside embedding and head.
+        logits: bytes of a micro-batch's logits in fp32.
     """
 
     settings: ZeroSettings
@@ -70,6 +71,7 @@ class ZeroModel:
     trained: list[int]
     base_is_trained: bool
     largest_in_layers: int = 0
+    logits: int = 0
 
     def moments(self, traced: Mapping[str, Memory], gradient_width: int) -> dict[str, Memory]:
         """The moments of a training step under ZeRO.
@@ -198,12 +200,16 @@ class ZeroModel:
         """ZeRO-3's whole weights: those used again within the reuse distance at the turn from forward to backward.
 
         At the turn a weight n elements before the end comes back after 2 n elements; so half of the distance is kept,
-        and what is fetched ahead, but never more than all.
+        and what is fetched ahead, but never more than all. One rank has nothing to gather.
         """
-        if self.settings.stage < 3 or moment == "step":
+        if self.settings.stage < 3 or self.ranks == 1 or moment == "step":
             return 0
         limit = self.settings.param_persistence_threshold
         large = [size for size in [*self.frozen, *(self.trained if training else [])] if size >= limit]
-        used = self.largest_in_layers if " layer" in moment else max(large, default=0)
+        used = self.width * (self.largest_in_layers if " layer" in moment else max(large, default=0))
+        if moment.endswith("head"):
+            # The peak is in the loss, for which the head's weight isn't needed; where it is, there is a copy less.
+            used = max(0, used - self.logits)
         kept = min(self.settings.max_reuse_distance, self.settings.max_live_parameters) // 2
-        return self.width * min(sum(large), kept + self.settings.prefetch_bucket_size + used)
+        window = self.width * (kept + self.settings.prefetch_bucket_size) + used
+        return min(self.width * sum(large), window)
