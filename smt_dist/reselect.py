@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,17 +39,15 @@ from smt_dist.config import ReselectConfig, SMTConfig
 from smt_dist.distributed import agree, assert_same_on_all_ranks
 from smt_dist.engines import Moments
 from smt_dist.errors import SMTError
+from smt_dist.exchange import exchange
 from smt_dist.files import parse_json_object, read_text
 from smt_dist.frozen_blocks import rearrange
 from smt_dist.model import attach_touched, base_fingerprint
 from smt_dist.phases import enter_phase
 from smt_dist.rotation import checkpoint_folder, find_checkpoint
 from smt_dist.saves import MANIFEST_FILE, saving, write_on_rank_zero
-from smt_dist.scores import BlockScores
-from smt_dist.selection import Pool, budget_pools, choose_blocks
 from smt_dist.targets import base_modules, weight_shape
 from smt_dist.warmup import collect_scores
-from smt_dist.weight_scores import NEVER
 
 if TYPE_CHECKING:
     from smt_dist.arguments import SMTTrainingArguments
@@ -81,9 +79,13 @@ class PhaseEnd(TrainerCallback):
             # What was added up since the last log would be lost.
             control.should_log = control.should_save = control.should_training_stop = True
 
-    def on_epoch_end(self, _args: Any, _state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        if self.ended:  # no epoch ended
+    def on_epoch_end(self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        if not self.ended:
+            return
+        if state.epoch is not None and state.epoch % 1:  # no epoch ended
             control.should_log = control.should_save = control.should_evaluate = False
+        else:  # what is logged now belongs into the checkpoint too
+            control.should_save |= control.should_log or control.should_evaluate
 
 
 def check_arguments(trainer: SMTTrainer) -> None:
@@ -188,51 +190,6 @@ def mean_strengths(adapter: Adapter) -> dict[str, dict[Block, float]]:
         means = deltas[module].double().abs().unflatten(0, (len(blocks), -1)).mean(dim=(1, 2)).tolist()
         strengths[module] = dict(zip(blocks, means, strict=True))
     return strengths
-
-
-def exchange(
-    scores: BlockScores,
-    active: BlockSelection,
-    strengths: Mapping[str, Mapping[Block, float]],
-    config: SMTConfig,
-    fraction: float,
-) -> BlockSelection:
-    """Drop each budget's weakest blocks and grow as many; budgets, strategy and bounds hold as in a selection.
-
-    Of equally weak blocks the last in (module order, row, col) goes first. A dropped block can't grow at once, one that
-    was frozen earlier can. Blocks of modules that aren't targets stay.
-
-    Args:
-        scores: of all targets.
-        active: the blocks that are trained.
-        strengths: of each of them.
-        config: budgets (where they contradict ``active``, its numbers hold), strategy and bounds.
-        fraction: of each budget's trained blocks, rounded down.
-    """
-    tables = {module: table.clone() for module, table in scores.tables.items()}
-    pools = []
-    for pool in _pools(scores, config, active):
-        own = [(module, block) for module in pool.modules for block in active.blocks.get(module, ())]
-        free = sum(int((scores.tables[module] > NEVER).sum()) for module in pool.modules) - len(own)
-        ranked = sorted(own, key=lambda one: -strengths[one[0]][one[1]])
-        count = min(math.floor(fraction * len(own) + 1e-9), free)
-        kept = len(own) - count
-        for index, (module, block) in enumerate(ranked):
-            tables[module][block] = math.inf if index < kept else NEVER
-        if own:
-            pools.append(pool._replace(blocks=len(own)))
-    changed = BlockScores(**{**vars(scores), "tables": tables})
-    chosen = choose_blocks(changed, config, pools)
-    others = {module: blocks for module, blocks in active.blocks.items() if module not in tables}
-    return chosen.model_copy(update={"blocks": {**chosen.blocks, **others}}) if others else chosen
-
-
-def _pools(scores: BlockScores, config: SMTConfig, active: BlockSelection) -> list[Pool]:
-    """The budgets' modules. A selection that was made otherwise may have more blocks than the config says."""
-    targets = sum(len(blocks) for module, blocks in active.blocks.items() if module in scores.tables)
-    groups = [group.model_copy(update={"blocks": 1, "fraction": None}) for group in config.groups]
-    assert targets, "no trained block lies in a target of the config"
-    return budget_pools(scores, config.model_copy(update={"groups": groups}))
 
 
 def join(model: nn.Module, first: BlockSelection, second: BlockSelection) -> BlockSelection:

@@ -19,7 +19,7 @@ from smt_dist.picture import summary as picture_summary
 from smt_dist.picture import write_pictures
 from smt_dist.picture.page import write_page
 from smt_dist.picture.summary import MAX_CELLS, short_kinds, summarise
-from smt_dist.score_files import load_scores, save_scores
+from smt_dist.score_files import belongs_to, load_scores, save_scores
 
 SIDE = 8
 # Names that would be markup if they weren't escaped.
@@ -258,3 +258,34 @@ def test_scores_survive_a_file(tmp_path):
     assert all(torch.equal(again.tables[name], table) for name, table in scores.tables.items())
     assert vars(again) | {"tables": 0} == vars(scores) | {"tables": 0}
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+# -- the programs ------------------------------------------------------------------------------------------------
+
+
+def test_programs_write_the_picture_beside_what_they_make(train, tmp_path):
+    """The selection's picture and scores first; a run with that selection finds the scores and adds its curve."""
+    made = train(program="select_blocks.py", output=tmp_path / "made" / "chosen.json", output_dir=tmp_path / "unused")
+    assert made.code == 0, made.err
+    names = {"chosen.json", "chosen.html", "chosen.png", "chosen_blocks.png", "chosen_scores.safetensors"}
+    assert {path.name for path in (tmp_path / "made").iterdir()} == names
+    assert "Learning curve" not in (tmp_path / "made" / "chosen.html").read_text()
+
+    trained = train(selection=tmp_path / "made" / "chosen.json", max_steps=2)
+    assert trained.code == 0, trained.err
+    page = (tmp_path / "out" / "selection.html").read_text()
+    assert "Learning curve" in page
+    assert "abs_mean, 2 warm-up steps" in page
+    without = train(picture="false", output_dir=tmp_path / "bare", max_steps=1)
+    assert without.code == 0, without.err
+    assert not list((tmp_path / "bare").glob("selection*"))
+
+
+def test_scores_of_another_selection_are_not_shown():
+    """An output folder that is used again holds the last run's scores."""
+    scores = make_scores()
+    assert belongs_to(scores, choose(scores))
+    assert not belongs_to(scores, BlockSelection(block_size=(4, 4), blocks={"lm_head": [(0, 0)]}))
+    assert not belongs_to(scores, BlockSelection(block_size=(SIDE, SIDE), blocks={"other": [(0, 0)]}))
+    wrong = BlockSelection(block_size=(SIDE, SIDE), blocks={"lm_head": [(0, 0)]}, shapes={"lm_head": (8, 8)})
+    assert not belongs_to(scores, wrong)

@@ -20,8 +20,9 @@ from smt_dist import BlockSelection, SMTConfig
 from smt_dist.adapter import ACTIVE_FILE, BLOCKS_FILE, read_adapter
 from smt_dist.blocks import BlockGrid
 from smt_dist.checkpoint import OPTIMIZER_FILE
+from smt_dist.exchange import exchange
 from smt_dist.merge_files import merge_adapter_files
-from smt_dist.reselect import exchange, first_steps_factor
+from smt_dist.reselect import first_steps_factor
 
 LAUNCHES = {1: ["ddp"], 2: ["ddp", "fsdp2", "zero1", "zero2", "zero3"], 4: ["ddp"]}
 KILLED = ["ddp", "zero3"]  # these on two ranks at most
@@ -260,6 +261,41 @@ def test_bounds_and_strategy_hold_after_an_exchange(selection, expected):
     assert {module: len(blocks) for module, blocks in changed.blocks.items()} == expected
 
 
+@pytest.mark.parametrize(
+    ("selection", "gone"),
+    [
+        ({"floor": 2}, ("layers.1.q", (0, 0))),
+        ({"strategy": "norm_dist"}, ("layers.1.q", (0, 0))),
+        ({"ceiling": 2}, ("layers.1.q", (0, 0))),
+        ({}, ("layers.0.q", (0, 1))),
+    ],
+    ids=str,
+)
+def test_a_block_that_bounds_need_is_not_dropped(selection, gone):
+    """Layer 0 has two blocks, and two are asked of each layer: without one, the run would end in the middle."""
+    scores = make_scores({"layers.0.q": [[9, 8]], "layers.1.q": [[3, 2, 1]]})
+    active = BlockSelection(block_size=(4, 4), blocks={"layers.0.q": [(0, 0), (0, 1)], "layers.1.q": [(0, 0), (0, 1)]})
+    strengths = {"layers.0.q": {(0, 0): 9.0, (0, 1): 1.0}, "layers.1.q": {(0, 0): 2.0, (0, 1): 3.0}}
+    changed = exchange(scores, active, strengths, reselect_config({"blocks": 4}, **selection), 0.25)
+    left = {(module, block) for module, blocks in changed.blocks.items() for block in blocks}
+    assert left == {
+        *(("layers.0.q", (0, col)) for col in (0, 1)), *(("layers.1.q", (0, col)) for col in (0, 1, 2))
+    } - {gone}  # fmt: skip
+
+
+def test_blocks_outside_of_the_targets_stay():
+    """A selection by hand may hold some; they have no score to be compared by."""
+    scores = make_scores({"a": [[1, 2]]})
+    active = BlockSelection(block_size=(4, 4), blocks={"other": [(0, 0)], "a": [(0, 0)]}, groups={"other": "h"})
+    strengths = {"other": {(0, 0): 0.0}, "a": {(0, 0): 1.0}}
+    changed = exchange(scores, active, strengths, reselect_config({"blocks": 1}), 1.0)
+    assert changed.blocks == {"a": [(0, 1)], "other": [(0, 0)]}
+    assert changed.groups == {"a": "g", "other": "h"}
+    alone = BlockSelection(block_size=(4, 4), blocks={"other": [(0, 0)]})
+    with pytest.raises(smt_dist.SMTError, match="no trained block lies in a target"):
+        exchange(scores, alone, strengths, reselect_config({"blocks": 1}), 1.0)
+
+
 def test_budgets_of_groups_stay_apart_unless_they_are_joint():
     """Each group gives as many as it gets; jointly the better one grows."""
     scores = make_scores({"a": [[1, 2, 3]], "b": [[70, 80, 90]]}, {"x": ["a"], "y": ["b"]})
@@ -327,7 +363,7 @@ def test_flags_that_take_checkpoints_away_are_refused(train, folder, tmp_path, f
     from programs import write_config
 
     config = write_config(tmp_path, reselect={"every": 2, "fraction": 0.5})
-    assert named in train(smt_config=config, eval_file=folder / "eval.json", **flags).error
+    assert named in train(smt_config=config, eval_file=folder / "train.json", **flags).error
 
 
 def test_a_grid_of_reselect_blocks_is_the_models():

@@ -6,12 +6,15 @@ import math
 
 import pytest
 import torch
+from programs import write_config
 from tiny_models import RoutedModel
+from transformers import LlamaConfig
 
 from smt_dist import SMTConfig, collect_scores, select_blocks
 from smt_dist.blocks import BlockGrid
 from smt_dist.config import DATA_FREE_SCORES
 from smt_dist.errors import SMTError
+from smt_dist.memory.request import Request
 from smt_dist.weight_scores import NEVER, diagonal, diagonal_scores, random_scores
 
 SIDE = 4
@@ -116,3 +119,24 @@ def test_more_than_the_diagonal_is_refused_with_what_it_has():
         select_blocks(collect_scores(RoutedModel(), (), config), config)
     whole = make_config("diagonal", blocks=37)
     assert len(select_blocks(collect_scores(RoutedModel(), (), whole), whole)) == 37
+
+
+def test_the_program_needs_no_data_where_the_score_needs_none(train, tmp_path):
+    """A baseline of random blocks shouldn't ask for a training file that it doesn't read."""
+    selection = {"score": "random", "seed": 3}
+    output = tmp_path / "selection.json"
+    flags = {"program": "select_blocks.py", "train_file": None, "picture": "false", "output": output}
+    done = train(smt_config=write_config(tmp_path, selection=selection), **flags)
+    assert done.code == 0, done.err
+    assert "score random" in done.out
+    assert "--train_file is missing" in train(smt_config=write_config(tmp_path), **flags).error
+
+
+@pytest.mark.parametrize(
+    ("score", "planned"),
+    [("l2", "l2"), ("grad_x_weight", "abs_mean"), ("a.function", "abs_mean"), ("activation", "mean_abs")]
+    + [(score, "mean_abs") for score in DATA_FREE_SCORES],
+)
+def test_memory_is_planned_for_a_warm_up_that_needs_as_much(score, planned):
+    """The planner knows the gradient scores; for the others it may promise too much, never too little."""
+    assert Request(LlamaConfig(), make_config(score)).score == planned
