@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from smt_dist.files import replace_file
-from smt_dist.scores import layer_key
+from smt_dist.layers import layer_key
 
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 
