@@ -79,8 +79,9 @@ def count(name: str, engine: str, method: str, layers: int | None = None) -> dic
     shape = shape | ({"num_hidden_layers": layers} if layers else {})
     with fake_group(ranks):
         replicas = {"ddp": ranks, "fsdp2": 1, "hsdp": ranks // NODE}[engine]
-        with _sharding(replicas) as shard, FakeTensorMode():
-            model = shard(LlamaForCausalLM._from_config(LlamaConfig(**shape, dtype=torch.bfloat16))).train()
+        config = LlamaConfig(**shape, dtype=torch.bfloat16)
+        with _sharding(config, replicas) as shard, FakeTensorMode():
+            model = shard(LlamaForCausalLM._from_config(config)).train()
             parameters = sum(parameter.numel() for parameter in model.parameters())
             embedding = model.get_input_embeddings().weight.numel()
             step = smt_step(model) if method == "smt" else full_step(model, engine)
@@ -153,11 +154,11 @@ def _loss(forward: Callable[..., Any]) -> torch.Tensor:
 
 
 @contextmanager
-def _sharding(replicas: int) -> Iterator[Callable[[nn.Module], Any]]:
+def _sharding(config: LlamaConfig, replicas: int) -> Iterator[Callable[[nn.Module], Any]]:
     """What shards a model as transformers does when it loads one. The mesh is made outside of fake tensors."""
     if replicas == dist.get_world_size():
         yield lambda model: model
         return
-    config = FSDP2Engine(torch.float32, replicas).load_options()["distributed_config"]
-    config, _, mesh = LlamaForCausalLM.prepare_distribute_model(config)
-    yield lambda model: LlamaForCausalLM.maybe_distribute_model(model, config, mesh)
+    options = FSDP2Engine(torch.float32, replicas).load_options(config, torch.bfloat16)["distributed_config"]
+    options, _, mesh = LlamaForCausalLM.prepare_distribute_model(options)
+    yield lambda model: LlamaForCausalLM.maybe_distribute_model(model, options, mesh)

@@ -16,7 +16,14 @@ from typing import Any
 import datasets
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainerCallback
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    TrainerCallback,
+)
 
 from smt_dist import BlockSelection, SMTConfig
 from smt_dist.adapter import config_of
@@ -89,7 +96,8 @@ def summarize(
         "trained": trained,
         "steps": steps,
         "kinds": _as_json(collectives, steps),
-        "blocks": _as_json([call for call in collectives if call.bytes in sizes], steps),
+        # Under fsdp2 their gradients go to one rank after the other, and nothing else does.
+        "blocks": _as_json([call for call in collectives if call.bytes in sizes or call.kind == "reduce"], steps),
     }
 
 
@@ -160,7 +168,10 @@ def count_engine(engine: str, model: Path, output: Path, dtype: str, steps: int)
     rows = [{"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}] * (args.max_steps * get_world_size())
     results = []
     for method in ("smt", "full"):
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=args.base_dtype, **make_engine(args).load_options())
+        engine_instance = make_engine(args)
+        options = engine_instance.load_options(AutoConfig.from_pretrained(model), args.base_dtype)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=args.base_dtype, **options)
+        engine_instance.prepare_base(base)
         parameters = sum(full_numel(parameter) for parameter in base.parameters())
         names = {"engine": engine, "method": method, "ranks": get_world_size(), "parameters": parameters}
         if method == "smt":

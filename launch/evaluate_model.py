@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smt_dist.cli import positive_int, raise_usage_error, run_program
-from smt_dist.errors import SMTError, first_line
+from smt_dist.errors import SMTError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -107,8 +108,8 @@ def _evaluate_style(
 
 def _load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
-    from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from smt_dist.model_folder import check_model_folder, load_causal_lm, load_tokenizer
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SMTError("--device cuda: torch sees no CUDA device")
@@ -121,14 +122,9 @@ def _load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
 
         dtype = torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
         source = dequantize_gguf(find_gguf_file(source, arguments.gguf_file), dtype=dtype)
-    elif Path(source).is_absolute() and not Path(source).is_dir():
-        # transformers would take it for a hub name, and complain about its slashes.
-        raise SMTError(f"--model_name_or_path {source}: no such folder")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=arguments.dtype)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise SMTError(f"--model_name_or_path {source}: {first_line(error)}") from error
+    check_model_folder(str(source))
+    tokenizer = load_tokenizer(source)
+    model = load_causal_lm(source, arguments.dtype)
     if arguments.adapter:
         from smt_dist import load_adapter
 
@@ -144,6 +140,8 @@ def _prepare_output(path: Path) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise SMTError(f"--output {path}: {error.strerror}") from error
+    if not os.access(path.parent, os.W_OK):
+        raise SMTError(f"--output {path}: its folder isn't writable")
     return path
 
 

@@ -4,6 +4,7 @@ python launch/profile_memory.py plan --model_config config.json --smt_config S.j
     --method smt --gradient_checkpointing --per_device_train_batch_size 1 --max_seq_length 2048
     --device_memory 80GiB --output plan.json
 python launch/profile_memory.py plan ... --search batch      (or world_size, or blocks: what still fits)
+python launch/profile_memory.py validate --output validation.json      (plans beside real runs of small models)
 """
 
 from __future__ import annotations
@@ -31,7 +32,11 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="what a rank will need", formatter_class=HelpFormatter, allow_abbrev=False)
     _add_plan_flags(plan.add_argument)
-    parser.error = plan.error = raise_usage_error
+    validate = commands.add_parser(
+        "validate", help="plans beside real runs", formatter_class=HelpFormatter, allow_abbrev=False
+    )
+    _add_validate_flags(validate.add_argument)
+    parser.error = plan.error = validate.error = raise_usage_error
     return parser.parse_args()
 
 
@@ -49,12 +54,31 @@ def _add_plan_flags(add: Any) -> None:
     add("--per_device_train_batch_size", type=int, default=1, help="rows a rank in a micro-batch")
     add("--max_seq_length", type=int, default=1024, help="tokens a row")
     add("--dtype", default="bfloat16", help="bfloat16 or float32: of the base; for full: of the computation")
+    add("--fsdp2_units", default="auto", help="smt with fsdp2: layer, weight or auto, as for train.py")
+    add("--fsdp2_prefetch", type=yes_or_no, default=True, help="smt with fsdp2: yes or no, as for train.py")
+    add("--loss_chunk_size", type=int, default=4096, help="smt: vocabulary entries whose logits exist at once; 0: all")
     add("--selection", help="chosen blocks, JSON; None: spread evenly, and the worst case beside it")
     add("--gpus_per_node", type=int, default=8, help="ranks that share a node's host memory")
     add("--device_memory", help="such as 80GiB (2^30 bytes each) or 40GB (10^9)")
     add("--exact", action="store_true", help="trace every layer instead of two small depths")
     add("--search", help="batch, world_size or blocks: the largest micro-batch, smallest world or largest budget")
     add("--output", type=Path, help="JSON file to write; sizes in bytes")
+
+
+def yes_or_no(text: str) -> bool:
+    """``yes``, ``true`` or ``1``, and their opposites. Raises ValueError."""
+    if text.lower() not in ("yes", "true", "1", "no", "false", "0"):
+        raise ValueError(text)
+    return text.lower() in ("yes", "true", "1")
+
+
+def _add_validate_flags(add: Any) -> None:
+    add("--engines", nargs="+", help=f"of {', '.join(ENGINES)}; None: all")
+    add("--methods", nargs="+", help="of smt, full, lora; None: all")
+    add("--dtypes", nargs="+", help="of float32, bfloat16; None: both")
+    add("--ranks", nargs="+", type=int, help="of 1, 2: real gloo processes; None: both")
+    add("--small", action="store_true", help="a twentieth of the weights, for a quick check")
+    add("--output", type=Path, help="JSON file to write, cell by cell; cells that it holds already aren't run again")
 
 
 def make_request(arguments: argparse.Namespace) -> Request:
@@ -82,6 +106,9 @@ def make_request(arguments: argparse.Namespace) -> Request:
         selection=BlockSelection.from_json_file(arguments.selection) if arguments.selection else None,
         ranks_per_node=arguments.gpus_per_node,
         device_memory=parse_size(arguments.device_memory) if arguments.device_memory else None,
+        units=arguments.fsdp2_units,
+        prefetch=arguments.fsdp2_prefetch,
+        loss_chunk=arguments.loss_chunk_size,
         zero=_read_zero(arguments.deepspeed, arguments.engine),
     )
 
@@ -170,11 +197,26 @@ def search_table(found: Any) -> str:
     return "\n".join([*lines, best])
 
 
+def run_validate(arguments: argparse.Namespace) -> None:
+    """Run the grid; fails if a plan is too far off."""
+    from validate_memory import choose_cells, table, validate
+
+    from smt_dist.memory.grid import deviations
+    from smt_dist.run import check_writable
+
+    if arguments.output is not None:
+        check_writable("--output", arguments.output.absolute().parent)
+    found = validate(choose_cells(arguments), arguments.output)
+    print(table(found))
+    if any("error" in result for result in found.values()) or not all(d.holds for d in deviations(found)):
+        raise SMTError("validate: a cell failed, or its plan is too far off")
+
+
 def main() -> None:
-    """One subcommand; ``validate`` (measured beside planned) will be another."""
+    """One subcommand."""
     arguments = parse_arguments()
     configure_logging()
-    {"plan": run_plan}[arguments.command](arguments)
+    {"plan": run_plan, "validate": run_validate}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

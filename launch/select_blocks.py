@@ -1,38 +1,59 @@
-"""Run the warm-up only and write the chosen blocks, for `train.py --selection`.
+"""Run the warm-up only and write the chosen blocks, for `train.py --selection`; or ask how stable the choice is.
 
 [deepspeed --num_gpus N | torchrun --nproc_per_node N | python] launch/select_blocks.py
     --smt_config S.json --model_name_or_path M --train_file T.json --output selection.json
     [any transformers.TrainingArguments flag, such as --per_device_train_batch_size]
+... launch/select_blocks.py (the same flags) --output stability.json
+    --stability seeds=0,1,2 steps=25,50,100 halves files=a.json,b.json block_sizes=64,192
 """
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import set_seed
 
+from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.blocks import BlockSelection
 from smt_dist.cli import parse_arguments, run_program
-from smt_dist.distributed import agree, barrier, get_rank
+from smt_dist.config import SMTConfig
+from smt_dist.distributed import agree, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.files import replace_file
 from smt_dist.loading import initialize_process_group, load_tokenizer_and_model
+from smt_dist.phases import enter_phase
 from smt_dist.run import (
     RunArguments,
     check_writable,
     collect_and_select,
+    draw,
     load_config,
     load_data,
 )
+from smt_dist.saves import write_on_rank_zero
+from smt_dist.score_files import save_scores, scores_path
+from smt_dist.scores import BlockScores
+from smt_dist.stability_runs import Cell, compare, parse_axes, plan_cells, run_cells, table
+from smt_dist.supervision import honour_collective_timeout, supervise
 
 
 @dataclass
 class SelectArguments(RunArguments):
     """What to select on, and where to write it."""
 
-    output: str = field(default="selection.json", metadata={"help": "the selection file to write"})
+    output: str = field(
+        default="selection.json", metadata={"help": "the selection file to write; with --stability, the figures"}
+    )
+    stability: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "compare selections along axes: seeds, steps, halves (with default values), files=A,B, "
+            "block_sizes=A,B; an interrupted comparison goes on where it was"
+        },
+    )
 
 
 def main() -> None:
@@ -43,20 +64,62 @@ def main() -> None:
     if run.eval_file:
         raise SMTError("--eval_file: this program evaluates nothing")
     initialize_process_group(args)
+    supervise(args)
     set_seed(args.seed)
     output = Path(run.output)
     agree(lambda: check_writable("--output", output.parent), "the output folder")
     config = agree(lambda: load_config(run, None, None, None), "the SMT config")
     if config.warmup.mode == "full_ft":
         raise SMTError("warmup.mode full_ft moves the base, which this program doesn't keep: run train.py")
+    cells = plan_stability(run, config, args)
+    files = [cell.train_file for cell in cells] or [run.train_file]
+    if config.selection.needs_batches and not all(files):
+        run.check_data()
+    enter_phase("load")
     tokenizer, model = load_tokenizer_and_model(run, args)
-    data = load_data(run, tokenizer)
+    honour_collective_timeout(model, args.ddp_timeout)
+    if cells:
+        paths = run_cells(cells, output.with_name(f"{output.stem}_cells"), run, args, tokenizer, model)
+        write_stability(output, cells, paths)
+        return
+    data = load_data(run, tokenizer) if config.selection.needs_batches else None
+    enter_phase("warm-up")
     selection, scores = collect_and_select(model, data, config, args)
+    write(selection, scores, output)
+    draw(run, output.with_suffix(".html"), selection, scores)
     if get_rank() == 0:
+        print(f"{summary(selection)}; {scores.steps} steps, score {scores.score}; written to {run.output}", flush=True)
+
+
+def write(selection: BlockSelection, scores: BlockScores, output: Path) -> None:
+    """The selection, and the scores beside it; each whole or not at all. Collective."""
+
+    def write_both() -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         replace_file(output, lambda beside: beside.write_text(selection.to_json()))
-        print(f"{summary(selection)}; {scores.steps} steps, score {scores.score}; written to {run.output}", flush=True)
-    barrier()
+        save_scores(scores, scores_path(output))
+
+    write_on_rank_zero(write_both, f"--output {output}", "writing the selection")
+
+
+def plan_stability(run: SelectArguments, config: SMTConfig, args: SMTTrainingArguments) -> list[Cell]:
+    """The selections to compare; none without --stability."""
+    if run.stability is None:
+        return []
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return plan_cells(parse_axes(run.stability), config, seed, run.train_file)
+
+
+def write_stability(output: Path, cells: list[Cell], paths: list[Path]) -> None:
+    """Compare, write the figures and print their table; collective."""
+
+    def write_figures() -> None:
+        result = compare(cells, paths)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        replace_file(output, lambda beside: beside.write_text(json.dumps(result, indent=2) + "\n"))
+        print(f"{table(result)}\nwritten to {output}", flush=True)
+
+    write_on_rank_zero(write_figures, f"--output {output}", "comparing the selections")
 
 
 def summary(selection: BlockSelection) -> str:

@@ -1,30 +1,60 @@
 """The small artefact on disk: an adapter folder, saved, checked and loaded.
 
 ``smt_config.json``, ``smt_selection.json``, ``smt_blocks.safetensors`` (one fp32 tensor a module: the deltas'
-masters) and ``README.md`` (model card). Nothing is pickled, and nothing depends on engine or world size.
+masters), ``README.md`` (model card) and ``smt_manifest.json`` (sizes and checksums). Nothing is pickled, and nothing
+depends on engine or world size.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import logging
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from smt_dist.blocks import BlockSelection
-from smt_dist.config import GroupConfig, SMTConfig
+from smt_dist.config import GroupConfig, SMTConfig, parse_model
 from smt_dist.errors import SMTError
-from smt_dist.files import read_tensors, replace_file, write_tensors
-from smt_dist.model import apply_selection, base_fingerprint, remove_blocks, sparse_layers
-from smt_dist.targets import base_modules, is_linear
+from smt_dist.files import check_tensors, read_header, read_tensors, read_text, write_tensors
+from smt_dist.frozen_blocks import rearrange, without
+from smt_dist.model import (
+    apply_selection,
+    attach_touched,
+    base_fingerprint,
+    frozen_layers,
+    remove_blocks,
+    sparse_layers,
+    touched_selection,
+)
+from smt_dist.saves import MANIFEST_FILE, read_manifest, saving, verify
+from smt_dist.targets import base_modules, takes_blocks
+
+logger = logging.getLogger(__name__)
 
 CONFIG_FILE = "smt_config.json"
 SELECTION_FILE = "smt_selection.json"
 BLOCKS_FILE = "smt_blocks.safetensors"
+ACTIVE_FILE = "smt_active.json"  # after a re-selection only: the blocks that are still trained
 CARD_FILE = "README.md"
+
+
+class ActiveBlocks(BaseModel):
+    """Which of an adapter's blocks are trained; the others are frozen.
+
+    Attributes:
+        step: the optimizer step of the last re-selection.
+        selection: the trained blocks.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    step: Annotated[int, Field(strict=True, ge=1)]
+    selection: BlockSelection
 
 
 class Adapter(NamedTuple):
@@ -35,12 +65,19 @@ class Adapter(NamedTuple):
         selection: its blocks.
         deltas: module name -> fp32 ``[blocks * block_rows, block_cols]`` on the CPU.
         base_fingerprint: of the base it was trained on (:func:`smt_dist.model.base_fingerprint`).
+        active: after a re-selection, which blocks are still trained; None: all.
     """
 
     config: SMTConfig
     selection: BlockSelection
     deltas: dict[str, torch.Tensor]
     base_fingerprint: str
+    active: ActiveBlocks | None = None
+
+    @property
+    def trained(self) -> BlockSelection:
+        """The blocks that training goes on with."""
+        return self.active.selection if self.active is not None else self.selection
 
 
 def save_adapter(
@@ -49,7 +86,7 @@ def save_adapter(
     deltas: Iterable[tuple[str, torch.Tensor]] | None = None,
     card: str = "",
 ) -> None:
-    """Write ``model``'s blocks as an adapter folder. Call it on one rank.
+    """Write ``model``'s blocks as an adapter folder, whole or not at all (:mod:`smt_dist.saves`). Call it on one rank.
 
     Args:
         model: after :func:`apply_selection`.
@@ -61,23 +98,69 @@ def save_adapter(
     Raises:
         SMTError: the model has no blocks.
         RuntimeError: a tensor isn't complete, as a partitioned one wouldn't be: nothing is written.
+        OSError: the folder can't be written, or the disk is full: what was there before still is.
     """
-    layers = sparse_layers(model)
-    if not layers:
+    if not sparse_layers(model):
         raise SMTError(f"{folder}: the model has no blocks to save")
-    selection: BlockSelection = model.smt_selection
+    with saving(folder) as beside:
+        write_blocks_of(model, beside, deltas, card)
+
+
+def write_blocks_of(
+    model: nn.Module, folder: Path, deltas: Iterable[tuple[str, torch.Tensor]] | None = None, card: str = ""
+) -> None:
+    """The files of :func:`save_adapter`, into a folder that is a part of something larger and saved with it."""
+    touched, active = touched_selection(model), model.smt_selection
     if deltas is None:
-        deltas = ((name, layer.delta) for name, layer in layers.items())
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    config = model.smt_config or config_of(selection)
+        deltas = ((name, layer.delta) for name, layer in sparse_layers(model).items())
+    step = getattr(model, "smt_reselected_at", None)
+    adapter = Adapter(
+        config=model.smt_config or config_of(touched),
+        selection=touched,
+        deltas={},
+        base_fingerprint=model.smt_base_fingerprint,
+        active=None if step is None else ActiveBlocks(step=step, selection=active),
+    )
+    all_deltas = _with_frozen(model, touched, active, deltas) if frozen_layers(model) else deltas
+    write_adapter(folder, adapter, all_deltas, model_card(model, adapter.config, touched, card))
+
+
+def write_adapter(folder: Path, adapter: Adapter, deltas: Iterable[tuple[str, torch.Tensor]], card: str) -> None:
+    """Write an adapter's files, into a folder that is a part of something larger and saved with it.
+
+    Args:
+        folder: empty, or without an :data:`ACTIVE_FILE`.
+        adapter: all but its ``deltas``.
+        deltas: (module, fp32 values) in the selection's order, written one at a time.
+        card: the model card's text.
+    """
+    selection, active = adapter.selection, adapter.active
     # One key only: safetensors writes several in a random order, and equal adapters should be equal files.
-    metadata = {"base_fingerprint": model.smt_base_fingerprint}
-    shapes = {name: delta_shape(selection, name) for name in layers}
-    replace_file(folder / BLOCKS_FILE, lambda path: write_tensors(path, shapes, deltas, metadata))
-    replace_file(folder / SELECTION_FILE, lambda path: path.write_text(selection.to_json()))
-    replace_file(folder / CARD_FILE, lambda path: path.write_text(_model_card(model, config, selection, card)))
-    replace_file(folder / CONFIG_FILE, lambda path: path.write_text(config.to_json()))
+    metadata = {"base_fingerprint": adapter.base_fingerprint}
+    shapes = {name: delta_shape(selection, name) for name in selection.blocks}
+    write_tensors(folder / BLOCKS_FILE, shapes, deltas, metadata)
+    (folder / SELECTION_FILE).write_text(selection.to_json())
+    if active is not None:
+        (folder / ACTIVE_FILE).write_text(active.model_dump_json() + "\n")
+    (folder / CARD_FILE).write_text(card)
+    (folder / CONFIG_FILE).write_text(adapter.config.to_json())
+
+
+def _with_frozen(
+    model: nn.Module, touched: BlockSelection, active: BlockSelection, deltas: Iterable[tuple[str, torch.Tensor]]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """The trained masters, one at a time, each with the frozen ones of its module."""
+    frozen, trained = frozen_layers(model), iter(deltas)
+    kept = without(touched, active)
+    for name in touched.blocks:
+        whole = torch.zeros(delta_shape(touched, name))
+        if name in active.blocks:
+            found, delta = next(trained)
+            assert found == name, f"{found} came where {name} was expected"
+            whole += rearrange(delta, active, touched, name)
+        if name in frozen:
+            whole += rearrange(frozen[name].master, kept, touched, name)
+        yield name, whole
 
 
 def load_adapter(
@@ -101,29 +184,67 @@ def load_adapter(
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read and check an adapter folder.
+    """Read an adapter folder, after comparing it with its manifest.
 
     Raises:
-        SMTError: a file is missing or malformed, or a tensor is missing, extra, or of another shape or dtype.
+        SMTError: a file is missing, malformed or not what was saved, or a tensor is missing, extra, or of another shape
+            or dtype.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise SMTError(f"{folder}: no such adapter folder")
+    if (manifest := read_manifest(folder)) is None:
+        logger.warning(
+            "%s: has no %s: it is from an older version, or a copy that isn't complete; its form is checked, but "
+            "damage to its values can't be seen",
+            folder,
+            MANIFEST_FILE,
+        )
+    else:
+        active = {ACTIVE_FILE} if ACTIVE_FILE in manifest.files or (folder / ACTIVE_FILE).exists() else set()
+        verify(folder, manifest, {CONFIG_FILE, SELECTION_FILE, BLOCKS_FILE} | active)
     config = SMTConfig.from_json_file(folder / CONFIG_FILE)
     selection = BlockSelection.from_json_file(folder / SELECTION_FILE)
-    tensors, metadata = read_tensors(folder / BLOCKS_FILE)
-    if set(tensors) != set(selection.blocks):
-        different = sorted(set(tensors) ^ set(selection.blocks))
-        raise SMTError(f"{folder / BLOCKS_FILE}: {different[0]} is not in both this file and {SELECTION_FILE}")
+    path = folder / BLOCKS_FILE
+    check_tensors(
+        path, read_header(path)[0], {name: delta_shape(selection, name) for name in selection.blocks}, SELECTION_FILE
+    )
+    tensors, metadata = read_tensors(path)
     for name, tensor in tensors.items():
-        expected = delta_shape(selection, name)
-        if tuple(tensor.shape) != expected or tensor.dtype != torch.float32:
-            raise SMTError(
-                f"{folder / BLOCKS_FILE}: {name} is {tuple(tensor.shape)} {tensor.dtype}, expected {expected} float32"
-            )
         if not tensor.isfinite().all():
-            raise SMTError(f"{folder / BLOCKS_FILE}: {name} is not finite (NaN or infinity): its training diverged")
-    return Adapter(config, selection, tensors, metadata.get("base_fingerprint", ""))
+            raise SMTError(f"{path}: {name} is not finite (NaN or infinity): its training diverged")
+    return Adapter(config, selection, tensors, metadata.get("base_fingerprint", ""), read_active(folder, selection))
+
+
+def trained_deltas(adapter: Adapter) -> Mapping[str, torch.Tensor]:
+    """Module -> fp32 values of the blocks that training goes on with; made when they are asked for, one at a time."""
+    return adapter.deltas if adapter.active is None else _TrainedDeltas(adapter)
+
+
+class _TrainedDeltas(Mapping[str, torch.Tensor]):
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return rearrange(self._adapter.deltas[name], self._adapter.selection, self._adapter.trained, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._adapter.trained.blocks)
+
+    def __len__(self) -> int:
+        return len(self._adapter.trained.blocks)
+
+
+def read_active(folder: Path, touched: BlockSelection) -> ActiveBlocks | None:
+    """Which of an adapter's blocks are still trained; None if it doesn't say: all. Raises SMTError if malformed."""
+    path = folder / ACTIVE_FILE
+    if not path.exists():
+        return None
+    active: ActiveBlocks = parse_model(ActiveBlocks, read_text(path), str(path))
+    for name, blocks in active.selection.blocks.items():
+        if not set(blocks) <= set(touched.blocks.get(name, ())) or active.selection.block_size != touched.block_size:
+            raise SMTError(f"{path}: trains blocks of {name} that {SELECTION_FILE} doesn't have")
+    return active
 
 
 def attach_adapter(
@@ -134,6 +255,7 @@ def attach_adapter(
     dtype: torch.dtype,
     verify_base: bool = True,
     device: torch.device | None = None,
+    train_active: bool = False,
 ) -> None:
     """Put a read adapter's blocks into ``model``, in place; blocks that it has already are replaced.
 
@@ -145,11 +267,17 @@ def attach_adapter(
         dtype: of the blocks.
         verify_base: compare the content fingerprint of the base.
         device: of the blocks, as in :func:`apply_selection`.
+        train_active: leave blocks frozen that a re-selection has frozen; otherwise all are ordinary blocks.
 
     Raises:
         SMTError: as :func:`load_adapter`.
     """
     fingerprint = verify_base_model(model, adapter, source) if verify_base else None
+    if adapter.active is not None and train_active:
+        fingerprint = fingerprint or adapter.base_fingerprint
+        attach_touched(model, adapter.selection, adapter.trained, adapter.deltas, config, dtype, device, fingerprint)
+        model.smt_reselected_at = adapter.active.step
+        return
     if sparse_layers(model):
         remove_blocks(model)
     apply_selection(model, adapter.selection, config, dtype, fingerprint=fingerprint, device=device)
@@ -161,7 +289,7 @@ def attach_adapter(
 def verify_base_model(model: nn.Module, adapter: Adapter, source: str) -> str:
     """Check that ``model`` is the base of ``adapter``; its fingerprint. Raises SMTError, naming the source."""
     modules = dict(base_modules(model))
-    missing = [name for name in adapter.selection.blocks if name not in modules or not is_linear(modules[name])]
+    missing = [name for name in adapter.selection.blocks if name not in modules or not takes_blocks(modules[name])]
     if missing:
         raise SMTError(f"{source}: trained on another model: this one ({type(model).__name__}) has no {missing[0]}")
     try:
@@ -198,7 +326,8 @@ def config_of(selection: BlockSelection) -> SMTConfig:
     return SMTConfig(block_size=selection.block_size, groups=groups)
 
 
-def _model_card(model: nn.Module, config: SMTConfig, selection: BlockSelection, extra: str) -> str:
+def model_card(model: nn.Module, config: SMTConfig, selection: BlockSelection, extra: str) -> str:
+    """The text of an adapter's README.md; ``extra`` lines at its end."""
     front = json.dumps(["smt", "sparse-matrix-tuning"])
     moved = (
         "**It needs the moved base**: the warm-up ran full fine-tuning, so the blocks don't fit the original model.\n\n"

@@ -6,16 +6,19 @@ import json
 import math
 import os
 from dataclasses import dataclass, field
+from datetime import timedelta
 from inspect import signature
 from typing import Any, ClassVar
 
 import torch
+import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from smt_dist.elementwise import optimizer_class_by_name, parse_options, refuse_unless_elementwise
 from smt_dist.engines import ENGINES
-from smt_dist.errors import SMTError
+from smt_dist.engines.units import UNITS
+from smt_dist.errors import SMTError, whole_message
 from smt_dist.files import parse_json_object, read_text
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -52,11 +55,14 @@ _LEAST: dict[str, int] = {
     "dataloader_num_workers": 0,
     "learning_rate": 0,
     "weight_decay": 0,
+    "heartbeat_timeout": 0,
+    "ddp_timeout": 1,
+    "loss_chunk_size": 0,
 }
 # By Trainer's names; every other elementwise optimizer by its dotted name.
 _OPTIMIZERS = ("adamw_torch", "adamw_torch_fused")
 # Flags that mean something to one engine only.
-_FSDP2_ONLY = {"dp_replicate_size": 1, "cpu_offload": False}
+_FSDP2_ONLY = {"dp_replicate_size": 1, "cpu_offload": False, "fsdp2_units": "auto", "fsdp2_prefetch": True}
 
 
 @dataclass
@@ -80,6 +86,31 @@ class SMTTrainingArguments(TrainingArguments):
     cpu_offload: bool = field(
         default=False, metadata={"help": "fsdp2 on GPUs: keep the frozen base's shards in host memory"}
     )
+    fsdp2_units: str = field(
+        default="auto",
+        metadata={
+            "help": "fsdp2: what is gathered at once: layer, weight (less memory, more collectives), or auto: weight "
+            "where a layer has 256 MiB or more"
+        },
+    )
+    fsdp2_prefetch: bool = field(
+        default=True,
+        metadata={"help": "fsdp2: gather the next layer or weight of the backward while one computes; no: less memory"},
+    )
+    loss_chunk_size: int = field(
+        default=4096,
+        metadata={
+            "help": "vocabulary entries whose logits exist at once in the loss; 0: whole logits. Models that change "
+            "their logits before the loss always have whole ones"
+        },
+    )
+    cpu_fp32_products: bool = field(
+        default=False,
+        metadata={
+            "help": "on CPUs without bf16 instructions: multiply bf16 matrices in fp32, a piece at a time; many times "
+            "faster there"
+        },
+    )
     optim: str = field(
         default="adamw_torch_fused",
         metadata={
@@ -101,6 +132,14 @@ class SMTTrainingArguments(TrainingArguments):
         default=False, metadata={"help": "replace NaN losses in the logs by the last mean, which hides them"}
     )
 
+    heartbeat_timeout: float = field(
+        default=45.0,
+        metadata={
+            "help": "seconds of silence after which a rank counts as lost and the others end; 0: no heartbeat. (A rank "
+            "that hangs but still has a heartbeat is noticed by collectives: --ddp_timeout, seconds)"
+        },
+    )
+
     # What --optim and --optim_args mean where it is a dotted name: class and keyword arguments. Not a flag.
     custom_optimizer: ClassVar[tuple[type[torch.optim.Optimizer], dict[str, Any]] | None] = None
 
@@ -115,6 +154,9 @@ class SMTTrainingArguments(TrainingArguments):
         self._check_optimizer()
         if not torch.cuda.is_available():
             self.use_cpu = True
+        elif self.cpu_fp32_products and not self.use_cpu:
+            raise SMTError("--cpu_fp32_products: this run computes on a GPU")
+        self._meet_within_the_timeout()
         if self.activation_checkpointing or self.gradient_checkpointing:
             self._use_non_reentrant_checkpointing()
         if self.deepspeed:
@@ -123,8 +165,8 @@ class SMTTrainingArguments(TrainingArguments):
             self.bf16 = self.dtype == "bfloat16"
         try:
             super().__post_init__()
-        except ValueError as error:
-            raise SMTError(" ".join(str(error).split())) from None
+        except Exception as error:  # its checks and conversions raise anything at all
+            raise SMTError(whole_message(error)) from None
         if self.deepspeed and self.hf_deepspeed_config.mismatches:
             raise SMTError(f"--deepspeed contradicts the flags: {self.hf_deepspeed_config.mismatches[0].lstrip('- ')}")
 
@@ -184,10 +226,18 @@ class SMTTrainingArguments(TrainingArguments):
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if self.dp_replicate_size < 1 or world_size % self.dp_replicate_size:
             raise SMTError(f"--dp_replicate_size: {self.dp_replicate_size} doesn't divide the {world_size} ranks")
+        if self.fsdp2_units not in UNITS:
+            raise SMTError(f"--fsdp2_units: {self.fsdp2_units!r} is not one of {', '.join(UNITS)}")
         if self.cpu_offload and not torch.cuda.is_available():
             raise SMTError("--cpu_offload: there is no GPU, so the base lies in host memory already")
         if self.cpu_offload and world_size == 1:
             raise SMTError("--cpu_offload: one rank shards nothing, so nothing is offloaded; start more ranks")
+
+    def _meet_within_the_timeout(self) -> None:
+        """Make the process group here where TrainingArguments would do it without ``--ddp_timeout``: on CPU."""
+        launched = "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+        if self.use_cpu and launched and not dist.is_initialized():
+            dist.init_process_group(self.ddp_backend or "gloo", timeout=timedelta(seconds=self.ddp_timeout))
 
     def _check_optimizer(self) -> None:
         name = getattr(self.optim, "value", self.optim)
@@ -255,6 +305,10 @@ def prepare_deepspeed_config(source: str | dict[str, Any], dtype: torch.dtype) -
     for section in ("bf16", "fp16", "zero_optimization", "data_types", "optimizer"):
         if not isinstance(config.get(section, {}), dict):
             raise SMTError(f"{name}: {section} must be an object, not {config[section]!r}")
+    if config.get("bf16", {}).get("check_grad_overflow", True) is False:
+        raise SMTError(f"{name}: bf16.check_grad_overflow false would train on NaN and infinity; remove it")
+    if config.get("zero_optimization", {}).get("compute_grad_norm", True) is False:
+        raise SMTError(f"{name}: zero_optimization.compute_grad_norm false would train on NaN and infinity; remove it")
     wants_bf16 = dtype == torch.bfloat16
     precision = config.setdefault("bf16", {"enabled": "auto"})
     if precision.get("enabled", "auto") not in ("auto", wants_bf16):

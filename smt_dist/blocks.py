@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, field_validator, model_validator
 
 from smt_dist.config import MAX_AUTO_BLOCK_SIZE, parse_model
 from smt_dist.errors import SMTError
@@ -20,6 +20,8 @@ Block = tuple[int, int]
 MIN_AUTO_BLOCK_SIZE = 8  # below it a layer is a loop over crumbs
 # In files: no number that is a string, a truth value or a fraction.
 _Whole = Annotated[int, Field(strict=True)]
+# A file of a million mistakes is one complaint.
+_Blocks = Annotated[list[tuple[_Whole, _Whole]], FailFast()]
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,7 @@ class BlockSelection(BaseModel):
 
     format_version: Literal[1] = 1
     block_size: tuple[_Whole, _Whole]
-    blocks: dict[str, list[tuple[_Whole, _Whole]]] = Field(min_length=1)
+    blocks: dict[str, _Blocks] = Field(min_length=1)
     shapes: dict[str, tuple[_Whole, _Whole]] = Field(default_factory=dict)
     groups: dict[str, str] = Field(default_factory=dict)
 

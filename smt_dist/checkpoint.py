@@ -7,8 +7,9 @@ safetensors and JSON.
 from __future__ import annotations
 
 import json
+import math
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,24 @@ import numpy as np
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
+from smt_dist.adapter import BLOCKS_FILE
 from smt_dist.engines import BlockState, Moments
-from smt_dist.errors import SMTError
-from smt_dist.files import parse_json_object, read_tensors, read_text, replace_file, write_tensors
+from smt_dist.errors import SMTError, first_line
+from smt_dist.files import (
+    check_tensors,
+    parse_json_object,
+    read_header,
+    read_tensors,
+    read_text,
+    shorten,
+    write_tensors,
+)
 
 OPTIMIZER_FILE = "smt_optimizer.safetensors"
 SCHEDULE_FILE = "smt_schedule.json"
 GLOBAL_BATCH = "global_batch_size"
+MAX_COUNTER = 2**53  # beyond it a float doesn't count
+NUMPY_STATE = 624  # words of a Mersenne Twister
 
 
 def save_moments(folder: Path, shapes: Mapping[str, tuple[int, ...]], moments: Moments) -> None:
@@ -38,7 +50,7 @@ def save_moments(folder: Path, shapes: Mapping[str, tuple[int, ...]], moments: M
     tensors = ((f"{module}:{key}", found.pop(key)) for module, found in moments.tensors for key in moments.names)
     # One key only: safetensors' own writer orders several at random, and equal states should be equal files.
     metadata = {"counters": json.dumps(moments.counters, sort_keys=True)}
-    replace_file(folder / OPTIMIZER_FILE, lambda path: write_tensors(path, names, tensors, metadata))
+    write_tensors(folder / OPTIMIZER_FILE, names, tensors, metadata)
 
 
 def load_states(
@@ -59,23 +71,25 @@ def load_states(
             saved by an optimizer that keeps something else.
     """
     path = folder / OPTIMIZER_FILE
-    tensors, metadata = read_tensors(path)
-    keys = sorted({name.rpartition(":")[2] for name in tensors})
-    for name, delta in deltas.items():
-        for key in keys:
-            if f"{name}:{key}" not in tensors or tensors[f"{name}:{key}"].shape != delta.shape:
-                raise SMTError(f"{path}: {key} of {name} is missing or of another shape")
+    found, metadata = read_header(path)
+    keys = sorted({name.rpartition(":")[2] for name in found})
+    wanted = {f"{name}:{key}": tuple(delta.shape) for name, delta in deltas.items() for key in keys}
+    check_tensors(path, found, wanted, f"the blocks of {BLOCKS_FILE}")
     if "counters" not in metadata:
         raise SMTError(f"{path}: has no counters: it was written by another version of smt_dist")
     counters = parse_json_object(metadata["counters"], f"{path}: counters")
-    if not all(isinstance(value, int | float) for value in counters.values()):
-        raise SMTError(f"{path}: counters are {counters}, not numbers")
+    if not all(type(value) in (int, float) and 0 <= value <= MAX_COUNTER for value in counters.values()):
+        raise SMTError(f"{path}: counters are {shorten(str(counters))}, not numbers from 0 to {MAX_COUNTER}")
     if kept is not None and kept != (keys, sorted(counters)):
-        saved, wanted = ", ".join(keys + sorted(counters)), ", ".join(kept[0] + kept[1])
+        saved, given = ", ".join(keys + sorted(counters)), ", ".join(kept[0] + kept[1])
         raise SMTError(
-            f"{path}: holds {saved or 'nothing'}, but --optim keeps {wanted or 'nothing'}; give the optimizer that it "
+            f"{path}: holds {saved or 'nothing'}, but --optim keeps {given or 'nothing'}; give the optimizer that it "
             "was saved with"
         )
+    tensors, _ = read_tensors(path)
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise SMTError(f"{path}: {name} is not finite (NaN or infinity)")
     states = (
         BlockState(name, delta, {key: tensors[f"{name}:{key}"] for key in keys}) for name, delta in deltas.items()
     )
@@ -84,8 +98,7 @@ def load_states(
 
 def save_schedule(folder: Path, schedule: dict[str, Any], global_batch: int) -> None:
     """Write the learning-rate schedule's state and the rows of a step. JSON keeps every bit of a float."""
-    content = json.dumps({**schedule, GLOBAL_BATCH: global_batch})
-    replace_file(folder / SCHEDULE_FILE, lambda path: path.write_text(content))
+    (folder / SCHEDULE_FILE).write_text(json.dumps({**schedule, GLOBAL_BATCH: global_batch}))
 
 
 def load_schedule(folder: Path, groups: int) -> dict[str, Any]:
@@ -93,33 +106,67 @@ def load_schedule(folder: Path, groups: int) -> dict[str, Any]:
     path = folder / SCHEDULE_FILE
     schedule = parse_json_object(read_text(path), str(path))
     rates = schedule.get("_last_lr")
-    if not isinstance(rates, list) or not all(isinstance(rate, float | int) for rate in rates) or len(rates) != groups:
+    if not isinstance(rates, list) or not all(_is_rate(rate) for rate in rates) or len(rates) != groups:
         raise SMTError(f"{path}: has no learning rates (_last_lr) of {groups} parameter groups")
+    if type(schedule.get(GLOBAL_BATCH, 1)) is not int:
+        raise SMTError(f"{path}: {GLOBAL_BATCH} is {shorten(repr(schedule[GLOBAL_BATCH]))}, not a number of rows")
     return schedule
 
 
+def _is_rate(value: Any) -> bool:
+    return type(value) in (int, float) and 0 <= value < math.inf
+
+
 def restore_schedule(scheduler: LRScheduler, schedule: dict[str, Any], folder: Path) -> None:
-    """Put a schedule's state back. Raises SMTError if it is another kind of schedule's, or damaged."""
+    """Put a schedule's state back.
+
+    Raises:
+        SMTError: it is another kind of schedule's, or damaged.
+    """
+    path = folder / SCHEDULE_FILE
+    own = scheduler.state_dict()
+    for key in sorted(own.keys() | schedule.keys()):
+        # Private keys come and go with torch's versions.
+        if not key.startswith("_") and (key not in own or key not in schedule):
+            raise SMTError(f"{path}: not a state of this --lr_scheduler_type ({shorten(key)})")
+        if key in own and key in schedule and not _same_form(own[key], schedule[key]):
+            raise SMTError(f"{path}: not a state of this --lr_scheduler_type ({key}: {shorten(repr(schedule[key]))})")
     try:
-        scheduler.load_state_dict(schedule)
+        scheduler.load_state_dict({key: schedule.get(key, value) for key, value in own.items()})
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise SMTError(f"{folder / SCHEDULE_FILE}: not a state of this --lr_scheduler_type ({error!r})") from None
+        raise SMTError(f"{path}: not a state of this --lr_scheduler_type ({first_line(error)})") from None
 
 
-def save_random_state(folder: Path, rank: int) -> None:
-    """Write this rank's random states: python, numpy, torch on the CPU and on its device."""
+def _same_form(own: Any, saved: Any) -> bool:
+    """Whether ``saved`` could be a later value of ``own``: numbers for numbers, and as many of them."""
+    if isinstance(own, list | tuple):
+        return isinstance(saved, list) and len(own) == len(saved) and all(map(_same_form, own, saved))
+    if isinstance(own, dict):
+        return isinstance(saved, dict) and own.keys() == saved.keys() and all(_same_form(own[k], saved[k]) for k in own)
+    if own is None or isinstance(own, bool | str):
+        return type(own) is type(saved)
+    # A schedule that waits for a better metric begins with infinity.
+    return type(saved) in (int, float) and (abs(saved) < math.inf or saved == own)
+
+
+def random_state() -> dict[str, Any]:
+    """This process's random states: python, numpy, torch on the CPU and on its device; what JSON can hold."""
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
-    content = {
+    return {
         "python": [version, list(numbers), gauss],
         "numpy": [name, keys.tolist(), position, has_gauss, cached],
         **{key: value.tolist() for key, value in tensors.items()},
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    replace_file(folder / _random_file(rank), lambda path: path.write_text(json.dumps(content)))
+
+
+def save_random_states(folder: Path, states: Sequence[dict[str, Any]]) -> None:
+    """Write each rank's :func:`random_state`."""
+    for rank, state in enumerate(states):
+        (folder / _random_file(rank)).write_text(json.dumps(state))
 
 
 def load_random_state(folder: Path, rank: int) -> bool:
@@ -138,13 +185,16 @@ def load_random_state(folder: Path, rank: int) -> bool:
     try:
         version, numbers, gauss = content["python"]
         name, keys, position, has_gauss, cached = content["numpy"]
+        # numpy itself would read beyond its state where the position lies there.
+        if len(keys) != NUMPY_STATE or not 0 <= position <= NUMPY_STATE:
+            raise ValueError("numpy's state has another size")
         random.setstate((version, tuple(numbers), gauss))
         np.random.set_state((name, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
         torch.set_rng_state(torch.tensor(content["torch"], dtype=torch.uint8))
         if torch.cuda.is_available() and "cuda" in content:
             torch.cuda.set_rng_state(torch.tensor(content["cuda"], dtype=torch.uint8))
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise SMTError(f"{path}: not a random state ({error})") from None
+    except (LookupError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise SMTError(f"{path}: not a random state ({first_line(error)})") from None
     return True
 
 

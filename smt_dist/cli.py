@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import sys
@@ -11,24 +12,47 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from smt_dist.errors import RankError, SMTError
+from smt_dist.preemption import Preempted
+from smt_dist.supervision import end_supervision
 
 
 def run_program(main: Callable[[], None]) -> None:
     """Run ``main``; turn an :class:`SMTError` into one line on stderr and exit code 2.
 
     Every rank exits with 2, but only rank 0 prints, since all ranks see the same error (see
-    :func:`smt_dist.distributed.agree`); a :class:`RankError`, which one rank may have alone, is printed by each.
+    :func:`smt_dist.distributed.agree`); a :class:`RankError`, which one rank may have alone, is printed by each. Ends
+    what :func:`smt_dist.supervision.supervise` began: whichever way a rank ends, the others are told.
     """
     try:
         main()
+    except Preempted as error:
+        _print_line(error.text)
+        end_supervision(error)
+        raise
     except SMTError as error:
         rank = int(os.environ.get("RANK", "0"))
         if rank == 0 or isinstance(error, RankError):
-            where = f"rank {rank}: " if rank else ""
-            print(f"{os.path.basename(sys.argv[0])}: error: {where}{error}", file=sys.stderr, flush=True)
+            _print_line(str(error), error=True)
+        end_supervision(error)
         _leave_process_group()
         sys.exit(2)
+    except (Exception, KeyboardInterrupt) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if full:  # by what isn't a save (a log, a cache); only this rank knows
+            _print_line(f"{error.filename or 'a file'}: can't be written ({error.strerror})", error=True)
+        end_supervision(error)
+        if not full:
+            raise
+        sys.exit(2)
     _leave_process_group()
+    end_supervision()
+
+
+def _print_line(text: str, error: bool = False) -> None:
+    """A line on stderr that begins with the program's name; ranks other than 0 say which they are."""
+    rank = int(os.environ.get("RANK", "0"))
+    parts = [os.path.basename(sys.argv[0]), *(["error"] if error else []), *([f"rank {rank}"] if rank else []), text]
+    print(": ".join(parts), file=sys.stderr, flush=True)
 
 
 def _leave_process_group() -> None:

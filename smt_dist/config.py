@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
 
 from smt_dist.errors import SMTError
-from smt_dist.files import read_text
+from smt_dist.files import parse_json, read_text, shorten
 
-ScoreName = Literal[
-    "mean_abs", "abs_mean", "l1", "l2", "mean_abs_per_step", "abs_mean_per_step", "l1_per_step", "l2_per_step"
-]
+# By what they need: gradients, forwards only, or no batch at all.
+GRADIENT_SCORES = (
+    *("abs_mean", "mean_abs", "l1", "l2"),
+    *("abs_mean_per_step", "mean_abs_per_step", "l1_per_step", "l2_per_step"),
+)
+SALIENCY, ACTIVATION = "grad_x_weight", "activation"
+DATA_FREE_SCORES = ("magnitude", "random", "diagonal")
+SCORES = (*GRADIENT_SCORES, SALIENCY, ACTIVATION, *DATA_FREE_SCORES)
+_DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 Strategy = Literal["no_restriction", "norm_dist"]
 
 MAX_AUTO_BLOCK_SIZE = 256
 MAX_BLOCK_SIDE = 65536
 DEFAULT_FRACTION = 0.0084
 MAX_SEED = 2**32 - 1  # numpy's and transformers' limit
-MAX_SHOWN = 80  # characters of a wrong value in a message
 
 
 class _Strict(BaseModel):
@@ -98,17 +104,55 @@ class SelectionConfig(_Strict):
     """How blocks are ranked.
 
     Attributes:
-        score: a score of the gradient ``G`` summed over the warm-up (``mean_abs``, ``abs_mean``, ``l1``, ``l2``),
-            or the mean over steps of the score of each step's gradient (the same names with ``_per_step``),
-            which is another statistic and needs no accumulator between steps.
-        strategy: ``no_restriction`` takes the group's best blocks over all its weights; ``norm_dist`` takes the
+        score: one of :data:`SCORES`, or the dotted name of a function of yours (:mod:`smt_dist.custom_scores`).
+            Of the gradient ``G`` summed over the warm-up: ``mean_abs``, ``abs_mean``, ``l1``, ``l2``; the mean over
+            steps of the score of each step's gradient: the same names with ``_per_step``; the mean of
+            ``|G * weight|``: ``grad_x_weight``; of the layers' inputs: ``activation``; of the weight alone:
+            ``magnitude``; of nothing: ``random`` and ``diagonal``.
+        strategy: ``no_restriction`` takes the budget's best blocks over all its weights; ``norm_dist`` takes the
             same number from every weight.
-        seed: seeds random choices (dropout during the probe).
+        budget: ``separate``: each group spends its own. ``joint``: the groups' budgets are added up, and spent on
+            the best blocks of all groups.
+        floor: the least number of blocks of each layer that has targets, within each budget. ``no_restriction`` only.
+        ceiling: the most of each layer, likewise.
+        bounds_per: what ``floor`` and ``ceiling`` count: the blocks of a decoder ``layer`` (the modules whose names
+            agree up to the first number; any other module is a layer by itself), or of a ``weight``.
+        seed: seeds random choices (the ``random`` score, dropout during the probe).
     """
 
-    score: ScoreName = "abs_mean"
+    score: str = "abs_mean"
     strategy: Strategy = "no_restriction"
+    budget: Literal["separate", "joint"] = "separate"
+    floor: int | None = Field(default=None, ge=1, strict=True)
+    ceiling: int | None = Field(default=None, ge=1, strict=True)
+    bounds_per: Literal["layer", "weight"] = "layer"
     seed: int = Field(default=0, ge=0, le=MAX_SEED, strict=True)
+
+    @field_validator("score")
+    @classmethod
+    def _is_a_score(cls, value: str) -> str:
+        if value not in SCORES and not _DOTTED_NAME.fullmatch(value):
+            raise ValueError(f"expected one of {', '.join(SCORES)}, or a function's dotted name")
+        return value
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> SelectionConfig:
+        bounded = self.floor is not None or self.ceiling is not None
+        if bounded and self.strategy == "norm_dist":
+            raise ValueError("'floor' and 'ceiling' need strategy no_restriction: norm_dist fixes each weight's number")
+        if self.floor is not None and self.ceiling is not None and self.floor > self.ceiling:
+            raise ValueError(f"'floor' {self.floor} is above 'ceiling' {self.ceiling}")
+        return self
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether ``score`` is a function's dotted name."""
+        return self.score not in SCORES
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether the score needs any data; a function of the user's is taken to."""
+        return self.score not in DATA_FREE_SCORES
 
 
 class WarmupConfig(_Strict):
@@ -132,6 +176,44 @@ class WarmupConfig(_Strict):
         return self
 
 
+class ReselectConfig(_Strict):
+    """Re-selection while training: the weakest blocks are frozen as they are, and as many new ones grow.
+
+    In the spirit of RigL (arXiv 1911.11134) and SpIEL (arXiv 2401.16405). Weak is a small mean \\|delta\\|; what grows
+    has the best gradient score among all blocks that aren't trained, by a probe of the model as it is then.
+
+    Attributes:
+        every: optimizer steps between two re-selections; none happens at the last step.
+        fraction: of the trained blocks of each budget, rounded down, to exchange.
+        steps: global steps of the probe.
+        score: by which blocks grow, one of :data:`GRADIENT_SCORES`.
+    """
+
+    every: int = Field(ge=1, strict=True)
+    fraction: float = Field(gt=0, le=1, strict=True)
+    steps: int = Field(default=4, ge=1, strict=True)
+    score: str = "abs_mean"
+
+    @field_validator("score")
+    @classmethod
+    def _is_a_gradient_score(cls, value: str) -> str:
+        if value not in GRADIENT_SCORES:
+            raise ValueError(f"expected one of {', '.join(GRADIENT_SCORES)}")
+        return value
+
+
+class BadNumbersConfig(_Strict):
+    """What happens after a step whose loss or gradients hold NaN or infinity. Nothing of it is ever applied.
+
+    Attributes:
+        policy: ``stop`` ends the run with an error; ``skip`` goes on with the next step's data.
+        limit: ``skip``: as many bad steps in a row are skipped; one more ends the run.
+    """
+
+    policy: Literal["stop", "skip"] = "stop"
+    limit: int = Field(default=3, ge=1, strict=True)
+
+
 class SMTConfig(_Strict):
     """Everything that defines an SMT run apart from model, data and training arguments.
 
@@ -141,15 +223,29 @@ class SMTConfig(_Strict):
         groups: the target weights and their budgets.
         selection: how blocks are ranked.
         warmup: the probing phase.
+        reselect: exchange blocks while training; None: never.
         untie: allow a target whose weight is tied to another (an output head tied to the embedding). The
             tie is cut when the blocks are merged.
+        bad_numbers: what happens after NaN or infinity in training. It may differ from launch to launch. In the
+            warm-up they always end the run.
     """
 
     block_size: int | tuple[int, int] | Literal["auto"] = 256
-    groups: list[GroupConfig] = Field(default_factory=lambda: [GroupConfig()], min_length=1)
+    groups: Annotated[list[GroupConfig], FailFast()] = Field(default_factory=lambda: [GroupConfig()], min_length=1)
     selection: SelectionConfig = SelectionConfig()
     warmup: WarmupConfig = WarmupConfig()
+    reselect: ReselectConfig | None = None
     untie: bool = Field(default=False, strict=True)
+    bad_numbers: BadNumbersConfig = BadNumbersConfig()
+
+    @model_validator(mode="after")
+    def _full_ft_scores_gradients(self) -> SMTConfig:
+        if self.warmup.mode == "full_ft" and self.selection.score not in GRADIENT_SCORES:
+            raise ValueError(
+                f"warmup.mode full_ft scores its gradients: selection.score {shorten(self.selection.score)!r} is none "
+                f"of {', '.join(GRADIENT_SCORES)}; use mode probe"
+            )
+        return self
 
     @field_validator("block_size", mode="before")
     @classmethod
@@ -165,10 +261,11 @@ class SMTConfig(_Strict):
     @field_validator("groups")
     @classmethod
     def _names_are_unique(cls, value: list[GroupConfig]) -> list[GroupConfig]:
-        names = [group.name for group in value]
-        for name in names:
-            if names.count(name) > 1:
-                raise ValueError(f"two groups have the name {name!r}")
+        seen: set[str] = set()
+        for group in value:
+            if group.name in seen:
+                raise ValueError(f"two groups have the name {group.name!r}")
+            seen.add(group.name)
         return value
 
     @classmethod
@@ -196,37 +293,21 @@ def parse_model(model: type[Any], text: str, source: str) -> Any:
     Raises:
         SMTError: one line with the source, the first wrong field, its value and what is accepted.
     """
-    try:
-        content = json.loads(text, object_pairs_hook=_refuse_double_keys)
-    except (ValueError, RecursionError) as error:  # ValueError: also numbers of thousands of digits
-        raise SMTError(f"{source}: not valid JSON ({error})") from None
+    content = parse_json(text, source)
     try:
         return model.model_validate(content)
     except ValidationError as error:
         raise SMTError(f"{source}: {describe(error)}") from None
 
 
-def _refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        double = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {_shorten(repr(double))} stands twice in one object")
-    return content
-
-
 def describe(error: ValidationError) -> str:
     """The first complaint of a pydantic error in one line: field, reason, value."""
     first = error.errors(include_url=False)[0]
     # A key may hold line breaks; repr escapes them.
-    place = ".".join(_shorten(repr(str(part))[1:-1]) for part in first["loc"]) or "top level"
+    place = ".".join(shorten(repr(str(part))[1:-1]) for part in first["loc"]) or "top level"
     reason = first["msg"].removeprefix("Value error, ")
     value = first["input"]
-    shown = "" if isinstance(value, dict) else f" (got {_shorten(repr(value))})"
+    shown = "" if isinstance(value, dict) else f" (got {shorten(repr(value))})"
     if first["type"] == "extra_forbidden":
         reason, shown = "unknown key", ""
     return f"{place}: {reason}{shown}"
-
-
-def _shorten(text: str) -> str:
-    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."

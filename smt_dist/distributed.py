@@ -46,6 +46,15 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def broadcast_first(tensor: torch.Tensor) -> torch.Tensor:
+    """Rank 0's ``tensor``, which all ranks have of the same shape and dtype on the CPU; a new tensor there."""
+    if not is_distributed():
+        return tensor
+    moved = tensor.to(collective_device(), copy=True)
+    dist.broadcast(moved, src=0)
+    return moved.cpu()
+
+
 def reduce_scatter_rows(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's rows of the sum of ``tensor`` over all ranks; dimension 0 must be a multiple of the world size."""
     shard = tensor.new_empty(tensor.shape[0] // dist.get_world_size(), *tensor.shape[1:])
@@ -55,11 +64,11 @@ def reduce_scatter_rows(tensor: torch.Tensor) -> torch.Tensor:
     return shard
 
 
-def all_gather_rows(output: torch.Tensor, shard: torch.Tensor) -> None:
-    """Every rank's ``shard``, one after the other, in ``output``; the shard may be a view of its own place there."""
+def all_gather_rows(output: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
+    """The ranks' ``shard``, one after the other, in ``output``; the shard may be a view of its own place there."""
     # torch 2.13 deprecates the old name.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    all_gather(output, shard)
+    all_gather(output, shard, group=group)
 
 
 def barrier() -> None:
@@ -95,6 +104,25 @@ def agree(action: Callable[[], T], what: str) -> T:
     if error is not None:
         raise error
     return result  # type: ignore[return-value]
+
+
+def gather_objects(value: T) -> list[T]:
+    """Every rank's value (what pickle can hold, as it travels between this run's processes), on every rank."""
+    if not is_distributed():
+        return [value]
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_main_process(action: Callable[[], T], what: str) -> T:
+    """Run ``action`` on rank 0 alone and give every rank its result.
+
+    Raises:
+        SMTError: rank 0's, on all ranks.
+    """
+    result = agree(lambda: action() if get_rank() == 0 else None, what)
+    return gather_objects(result)[0]
 
 
 def main_process_first(action: Callable[[], T], what: str) -> T:

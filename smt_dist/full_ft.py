@@ -5,7 +5,7 @@ Its peak memory is full fine-tuning's, and it moves the base: the blocks then be
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -13,11 +13,14 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smt_dist.config import SMTConfig
-from smt_dist.distributed import barrier, get_rank, get_world_size
+from smt_dist.distributed import get_rank, get_world_size
 from smt_dist.engines import Engine, Tuning
+from smt_dist.files import save_tokenizer
 from smt_dist.model import gathered
+from smt_dist.saves import Save, write_on_rank_zero
 from smt_dist.scores import BlockScores, make_accumulator
-from smt_dist.warmup import Batch, build_scores, plan_grids, probe_modules, run_steps
+from smt_dist.steps import Batch, Observer, run_steps
+from smt_dist.warmup import build_scores, plan_grids, probe_modules
 
 
 def collect_scores_full_ft(
@@ -28,6 +31,7 @@ def collect_scores_full_ft(
     learning_rate: float,
     accumulation: int = 1,
     progress: bool = False,
+    observe: Observer | None = None,
 ) -> BlockScores:
     """Fully fine-tune ``model`` for ``config.warmup.steps`` steps and score the gradients.
 
@@ -39,6 +43,7 @@ def collect_scores_full_ft(
         learning_rate: of AdamW, constant.
         accumulation: micro-batches a global step.
         progress: show a progress bar on rank 0.
+        observe: looks on from the beginning.
 
     Raises:
         SMTError: as :func:`collect_scores`.
@@ -50,7 +55,7 @@ def collect_scores_full_ft(
     model.train()
     label = "warm-up (full fine-tuning)" if progress else None
     with engine.full_finetuning(model, learning_rate, accumulation) as tuning, probe_modules(model, accumulator, grids):
-        steps = run_steps(model, _summed(tuning), batches, config.warmup.steps, accumulator, label)
+        steps = run_steps(model, _summed(tuning), batches, config.warmup.steps, accumulator, label, observe)
     tables = {name: table / get_world_size() for name, table in accumulator.tables().items()}
     return build_scores(model, config, groups, grids, tables, steps)
 
@@ -65,20 +70,33 @@ def _summed(tuning: Tuning) -> Tuning:
 
 
 def save_moved_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the base as the warm-up moved it, an ordinary model folder; collective.
+    """Write the base as the warm-up moved it, an ordinary model folder, whole or not at all; collective.
 
     Weights are gathered one at a time; rank 0 holds them all, on the CPU.
+
+    Raises:
+        SMTError: it can't be written (a full disk); on all ranks.
     """
-    if model.is_distributed_loading_by_transformers:  # fsdp2: its own save_pretrained gathers, on all ranks
-        model.save_pretrained(folder)
-    else:
-        _save_gathered(model, folder)
-    if get_rank() == 0:
-        tokenizer.save_pretrained(folder)
-    barrier()
+    save = Save(folder)
+
+    def on_rank_zero(action: Callable[[], object]) -> None:
+        write_on_rank_zero(action, str(folder), "saving the moved base")
+
+    try:
+        on_rank_zero(save.begin)
+        if model.is_distributed_loading_by_transformers:  # fsdp2: its own save_pretrained gathers, on all ranks
+            model.save_pretrained(save.folder)
+        else:
+            state = _gathered_state(model)
+            on_rank_zero(lambda: model.save_pretrained(save.folder, state_dict=state))
+        on_rank_zero(lambda: save_tokenizer(tokenizer, save.folder))
+        on_rank_zero(save.commit)
+    finally:
+        save.close()
 
 
-def _save_gathered(model: PreTrainedModel, folder: Path) -> None:
+def _gathered_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """All weights and buffers on rank 0, on the CPU; nothing on the others."""
     state: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         with gathered(parameter) as weight:
@@ -87,4 +105,4 @@ def _save_gathered(model: PreTrainedModel, folder: Path) -> None:
     if get_rank() == 0:
         kept = model.state_dict().keys()
         state |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in kept}
-        model.save_pretrained(folder, state_dict=state)
+    return state

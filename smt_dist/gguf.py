@@ -13,11 +13,12 @@ import uuid
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTrainedModel
 
 from smt_dist.errors import SMTError, first_line
-
-GGUF_MAGIC = b"GGUF"
+from smt_dist.files import save_tokenizer
+from smt_dist.gguf_header import check_gguf_header
 
 
 def default_cache_dir() -> Path:
@@ -77,24 +78,18 @@ def dequantize_gguf(
 
 
 def _check_and_hash(gguf_file: Path) -> str:
-    digest = hashlib.sha256()
+    check_gguf_header(gguf_file)
     try:
         with gguf_file.open("rb") as file:
-            if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
-                raise SMTError(f"{gguf_file}: isn't a GGUF file (it doesn't begin with 'GGUF')")
-            digest.update(GGUF_MAGIC)
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except FileNotFoundError:
-        raise SMTError(f"{gguf_file}: no such file") from None
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise SMTError(f"{gguf_file}: can't be read: {error.strerror}") from error
-    return digest.hexdigest()
 
 
 def _convert(gguf_file: Path, target: Path, dtype: torch.dtype) -> None:
     try:
         source = {"pretrained_model_name_or_path": str(gguf_file.parent), "gguf_file": gguf_file.name}
+        source["trust_remote_code"] = False  # else transformers asks at the terminal, and waits
         tokenizer = AutoTokenizer.from_pretrained(**source)
         model = AutoModelForCausalLM.from_pretrained(
             **source, dtype=dtype, quantization_config=GgufConfig(dequantize=True)
@@ -105,8 +100,11 @@ def _convert(gguf_file: Path, target: Path, dtype: torch.dtype) -> None:
     except Exception as error:
         raise SMTError(f"{gguf_file}: can't be read as a GGUF model: {first_line(error)}") from error
     _remove_quantization_marks(model)
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    try:
+        model.save_pretrained(target)
+        save_tokenizer(tokenizer, target)
+    except SafetensorError as error:  # a full disk
+        raise OSError(str(error)) from None
 
 
 def _remove_quantization_marks(model: PreTrainedModel) -> None:

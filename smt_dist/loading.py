@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from safetensors import SafetensorError
 from torch.utils.cpp_extension import get_default_build_root
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
     set_hf_deepspeed_config,
@@ -25,8 +24,8 @@ from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.data import prepare_model_for_packing
 from smt_dist.distributed import agree, get_world_size, main_process_first
 from smt_dist.engines import make_engine
-from smt_dist.errors import RankError, SMTError, first_line
 from smt_dist.gguf import dequantize_gguf, find_gguf_file
+from smt_dist.model_folder import check_model_folder, load_causal_lm, load_tokenizer
 
 if TYPE_CHECKING:
     import torch
@@ -50,7 +49,7 @@ def initialize_process_group(args: SMTTrainingArguments) -> None:
         if args.local_process_index == 0:
             warn_of_abandoned_builds()
         # Before from_pretrained: without it zero.Init would reckon with one rank.
-        deepspeed.init_distributed()
+        deepspeed.init_distributed(timeout=timedelta(seconds=args.ddp_timeout))
 
 
 def warn_of_abandoned_builds(minutes: float = 5) -> None:
@@ -90,19 +89,16 @@ def load_tokenizer_and_model(
     if run.gguf_file is not None:
         with _without_zero_init(args):
             source = str(main_process_first(lambda: _dequantize(run, args.base_dtype), "dequantising the GGUF file"))
-    options = {"trust_remote_code": run.trust_remote_code}
-    sharding = make_engine(args).load_options()
-    if run.attn_implementation is not None:
-        options["attn_implementation"] = run.attn_implementation
-    agree(lambda: _check_model_folder(source, run.trust_remote_code), "reading the model's config")
+    options = {} if run.attn_implementation is None else {"attn_implementation": run.attn_implementation}
+    config = agree(lambda: check_model_folder(source, run.trust_remote_code), "reading the model's config")
+    engine = make_engine(args)
+    sharding = engine.load_options(config, args.base_dtype)
     logger.info("engine %s, %d ranks", args.engine, get_world_size())
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=run.trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=args.base_dtype, **options, **sharding)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise RankError(f"{source}: can't be loaded as a causal language model ({first_line(error)})") from None
+    tokenizer = agree(lambda: load_tokenizer(source, run.trust_remote_code), "reading the tokenizer")
+    model = load_causal_lm(source, args.base_dtype, run.trust_remote_code, **options, **sharding)
     if not sharding and not is_deepspeed_zero3_enabled():
         model.to(args.device)
+    engine.prepare_base(model)
     if args.activation_checkpointing:  # for the warm-up; Trainer enables it again with all its options
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         # It also lets the embedding's output require a gradient, which would run the backward of layers below the
@@ -112,17 +108,6 @@ def load_tokenizer_and_model(
         rows = [args.per_device_train_batch_size, args.per_device_eval_batch_size if run.eval_file else 0]
         prepare_model_for_packing(model, max(rows))
     return tokenizer, model
-
-
-def _check_model_folder(source: str, trust_remote_code: bool) -> None:
-    """What fails on one rank only (a folder that a node lacks) must be found before ranks load together."""
-    is_hub_name = re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source) and not source.startswith(".")
-    if not is_hub_name and not Path(source).is_dir():
-        raise SMTError(f"--model_name_or_path: {source}: no such folder")
-    try:
-        AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise SMTError(f"{source}: no model folder, nor a model on the hub ({first_line(error)})") from None
 
 
 def _dequantize(run: RunArguments, dtype: torch.dtype) -> Path:

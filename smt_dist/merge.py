@@ -9,18 +9,19 @@ from torch import nn
 
 from smt_dist.blocks import read_blocks, write_blocks
 from smt_dist.errors import SMTError
-from smt_dist.model import sparse_layers
-from smt_dist.sparse_linear import SparseLinear
-from smt_dist.targets import tied_parameter_names
+from smt_dist.frozen_blocks import FrozenBlocks
+from smt_dist.model import bare, sparse_layers
+from smt_dist.sparse_linear import SparseLayer
+from smt_dist.targets import base_modules, tied_parameter_names
 
 # Where a merged base keeps what `unmerge_blocks` needs: in `__dict__`, so that no submodule is registered.
 _UNDO = "_smt_undo"
 
 
 class _Undo(NamedTuple):
-    layer: SparseLinear
+    layer: SparseLayer
     weight: nn.Parameter  # the parameter before the merge: another one after it, if it was tied
-    blocks: torch.Tensor  # its selected blocks before the merge
+    blocks: list[tuple[SparseLayer, torch.Tensor]]  # layers with blocks, outermost first, and the weight's before
 
 
 def merged_blocks(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
@@ -42,7 +43,7 @@ def merge_blocks(model: nn.Module) -> None:
         SMTError: the model has no blocks, or a weight is sharded or quantised (merge the saved adapter with
             ``launch/merge_adapter.py``). The model is unchanged then.
     """
-    layers = sparse_layers(model)
+    layers = {name: module for name, module in base_modules(model) if isinstance(module, SparseLayer)}
     if not layers:
         raise SMTError("the model has no blocks to merge")
     for name, layer in layers.items():
@@ -50,12 +51,15 @@ def merge_blocks(model: nn.Module) -> None:
     for module in model.modules():
         module.__dict__.pop(_UNDO, None)  # of an earlier merge, which is part of the base from here on
     for name, layer in layers.items():
-        base, original = layer.base, layer.base.weight
-        before = read_blocks(original, layer.grid, layer.blocks)
+        base, original = bare(layer), layer.weight
+        parts = [part for part in (layer, layer.base) if isinstance(part, SparseLayer)]
+        before = [(part, read_blocks(original, part.grid, part.blocks)) for part in parts]
         if tied_parameter_names(model, name):
             base.weight = nn.Parameter(original.detach().clone(), requires_grad=False)
             model.config.tie_word_embeddings = False
-        write_blocks(base.weight, layer.grid, layer.blocks, merged_blocks(before, layer.delta.detach()))
+        for part, blocks in before:
+            delta = part.master if isinstance(part, FrozenBlocks) else part.delta.detach()
+            write_blocks(base.weight, part.grid, part.blocks, merged_blocks(blocks, delta))
         base.__dict__[_UNDO] = _Undo(layer, original, before)
         model.set_submodule(name, base)
 
@@ -77,12 +81,13 @@ def unmerge_blocks(model: nn.Module) -> None:
             base.weight = undo.weight
             model.config.tie_word_embeddings = True
         else:
-            write_blocks(base.weight, undo.layer.grid, undo.layer.blocks, undo.blocks)
+            for part, blocks in undo.blocks:
+                write_blocks(base.weight, part.grid, part.blocks, blocks)
         model.set_submodule(name, undo.layer)
 
 
-def _refuse_unmergeable(name: str, layer: SparseLinear) -> None:
-    weight = layer.base.weight
+def _refuse_unmergeable(name: str, layer: SparseLayer) -> None:
+    weight = layer.weight
     sharded = hasattr(weight, "ds_id") or hasattr(weight, "full_tensor")
     if sharded or not weight.is_floating_point():
         kind = "sharded" if sharded else f"quantised ({weight.dtype})"

@@ -16,17 +16,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from smt_dist.adapter import Adapter, read_adapter, verify_fingerprint
 from smt_dist.blocks import read_blocks, write_blocks
 from smt_dist.errors import SMTError, first_line
 from smt_dist.merge import summed_blocks
 from smt_dist.model import Fingerprint
-from smt_dist.targets import tied_parameter_names, weight_shape
+from smt_dist.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder, empty_model, read_config, weight_files
+from smt_dist.targets import is_linear, tied_parameter_names, weight_shape
 
-INDEX_FILE = "model.safetensors.index.json"
-SINGLE_FILE = "model.safetensors"
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".bin.index.json")
 
 
@@ -73,16 +71,25 @@ def merge_adapter_files(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise SMTError(f"{output}: exists already and isn't empty")
     adapter = read_adapter(adapter_folder)
-    base = _BaseFiles(_find_folder(model_name_or_path))
+    folder = _find_folder(model_name_or_path)
+    check_model_folder(str(folder))
+    base = _BaseFiles(folder)
     plan = _Plan(base, adapter)
     _verify_fingerprint(plan, adapter_folder)
 
+    try:
+        return _write(plan, output, dtype, max_shard_bytes, progress)
+    except (OSError, SafetensorError) as error:
+        raise SMTError(f"{output}: can't be written ({first_line(error)})") from None
+
+
+def _write(plan: _Plan, output: Path, dtype: torch.dtype | None, max_shard_bytes: int, progress: bool) -> MergeReport:
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{output.name}.", dir=output.parent) as temporary:
         folder = Path(temporary) / "model"
         folder.mkdir()
         report = _write_weights(plan, folder, dtype, max_shard_bytes, progress)
-        _copy_other_files(base.folder, folder, dtype, untied=plan.untied)
+        _copy_other_files(plan.base.folder, folder, dtype, untied=plan.untied)
         if output.exists():
             output.rmdir()
         folder.rename(output)
@@ -94,20 +101,7 @@ class _BaseFiles:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._files = self._index()
-
-    def _index(self) -> dict[str, Path]:
-        index = self.folder / INDEX_FILE
-        try:
-            if index.exists():
-                content = json.loads(index.read_text())["weight_map"]
-                return {name: self.folder / Path(file).name for name, file in content.items()}
-            with safe_open(self.folder / SINGLE_FILE, framework="pt") as file:
-                return dict.fromkeys(file.keys(), self.folder / SINGLE_FILE)
-        except FileNotFoundError:
-            raise SMTError(f"{self.folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}") from None
-        except (KeyError, TypeError, json.JSONDecodeError, SafetensorError, AttributeError) as error:
-            raise SMTError(f"{self.folder}: damaged weights or index ({error})") from None
+        self._files = weight_files(folder)
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -132,7 +126,7 @@ class _Plan:
         self.modules: dict[str, str] = {}  # tensor name -> module
         self.copied: dict[str, str] = {}  # tensor to add -> the tied tensor that it starts as
         self.untied = False
-        model = _empty_model(base.folder)
+        model = empty_model(base.folder, read_config(base.folder))
         for module in adapter.selection.blocks:
             self._place(model, module)
 
@@ -141,6 +135,8 @@ class _Plan:
             layer = model.get_submodule(module)
         except AttributeError:
             raise SMTError(f"{self.base.folder}: {type(model).__name__} has no module {module}") from None
+        if not is_linear(layer):
+            raise SMTError(f"{self.base.folder}: {module} is a {type(layer).__name__}, not a linear layer")
         self.adapter.selection.grid(module, weight_shape(layer))
         prefix = f"{model.base_model_prefix}."
         names = [f"{module}.weight", f"{module}.weight".removeprefix(prefix)]
@@ -263,16 +259,6 @@ def _other_files(folder: Path) -> Iterator[Path]:
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES) and not path.name.startswith("."):
             yield path
-
-
-def _empty_model(folder: Path) -> nn.Module:
-    """The model without weights: its module names, shapes and ties."""
-    try:
-        config = AutoConfig.from_pretrained(folder)
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
-    except (OSError, ValueError, KeyError) as error:
-        raise SMTError(f"{folder}: not a causal language model's folder ({first_line(error)})") from None
 
 
 def _find_folder(model_name_or_path: str | Path) -> Path:

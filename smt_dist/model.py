@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from smt_dist.blocks import BlockSelection, read_blocks
 from smt_dist.config import SMTConfig
 from smt_dist.errors import SMTError
-from smt_dist.sparse_linear import SparseLinear
-from smt_dist.targets import base_modules, full_numel, is_linear, tied_parameter_names, weight_shape
+from smt_dist.frozen_blocks import FrozenBlocks, make_frozen, rearrange, without
+from smt_dist.sparse_embedding import SparseEmbedding
+from smt_dist.sparse_linear import SparseLayer, SparseLinear
+from smt_dist.targets import (
+    base_modules,
+    full_numel,
+    is_embedding,
+    takes_blocks,
+    tied_parameter_names,
+    weight_shape,
+    why_no_blocks,
+)
 
 
 def apply_selection(
@@ -26,7 +37,7 @@ def apply_selection(
     fingerprint: str | None = None,
     device: torch.device | None = None,
 ) -> None:
-    """Wrap each selected module in a :class:`SparseLinear`, in place, and freeze everything but the blocks.
+    """Wrap each selected module in a :class:`SparseLayer`, in place, and freeze everything but the blocks.
 
     Args:
         model: any model; its weights may be partitioned by ZeRO-3 or sharded by FSDP2.
@@ -39,8 +50,8 @@ def apply_selection(
         device: of the blocks; default: each base weight's, which is wrong where the base is offloaded.
 
     Raises:
-        SMTError: a module is missing, not linear, tied, or of another shape; or the model has blocks already.
-            The model is unchanged then.
+        SMTError: a module is missing, neither linear nor an embedding, tied, or of another shape; or the model has
+            blocks already. The model is unchanged then.
     """
     if sparse_layers(model):
         raise SMTError("the model has blocks already; remove them with smt_dist.remove_blocks(model) first")
@@ -57,19 +68,20 @@ def apply_selection(
 
 def _build_layers(
     model: nn.Module, selection: BlockSelection, dtype: torch.dtype, device: torch.device | None, untie: bool
-) -> dict[str, SparseLinear]:
+) -> dict[str, SparseLayer]:
     modules = dict(base_modules(model))
     layers = {}
     for name, blocks in selection.blocks.items():
         if name not in modules:
             raise SMTError(f"selection: the model ({type(model).__name__}) has no module {name}")
         module = modules[name]
-        if not is_linear(module):
-            raise SMTError(f"selection: {name} is a {type(module).__name__}, not a linear layer")
+        if not takes_blocks(module):
+            raise SMTError(f"selection: {name} {why_no_blocks(module)}")
         grid = selection.grid(name, weight_shape(module))
         if not untie and (others := tied_parameter_names(model, name)):
             raise SMTError(f"selection: {name} is tied to {others[0]}; pass untie=True to cut the tie at the merge")
-        layers[name] = SparseLinear(module, grid, blocks, dtype, device or module.weight.device)
+        kind = SparseEmbedding if is_embedding(module) else SparseLinear
+        layers[name] = kind(module, grid, blocks, dtype, device or module.weight.device)
         layers[name].train(module.training)
     return layers
 
@@ -85,15 +97,83 @@ def _refuse_other_config(selection: BlockSelection, config: SMTConfig) -> None:
         raise SMTError(f"selection: its blocks are {selection.block_size}, the smt config's block_size is {size}")
 
 
-def sparse_layers(model: nn.Module) -> dict[str, SparseLinear]:
-    """Module name -> layer with blocks, in the model's order."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, SparseLinear)}
+def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
+    """Module name -> layer with trainable blocks, in the model's order."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, SparseLayer) and not isinstance(module, FrozenBlocks)
+    }
+
+
+def frozen_layers(model: nn.Module) -> dict[str, FrozenBlocks]:
+    """Module name -> layer with frozen blocks, in the model's order; it may lie below one with trainable blocks."""
+    found = {name: module for name, module in base_modules(model) if isinstance(module, SparseLayer)}
+    inner = {name: layer if isinstance(layer, FrozenBlocks) else layer.base for name, layer in found.items()}
+    return {name: layer for name, layer in inner.items() if isinstance(layer, FrozenBlocks)}
+
+
+def touched_selection(model: nn.Module) -> BlockSelection:
+    """All blocks that differ from the base: the trainable ones, and those that re-selection has frozen."""
+    active, frozen = model.smt_selection, frozen_layers(model)
+    if not frozen:
+        return active
+    order = [name for name, module in base_modules(model) if isinstance(module, SparseLayer)]
+    blocks = {
+        name: sorted([*active.blocks.get(name, ()), *(frozen[name].blocks if name in frozen else ())]) for name in order
+    }
+    shapes = {name: (model.get_submodule(name).grid.rows, model.get_submodule(name).grid.cols) for name in order}
+    groups = {**getattr(model, "smt_frozen_groups", {}), **active.groups}
+    return BlockSelection(
+        block_size=active.block_size,
+        blocks=blocks,
+        shapes=shapes,
+        groups={name: groups[name] for name in order if name in groups},
+    )
+
+
+def attach_touched(
+    model: nn.Module,
+    touched: BlockSelection,
+    active: BlockSelection,
+    deltas: Mapping[str, torch.Tensor],
+    config: SMTConfig | None,
+    dtype: torch.dtype,
+    device: torch.device | None = None,
+    fingerprint: str | None = None,
+) -> None:
+    """Put blocks into ``model``, in place, of which only ``active`` ones are trained; blocks it has are replaced.
+
+    Args:
+        model: as for :func:`apply_selection`.
+        touched: all blocks.
+        active: those to train.
+        deltas: module -> fp32 values of its touched blocks.
+        config: recorded in the adapters that are saved from this model.
+        dtype: of the blocks.
+        device: of the blocks, as in :func:`apply_selection`.
+        fingerprint: of the base under the touched blocks, where the caller knows it.
+    """
+    remove_blocks(model)
+    fingerprint = fingerprint or base_fingerprint(model, touched)
+    frozen = without(touched, active)
+    for name, blocks in (frozen.blocks if frozen is not None else {}).items():
+        base = model.get_submodule(name)
+        grid = frozen.grid(name, weight_shape(base))
+        master = rearrange(deltas[name], touched, frozen, name)
+        layer = make_frozen(base, grid, blocks, master, dtype, device or base.weight.device)
+        model.set_submodule(name, layer)
+    model.smt_frozen_groups = dict(touched.groups)
+    apply_selection(model, active, config, dtype, fingerprint=fingerprint, device=device)
+    with torch.no_grad():
+        for name, layer in sparse_layers(model).items():
+            layer.delta.copy_(rearrange(deltas.get(name), touched, active, name))
 
 
 @contextmanager
 def blocks_disabled(model: nn.Module) -> Iterator[None]:
     """The base model's outputs inside the context, without touching a weight."""
-    before = {layer: layer.enabled for layer in sparse_layers(model).values()}
+    before = {layer: layer.enabled for layer in model.modules() if isinstance(layer, SparseLayer)}
     for layer in before:
         layer.enabled = False
     try:
@@ -105,13 +185,21 @@ def blocks_disabled(model: nn.Module) -> Iterator[None]:
 
 def remove_blocks(model: nn.Module) -> None:
     """Put the base modules back, in place; the blocks are dropped. Parameters stay frozen."""
-    for name, layer in sparse_layers(model).items():
-        model.set_submodule(name, layer.base)
+    layers = {name: module for name, module in base_modules(model) if isinstance(module, SparseLayer)}
+    for name, layer in layers.items():
+        model.set_submodule(name, bare(layer))
     _forget(model)
 
 
+def bare(module: nn.Module) -> nn.Module:
+    """The base below all blocks."""
+    while isinstance(module, SparseLayer):
+        module = module.base
+    return module
+
+
 def _forget(model: nn.Module) -> None:
-    for name in ("smt_selection", "smt_config", "smt_base_fingerprint"):
+    for name in ("smt_selection", "smt_config", "smt_base_fingerprint", "smt_frozen_groups", "smt_reselected_at"):
         if hasattr(model, name):
             delattr(model, name)
 
@@ -124,8 +212,7 @@ def base_fingerprint(model: nn.Module, selection: BlockSelection) -> str:
     fingerprint = Fingerprint(selection)
     modules = dict(base_modules(model))
     for name in selection.blocks:
-        module = modules[name]
-        module = module.base if isinstance(module, SparseLinear) else module
+        module = bare(modules[name])
         with gathered(module.weight) as weight:
             fingerprint.add(name, weight, weight_shape(module))
     return fingerprint.hexdigest()
@@ -168,6 +255,13 @@ def gathered(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
 
     with deepspeed.zero.GatheredParameters([parameter]):
         yield parameter
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of weights that FSDP2 keeps gathered after a forward without a backward: the outermost ones."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def describe_blocks(model: nn.Module) -> str:

@@ -7,7 +7,7 @@ reduce-scatter of their gradients, the wrapped optimizer's step on this rank's s
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from itertools import pairwise
 from typing import Any
 
@@ -20,9 +20,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from smt_dist.distributed import (
     all_gather_rows,
     all_reduce_sum,
-    get_world_size,
     is_distributed,
-    reduce_scatter_rows,
 )
 from smt_dist.elementwise import (
     counter_state,
@@ -32,6 +30,7 @@ from smt_dist.elementwise import (
     refuse_unless_elementwise,
 )
 from smt_dist.flat import FlatParameters, Range
+from smt_dist.gradients import GradientSums, SlicedGradients, WholeGradients
 
 
 class ShardedBlockOptimizer(torch.optim.Optimizer):
@@ -39,12 +38,14 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
 
     All parameters lie end to end in one flat buffer, cut into equal slices, one a rank (the last one is padded).
     Gradients of micro-batches add up in fp32 without communication; :meth:`clip_grad_norm_` or :meth:`step`, whichever
-    comes first, averages them over ranks. A parameter without a gradient counts as one with a gradient of zero. Weight
-    decay pulls a block's delta to zero, that is, the model to its base.
+    comes first, averages them over ranks. Where the number of micro-batches is told, the last backward does so itself,
+    slice by slice. A parameter without a gradient counts as one with a gradient of zero. Weight decay pulls a block's
+    delta to zero, that is, the model to its base.
 
-    Collective are ``step``, ``clip_grad_norm_``, ``read_master`` and ``read_moments``, nothing else. Memory a rank, for
-    N trained elements on W ranks, AdamW, and parameters of 2 bytes: 12 N / W (master, two moments) + 2 N (what
-    computes) + 4 N (gradients); see :meth:`memory_bytes`.
+    Collective are ``step``, ``clip_grad_norm_``, ``read_master`` and ``read_moments``, with ``micro_batches`` the last
+    backward, nothing else. Memory a rank, for N trained elements on W ranks, AdamW, and parameters of 2 bytes: 12 N / W
+    (master, two moments) + 2 N (what computes) + 4 N (gradients; about 12 N / W for one micro-batch that is told); see
+    :meth:`memory_bytes`.
 
     Args:
         groups: parameter groups of equal dtype and device, as for any torch optimizer; learning rate and other
@@ -52,6 +53,11 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         optimizer_class: the optimizer to wrap. It must update each element from that element's history alone.
         options: its keyword arguments.
         reduce_dtype: in which gradients cross the network; they are added up before and used after in fp32.
+        micro_batches: backwards in a step, if it is known: gradients then go to the ranks that own them while the last
+            backward runs (:class:`smt_dist.gradients.SlicedGradients`).
+
+    Attributes:
+        overflow: whether the last step was left out because the norm that was measured for it wasn't finite.
 
     Raises:
         SMTError: the optimizer isn't elementwise (Adafactor, LAMB, Muon, ...).
@@ -63,13 +69,17 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         optimizer_class: type[torch.optim.Optimizer] = torch.optim.AdamW,
         options: dict[str, Any] | None = None,
         reduce_dtype: torch.dtype = torch.float32,
+        micro_batches: int | None = None,
     ) -> None:
         refuse_unless_elementwise(optimizer_class, options or {})
-        self.reduce_dtype = reduce_dtype
         parameters = [parameter for group in groups for parameter in group["params"]]
         self._flat = FlatParameters(parameters)
-        self._gradients = torch.zeros(len(self._flat.values), device=self._flat.values.device)
+        self.gradients: GradientSums = WholeGradients(self._flat, reduce_dtype)
+        if micro_batches is not None and is_distributed():
+            self.gradients = SlicedGradients(self._flat, reduce_dtype, micro_batches)
         self._reduced = False
+        self._norm: torch.Tensor | None = None
+        self.overflow = False
 
         # In fp32 a master is a view of this rank's slice of the values, no copy of it.
         own = self._flat.own
@@ -90,12 +100,20 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Average the gradients over ranks, step this rank's slice, share the new values; gradients are zero after."""
+        """Average the gradients over ranks, step this rank's slice, share the new values; gradients are zero after.
+
+        After :meth:`clip_grad_norm_` has found a norm that isn't finite, masters, moments and counters stay as they
+        are, on all ranks alike, and :attr:`overflow` says so.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         self._flat.check()
+        self.overflow = self._norm is not None and not bool(self._norm.isfinite())
+        if self.overflow:
+            self.zero_grad()
+            return loss
         self._reduce()
         for outer, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({key: value for key, value in outer.items() if key != "params"})
@@ -112,7 +130,7 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         """
         if self._reduced:
             raise RuntimeError("a backward between clip_grad_norm_ and step: its gradient would be lost")
-        self._flat.ranges[parameter].of(self._gradients).add_(parameter.grad.reshape(-1))
+        self.gradients.add(parameter)
         parameter.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002
@@ -121,8 +139,8 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
             parameter.grad = None
         for master in self._masters:
             master.grad = None
-        self._gradients.zero_()
-        self._reduced = False
+        self.gradients.clear()
+        self._reduced, self._norm = False, None
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
@@ -138,15 +156,14 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         for master in self._masters:
             master.grad.mul_(scale)
+        self._norm = norm
         return norm.float()
 
     def _reduce(self) -> None:
         """Average the gradients over ranks, once a step; this rank's slice becomes the masters' gradients."""
         if self._reduced:
             return
-        own = self._gradients
-        if is_distributed():
-            own = reduce_scatter_rows(self._gradients.to(self.reduce_dtype)).float().div_(get_world_size())
+        own = self.gradients.average()
         for master, part in zip(self._masters, self._group_ranges, strict=True):
             master.grad = part.of(own, self._flat.own.start)
         self._reduced = True
@@ -182,6 +199,16 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         group = self._group_of(parameter)
         state = self.inner.state[self._masters[group]]
         return {key: self._collect(parameter, state[key], group) for key in self.moment_names}
+
+    def damaged_parameter(self) -> nn.Parameter | None:
+        """The first parameter of whose fp32 master this rank's values aren't the rounding; not collective."""
+        for master, part in zip(self._masters, self._group_ranges, strict=True):
+            values, expected = part.of(self._flat.values), master.detach().to(self._flat.values.dtype)
+            wrong = values.view(torch.uint8) != expected.view(torch.uint8)
+            if len(part) and bool(wrong.any()):
+                index = part.start + int(wrong.nonzero()[0]) // values.element_size()
+                return next(p for p, place in self._flat.ranges.items() if place.start <= index < place.stop)
+        return None
 
     @torch.no_grad()
     def write(
@@ -221,8 +248,14 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
             "masters": 0 if self._flat.values.dtype == torch.float32 else sum(m.nbytes for m in self._masters),
             "moments": sum(moment.nbytes for moment in moments),
             "values": self._flat.values.nbytes,
-            "gradients": self._gradients.nbytes,
+            "gradients": sum(tensor.nbytes for tensor in self.gradients.tensors()),
         }
+
+    def held_tensors(self) -> Iterator[tuple[str, Any]]:
+        """(category of :mod:`smt_dist.memory.categories`, tensors) of everything that this rank holds."""
+        yield "gradients", self.gradients.tensors()
+        yield "optimizer_state", [self._masters, [list(state.values()) for state in self.inner.state.values()]]
+        yield "blocks", self._flat.values  # last: in fp32 the masters are a part of them
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state: this rank's slice only, without the masters; not collective.

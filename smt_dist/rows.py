@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from smt_dist.errors import SMTError, first_line
+from smt_dist.files import refuse_double_keys
 
 RowFormat = Literal["instruction", "messages", "text"]
 FORMATS_HELP = "'instruction' and 'output' (and perhaps 'input'), or 'messages', or 'text'"
@@ -53,6 +54,8 @@ class Rows(Sequence):
             raise self.error(index, f"field '{field}' is missing")
         if not isinstance(value, str):
             raise self.error(index, f"field '{field}' must be a string, not {type(value).__name__}")
+        if not _is_text(value):
+            raise self.error(index, f"field '{field}' holds half a character (a lone surrogate)")
         return value
 
 
@@ -153,6 +156,17 @@ def _check_messages(rows: Rows, index: int) -> None:
         for field in ("role", "content"):
             if not isinstance(message.get(field), str):
                 raise rows.error(index, f"message {number}: field '{field}' is missing or not a string")
+            if not _is_text(message[field]):
+                raise rows.error(index, f"message {number}: field '{field}' holds half a character (a lone surrogate)")
+
+
+def _is_text(value: str) -> bool:
+    """JSON can hold halves of UTF-16 pairs, which no tokenizer takes."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_text(path: Path) -> str:
@@ -168,7 +182,7 @@ def _read_text(path: Path) -> str:
 
 def _parse(text: str, where: str) -> Any:
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=refuse_double_keys)
     except (ValueError, RecursionError) as error:
         raise SMTError(
             f"{where}: not JSON ({first_line(error)}); expected a list of objects, or one object a line"

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import datasets
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from smt_dist.adapter import CONFIG_FILE, SELECTION_FILE, Adapter, attach_adapter, config_of, read_adapter
+from smt_dist.adapter import (
+    CONFIG_FILE,
+    SELECTION_FILE,
+    Adapter,
+    attach_adapter,
+    config_of,
+    read_active,
+    read_adapter,
+)
 from smt_dist.arguments import SMTTrainingArguments
+from smt_dist.batches import TrainingData, warmup_batches
 from smt_dist.blocks import BlockSelection
+from smt_dist.chunked_loss import chunk_loss
 from smt_dist.config import SMTConfig
 from smt_dist.data import (
     CausalLMCollator,
@@ -27,8 +37,14 @@ from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
 from smt_dist.full_ft import collect_scores_full_ft
 from smt_dist.model import apply_selection, describe_blocks
+from smt_dist.phases import enter_phase
+from smt_dist.picture import write_pictures
+from smt_dist.saves import write_on_rank_zero
+from smt_dist.score_files import SCORES_FILE, belongs_to, load_scores, save_scores, scores_path
 from smt_dist.scores import BlockScores
 from smt_dist.selection import select_blocks
+from smt_dist.steps import Observer
+from smt_dist.targets import find_targets
 from smt_dist.trainer import STATE_BYTES, state_bytes_per_rank
 from smt_dist.warmup import collect_scores
 
@@ -60,7 +76,17 @@ class RunArguments:
         default=None, metadata={"help": "GGUF file (in the model folder, or a path): dequantised once and cached"}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "such as sdpa or flash_attention_2"})
+    picture: bool = field(
+        default=True, metadata={"help": "write selection.html and PNG files (needs plotly and matplotlib)"}
+    )
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+    profile_memory: str | None = field(
+        default=None,
+        metadata={"help": "folder: record each rank's memory in every phase, and write it beside its plan (train.py)"},
+    )
+    profile_memory_steps: int = field(
+        default=2, metadata={"help": "first steps of the warm-up and of training to record change by change"}
+    )
 
     def check(self) -> None:
         """Raise SMTError for what can be seen without reading anything."""
@@ -68,21 +94,17 @@ class RunArguments:
             raise SMTError("--model_name_or_path is missing (or --gguf_file)")
         if self.prompt_style not in ("plain", "chat"):
             raise SMTError(f"--prompt_style: {self.prompt_style!r} is not one of plain, chat")
-        if self.train_file is None and self.dataset_name is None:
-            raise SMTError("--train_file is missing (or --dataset_name)")
         if self.train_file is not None and self.dataset_name is not None:
             raise SMTError("--train_file together with --dataset_name: give one of them")
+        if self.profile_memory_steps < 1:
+            raise SMTError(f"--profile_memory_steps: must be at least 1, not {self.profile_memory_steps}")
         if self.selection and self.adapter:
             raise SMTError("--selection together with --adapter: the adapter brings its own selection")
 
-
-@dataclass
-class TrainingData:
-    """Tokenised rows and what turns them into batches."""
-
-    train: datasets.Dataset
-    evaluation: datasets.Dataset | None
-    collator: CausalLMCollator
+    def check_data(self) -> None:
+        """Raise SMTError where there is nothing to read."""
+        if self.train_file is None and self.dataset_name is None:
+            raise SMTError("--train_file is missing (or --dataset_name)")
 
 
 def load_config(
@@ -96,9 +118,11 @@ def load_config(
     given = SMTConfig.from_json_file(run.smt_config) if run.smt_config is not None else None
     if resume_from is not None:
         config = SMTConfig.from_json_file(Path(resume_from) / CONFIG_FILE)
-        if given is not None and given != config:
+        if given is None:
+            return config
+        if given != config.model_copy(update={"bad_numbers": given.bad_numbers}):
             raise SMTError(f"--smt_config: {run.smt_config} isn't the config that {resume_from} was trained with")
-        return config
+        return given
     if given is None and adapter is not None:
         return adapter.config
     if given is None:
@@ -136,53 +160,52 @@ def load_data(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Training
     return agree(build_all, "reading the data")
 
 
-def warmup_batches(
-    data: TrainingData, args: SMTTrainingArguments, steps: int
-) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """This rank's micro-batches of each global step, in an order that depends on the seed only.
-
-    A global step's rows are the same for every world size and engine with the same global batch; rows are drawn
-    anew, in another order, each time the data is used up.
-    """
-    per_device, rank = args.per_device_train_batch_size, get_rank()
-    micro_batch = per_device * get_world_size()
-    global_batch = micro_batch * args.gradient_accumulation_steps
-    generator = torch.Generator().manual_seed(args.seed if args.data_seed is None else args.data_seed)
-    order: list[int] = []
-    for _ in range(steps):
-        while len(order) < global_batch:
-            order += torch.randperm(len(data.train), generator=generator).tolist()
-        step, order = order[:global_batch], order[global_batch:]
-        yield [
-            data.collator([data.train[index] for index in step[start + rank * per_device :][:per_device]])
-            for start in range(0, global_batch, micro_batch)
-        ]
+def collect(
+    model: PreTrainedModel,
+    data: TrainingData | None,
+    config: SMTConfig,
+    args: SMTTrainingArguments,
+    observe: Observer | None = None,
+) -> BlockScores:
+    """Run the warm-up under the engine; ``data`` may be None where the score needs none, and ``observe`` looks on."""
+    engine = make_engine(args)
+    batches = warmup_batches(data, args, config.warmup.steps) if data is not None else ()
+    progress = not args.disable_tqdm
+    if config.warmup.mode == "full_ft":
+        return collect_scores_full_ft(
+            model, batches, config, engine, args.learning_rate, args.gradient_accumulation_steps, progress, observe
+        )
+    if not config.selection.needs_batches:
+        return collect_scores(model, batches, config, progress)
+    targets = {name for names in find_targets(model, config).values() for name in names}
+    chunk_loss(model, args.loss_chunk_size, targets)
+    with engine.probing(model):
+        return collect_scores(model, batches, config, progress, observe)
 
 
 def collect_and_select(
-    model: PreTrainedModel, data: TrainingData, config: SMTConfig, args: SMTTrainingArguments
+    model: PreTrainedModel,
+    data: TrainingData | None,
+    config: SMTConfig,
+    args: SMTTrainingArguments,
+    observe: Observer | None = None,
 ) -> tuple[BlockSelection, BlockScores]:
-    """Run the warm-up under the engine and choose the blocks."""
-    engine = make_engine(args)
-    batches = warmup_batches(data, args, config.warmup.steps)
-    progress = not args.disable_tqdm
-    if config.warmup.mode == "full_ft":
-        scores = collect_scores_full_ft(
-            model, batches, config, engine, args.learning_rate, args.gradient_accumulation_steps, progress
-        )
-    else:
-        with engine.probing(model):
-            scores = collect_scores(model, batches, config, progress)
+    """Run the warm-up and choose the blocks; ``observe`` looks on."""
+    scores = collect(model, data, config, args, observe)
+    enter_phase("selection")
     return select_blocks(scores, config), scores
 
 
 def find_selection(run: RunArguments, resume_from: str | None) -> tuple[BlockSelection | None, Adapter | None]:
     """A selection made earlier (checkpoint, adapter or file), and the adapter whose blocks to go on from."""
     if resume_from is not None:
-        return BlockSelection.from_json_file(Path(resume_from) / SELECTION_FILE), None
+        selection = BlockSelection.from_json_file(Path(resume_from) / SELECTION_FILE)
+        # After a re-selection it takes the frozen blocks' values too to be where it was.
+        reselected = read_active(Path(resume_from), selection) is not None
+        return selection, read_adapter(resume_from) if reselected else None
     if run.adapter is not None:
         adapter = read_adapter(run.adapter)
-        return adapter.selection, adapter
+        return adapter.trained, adapter
     return (BlockSelection.from_json_file(run.selection), None) if run.selection is not None else (None, None)
 
 
@@ -192,9 +215,11 @@ def attach_blocks(
     config: SMTConfig,
     args: SMTTrainingArguments,
     adapter: Adapter | None = None,
-    adapter_folder: str | None = None,
+    source: str = "",
 ) -> None:
     """Put the blocks into the model, in the dtype that the engine wants, and say what is trained.
+
+    ``source`` names the adapter in errors.
 
     Raises:
         SMTError: the selection doesn't fit the model, or the adapter belongs to another base.
@@ -203,9 +228,10 @@ def attach_blocks(
     # The blocks compute in the base's dtype; the engine keeps their fp32 masters.
     dtype, device = args.base_dtype, args.device
     if adapter is not None:
-        attach_adapter(model, adapter, f"--adapter {adapter_folder}", config, dtype, device=device)
+        attach_adapter(model, adapter, source, config, dtype, device=device, train_active=True)
     else:
         apply_selection(model, selection, config, dtype, device=device)
+    chunk_loss(model, args.loss_chunk_size, {*selection.blocks, *_may_get_blocks(model, config)})
     logger.info("SMT trains %s", describe_blocks(model))
     logger.info(
         "optimizer state: %s bytes a rank (%d a parameter: fp32 master and two moments; sharded over %d ranks)",
@@ -213,6 +239,49 @@ def attach_blocks(
         STATE_BYTES,
         get_world_size(),
     )
+
+
+def _may_get_blocks(model: PreTrainedModel, config: SMTConfig) -> set[str]:
+    """The modules in which re-selection may put blocks later."""
+    return {name for names in find_targets(model, config).values() for name in names} if config.reselect else set()
+
+
+PAGE_FILE = "selection.html"
+
+
+def known_scores(run: RunArguments, output_dir: Path, selection: BlockSelection) -> BlockScores | None:
+    """The scores of a selection that was made earlier: beside its file, or in the folder of its run."""
+    folder = Path(run.adapter) if run.adapter is not None else output_dir
+    path = scores_path(run.selection) if run.selection is not None else folder / SCORES_FILE
+    scores = load_scores(path) if path.is_file() else None
+    return scores if scores is not None and belongs_to(scores, selection) else None
+
+
+def draw(
+    run: RunArguments,
+    page: Path,
+    selection: BlockSelection,
+    scores: BlockScores | None,
+    log_history: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write the selection's picture, where it is wanted, on rank 0."""
+    if run.picture and get_rank() == 0:
+        source = run.model_name_or_path or run.gguf_file or ""
+        write_pictures(page, selection, scores, log_history, {"model": Path(source).name})
+
+
+def keep_scores(scores: BlockScores, path: Path) -> None:
+    """Write the scores, for the picture of a run that is resumed or that uses this selection; collective.
+
+    Raises:
+        SMTError: they can't be written (a full disk); on all ranks.
+    """
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_scores(scores, path)
+
+    write_on_rank_zero(write, str(path), "writing the scores")
 
 
 def check_writable(flag: str, path: Path) -> None:

@@ -2,25 +2,33 @@
 
 Notation: ``g`` is one backward's gradient of a weight ``W [out, in]``, that is ``grad_y^T @ x`` with
 ``grad_y [tokens, out]`` and ``x [tokens, in]``; ``G`` is the sum of ``g`` over ranks, micro-batches and steps.
+An embedding's weight is ``[vocabulary, hidden]`` and its ``x`` are token ids: ``g`` adds each token's ``grad_y`` to the
+row of its id. Ids of -1 (the padding index) count for nothing, as in PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from smt_dist.blocks import BlockGrid
+from smt_dist.config import SALIENCY
 from smt_dist.distributed import (
+    all_gather_rows,
     all_reduce_sum,
-    collective_device,
     get_rank,
     get_world_size,
     is_distributed,
     reduce_scatter_rows,
 )
+from smt_dist.layers import LayerQueue
+
+# Module -> its whole weight [out, in] inside the context; collective where the base is sharded.
+WeightReader = Callable[[str], AbstractContextManager[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class ScoreAccumulator(Protocol):
     """
 
     def keep(self, module: str, x: torch.Tensor) -> torch.Tensor:
-        """What the backward will need of the input ``[tokens, in]``."""
+        """What the backward will need of the input: ``[tokens, in]``, or an embedding's ids ``[tokens]``."""
 
     def add(self, module: str, grad_y: torch.Tensor, kept: torch.Tensor) -> None:
         """Count one backward's output gradient ``[tokens, out]``."""
@@ -73,10 +81,22 @@ class ScoreAccumulator(Protocol):
         """Module -> fp64 CPU scores ``[block rows, block columns]``, equal on all ranks."""
 
 
-def make_accumulator(score: str, grids: Mapping[str, BlockGrid], device: torch.device) -> ScoreAccumulator:
-    """The accumulator for a score's name (see :class:`smt_dist.config.SelectionConfig`)."""
+def make_accumulator(
+    score: str, grids: Mapping[str, BlockGrid], device: torch.device, weights: WeightReader | None = None
+) -> ScoreAccumulator:
+    """The accumulator for a gradient score's name (see :class:`smt_dist.config.SelectionConfig`).
+
+    Args:
+        score: its name.
+        grids: of the modules to score, in the model's order.
+        device: of the accumulated values.
+        weights: for ``grad_x_weight``.
+    """
     name = score.removesuffix("_per_step")
     per_step = score != name
+    if name == SALIENCY:
+        assert weights is not None
+        return SaliencyAccumulator(grids, device, weights)
     if name == "mean_abs":
         return BlockMeanAccumulator(grids, device, per_step)
     return ElementwiseAccumulator(name, grids, device, per_step)
@@ -102,12 +122,18 @@ class BlockMeanAccumulator:
 
     def keep(self, module: str, x: torch.Tensor) -> torch.Tensor:
         grid = self._grids[module]
+        if not x.is_floating_point():
+            return torch.div(x, grid.block_rows, rounding_mode="floor")
         return x.reshape(len(x), grid.shape[1], grid.block_cols).sum(-1, dtype=torch.float64)
 
     def add(self, module: str, grad_y: torch.Tensor, kept: torch.Tensor) -> None:
         grid = self._grids[module]
-        row_sums = grad_y.reshape(len(grad_y), grid.shape[0], grid.block_rows).sum(-1, dtype=torch.float64)
-        sums = row_sums.t() @ kept
+        if kept.is_floating_point():
+            row_sums = grad_y.reshape(len(grad_y), grid.shape[0], grid.block_rows).sum(-1, dtype=torch.float64)
+            sums = row_sums.t() @ kept
+        else:
+            col_sums = grad_y.reshape(len(grad_y), grid.shape[1], grid.block_cols).sum(-1, dtype=torch.float64)
+            sums = _add_rows(col_sums, kept, grid.shape[0])
         if self._non_finite is None and not sums.sum().isfinite():
             self._non_finite = module
         self._sums[module].add_(sums)
@@ -153,7 +179,7 @@ class ElementwiseAccumulator:
         self._step_sums = _Tables(grids, device) if per_step else None
         self._step_count = 0
         self._non_finite: str | None = None
-        self._queue = _LayerQueue(list(grids))
+        self._queue = LayerQueue(list(grids))
 
     def keep(self, module: str, x: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
         return x
@@ -162,7 +188,10 @@ class ElementwiseAccumulator:
         if is_distributed():
             for finished, gradient in self._queue.move_to(module):
                 self._reduce(finished, gradient)
-        gradient = grad_y.t() @ kept
+        if kept.is_floating_point():
+            gradient = grad_y.t() @ kept
+        else:
+            gradient = _add_rows(grad_y.float(), kept, self._grids[module].rows)
         if self._non_finite is None and not gradient.sum(dtype=torch.float32).isfinite():
             self._non_finite = module
         if is_distributed():
@@ -194,8 +223,8 @@ class ElementwiseAccumulator:
             result = self._sums.copy()
             self._collect_shards(result)
             self._finish_score(all_reduce_sum(result.flat))
-        scale = {name: grid.block_elements if self._score == "abs_mean" else 1 for name, grid in self._grids.items()}
-        return {name: result[name] / scale[name] for name in self._grids}
+        is_mean = self._score in ("abs_mean", SALIENCY)
+        return {name: result[name] / (grid.block_elements if is_mean else 1) for name, grid in self._grids.items()}
 
     def _reduce(self, module: str, gradient: torch.Tensor | None) -> None:
         """Sum a gradient over ranks, keep this rank's rows. None: this rank saw none, which counts as zero."""
@@ -213,19 +242,64 @@ class ElementwiseAccumulator:
             self._shards[module] = shard
 
     def _collect_shards(self, tables: _Tables) -> None:
-        """Add this rank's part of each block's sum of |G| (or G^2) to ``tables``."""
-        for module, shard in self._shards.items():
-            grid = self._grids[module]
+        """Add this rank's part of each block's sum of |G| (or G^2, or |G * weight|) to ``tables``."""
+        for module, grid in self._grids.items():
+            if (shard := self._shards.get(module)) is None:
+                continue
             first = get_rank() * len(shard) if is_distributed() else 0
             own = shard[: max(0, min(len(shard), grid.rows - first))]
-            values = own.square() if self._score == "l2" else own.abs()
+            values = self._values(module, own, first)
             by_row = values.view(len(own), grid.shape[1], grid.block_cols).sum(-1, dtype=torch.float64)
             block_row = torch.arange(first, first + len(own), device=own.device) // grid.block_rows
             tables[module].index_add_(0, block_row, by_row)
 
+    def _values(self, module: str, own: torch.Tensor, first: int) -> torch.Tensor:  # noqa: ARG002
+        """What is summed over a block, of this rank's rows of G from row ``first`` on."""
+        return own.square() if self._score == "l2" else own.abs()
+
     def _finish_score(self, sums: torch.Tensor) -> None:
         if self._score == "l2":
             sums.sqrt_()
+
+
+class SaliencyAccumulator(ElementwiseAccumulator):
+    """``grad_x_weight``: the mean of ``|G * weight|`` over the block, how far the loss moves, to first order, if an
+    element is set to zero (Molchanov et al., arXiv 1906.10771).
+
+    Weights are read at the end, one at a time; memory as for ``abs_mean``, and one whole weight.
+    """
+
+    def __init__(self, grids: Mapping[str, BlockGrid], device: torch.device, weights: WeightReader) -> None:
+        super().__init__(SALIENCY, grids, device, per_step=False)
+        self._weights = weights
+
+    def _values(self, module: str, own: torch.Tensor, first: int) -> torch.Tensor:
+        with self._weights(module) as weight:
+            return (own * weight.detach()[first : first + len(own)].to(own.device, torch.float32)).abs()
+
+
+class GradientAccumulator(ElementwiseAccumulator):
+    """G itself, for scores that are computed elsewhere: sharded while it adds up, whole one module at a time."""
+
+    def __init__(self, grids: Mapping[str, BlockGrid], device: torch.device) -> None:
+        super().__init__("l1", grids, device, per_step=False)
+
+    def gradient(self, module: str) -> torch.Tensor:
+        """G of a module, fp32 ``[out, in]``, whole on every rank; collective."""
+        grid, shard = self._grids[module], self._shards.get(module)
+        if shard is None:  # on one process: no batch reached this module
+            return torch.zeros(grid.rows, grid.cols, device=self._sums.flat.device)
+        if is_distributed():
+            whole = shard.new_empty(len(shard) * get_world_size(), grid.cols)
+            all_gather_rows(whole, shard)
+            return whole[: grid.rows]
+        return shard
+
+
+def _add_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
+    """``[count, columns]``: each of ``values [tokens, columns]`` added to the row that ``rows`` names; -1: to none."""
+    real = rows >= 0
+    return values.new_zeros(count, values.shape[1]).index_add_(0, rows[real], values[real])
 
 
 class _Tables:
@@ -244,58 +318,3 @@ class _Tables:
         result = _Tables(self._grids, self.flat.device)
         torch.mul(self.flat, scale, out=result.flat)
         return result
-
-
-class _LayerQueue:
-    """Holds one layer's gradients and hands them out in an order that all ranks share.
-
-    A rank whose tokens reach no expert of a layer gets no gradient there; were gradients reduced as they come,
-    its collectives would pair with others' and the job would hang or mix up modules. So layers are handed out
-    from last to first, whole, with None for what this rank didn't get.
-    """
-
-    def __init__(self, modules: list[str]) -> None:
-        self._layers: list[list[str]] = []
-        self._layer_of: dict[str, int] = {}
-        for module in modules:
-            if not self._layers or layer_key(self._layers[-1][0]) != layer_key(module):
-                self._layers.append([])
-            self._layers[-1].append(module)
-            self._layer_of[module] = len(self._layers) - 1
-        self._current = len(self._layers) - 1
-        self._pending: dict[str, torch.Tensor] = {}
-
-    def move_to(self, module: str) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Yield the layers above ``module``'s, which this backward has left."""
-        while self._current > self._layer_of[module]:
-            yield from self._next_layer()
-
-    def put(self, module: str, gradient: torch.Tensor) -> None:
-        """Keep a gradient until its layer is handed out."""
-        if module in self._pending:
-            gradient = self._pending[module] + gradient
-        self._pending[module] = gradient
-
-    def drain(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Yield all layers that are left. Repeats while any rank holds a gradient that came out of order."""
-        while True:
-            while self._current >= 0:
-                yield from self._next_layer()
-            self._current = len(self._layers) - 1
-            late = torch.tensor([float(len(self._pending))])
-            if not all_reduce_sum(late.to(collective_device())).item():
-                return
-
-    def _next_layer(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        for name in self._layers[self._current]:
-            yield name, self._pending.pop(name, None)
-        self._current -= 1
-
-
-def layer_key(module: str) -> str:
-    """The name up to its first number: ``model.layers.3`` of ``model.layers.3.self_attn.q_proj``."""
-    parts = module.split(".")
-    for index, part in enumerate(parts):
-        if part.isdigit():
-            return ".".join(parts[: index + 1])
-    return module

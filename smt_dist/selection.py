@@ -3,113 +3,227 @@
 from __future__ import annotations
 
 import logging
+import math
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
 
 from smt_dist.blocks import Block, BlockSelection
-from smt_dist.config import GroupConfig, SMTConfig
+from smt_dist.config import SelectionConfig, SMTConfig
 from smt_dist.distributed import assert_same_on_all_ranks
 from smt_dist.errors import SMTError
+from smt_dist.layers import layer_key
 from smt_dist.scores import BlockScores
+from smt_dist.weight_scores import NEVER
 
 logger = logging.getLogger(__name__)
 
 Candidate = tuple[str, Block]
 
 
+class Pool(NamedTuple):
+    """What one budget is spent on.
+
+    Attributes:
+        name: of the config's group, or groups; for messages.
+        modules: in the model's order.
+        blocks: the budget.
+    """
+
+    name: str
+    modules: list[str]
+    blocks: int
+
+
 def select_blocks(scores: BlockScores, config: SMTConfig) -> BlockSelection:
-    """Choose each group's best blocks within its budget.
+    """Choose each budget's best blocks.
 
     Ties break by (module order, row, col), so that equal scores give equal files on any world size and engine.
-    With a process group, the ranks compare a hash of the result.
+    With a process group, the ranks compare a hash of the result. A block whose score is minus infinity is never chosen.
 
     Args:
         scores: of all groups' modules.
-        config: its budgets and strategy.
+        config: its budgets, strategy and bounds.
 
     Raises:
-        SMTError: a budget is smaller than one block or larger than its targets; names the group.
+        SMTError: a budget is smaller than one block or larger than its targets, or floor, ceiling or strategy can't be
+            kept within it; names the group.
         RuntimeError: the ranks disagree.
     """
-    chosen: dict[str, list[Block]] = {}
-    groups: dict[str, str] = {}
-    elements = scores.block_size[0] * scores.block_size[1]
-    for group in config.groups:
-        modules = scores.groups[group.name]
-        budget = _checked_budget(group, scores, modules, elements)
-        if config.selection.strategy == "norm_dist":
-            picks = _best_of_each(scores, modules, budget, group)
-        else:
-            picks = _best_of_all(scores, modules, budget, group.name)
-        for module, block in picks:
-            chosen.setdefault(module, []).append(block)
-            groups[module] = group.name
-    # The model's order, so that the file doesn't depend on which block came first.
-    order = [module for module in scores.tables if module in chosen]
-    selection = BlockSelection(
-        block_size=scores.block_size,
-        blocks={module: sorted(chosen[module]) for module in order},
-        shapes={module: scores.shapes[module] for module in order},
-        groups={module: groups[module] for module in order},
-    )
+    selection = choose_blocks(scores, config)
     assert_same_on_all_ranks(selection.to_json().encode(), "the block selection")
     return selection
 
 
-def _checked_budget(group: GroupConfig, scores: BlockScores, modules: list[str], elements: int) -> int:
-    budget = group.budget(scores.parameters_2d, elements)
-    available = sum(scores.tables[module].numel() for module in modules)
-    if budget > available:
-        given = f"blocks: {group.blocks}" if group.blocks is not None else f"fraction: {group.fraction}"
-        raise SMTError(
-            f"smt config groups[{group.name}].{given} asks for {budget} blocks, but its {len(modules)} targets have "
-            f"{available} (fraction {available * elements / scores.parameters_2d:.4f})"
-        )
-    return budget
+def choose_blocks(scores: BlockScores, config: SMTConfig, pools: list[Pool] | None = None) -> BlockSelection:
+    """:func:`select_blocks` for one rank alone: nothing is compared. ``pools`` instead of the config's budgets."""
+    chosen: dict[str, list[Block]] = {}
+    for pool in budget_pools(scores, config) if pools is None else pools:
+        if config.selection.strategy == "norm_dist":
+            picks = _best_of_each(scores, pool)
+        elif config.selection.floor is None and config.selection.ceiling is None:
+            picks = _best_of_all(scores, pool)
+        else:
+            picks = best_within_bounds(_ranked(scores, pool.modules), pool, config.selection)
+        for module, block in picks:
+            chosen.setdefault(module, []).append(block)
+    # The model's order, so that the file doesn't depend on which block came first.
+    order = [module for module in scores.tables if module in chosen]
+    group_of = {module: group for group, modules in scores.groups.items() for module in modules}
+    return BlockSelection(
+        block_size=scores.block_size,
+        blocks={module: sorted(chosen[module]) for module in order},
+        shapes={module: scores.shapes[module] for module in order},
+        groups={module: group_of[module] for module in order},
+    )
+
+
+def budget_pools(scores: BlockScores, config: SMTConfig) -> list[Pool]:
+    """What is spent on what: a pool for each group, or one for all. Raises SMTError as :func:`select_blocks`."""
+    elements = scores.block_size[0] * scores.block_size[1]
+    pools = [
+        Pool(group.name, scores.groups[group.name], group.budget(scores.parameters_2d, elements))
+        for group in config.groups
+    ]
+    if config.selection.budget == "joint":
+        targets = {module for pool in pools for module in pool.modules}
+        modules = [module for module in scores.tables if module in targets]
+        pools = [Pool(" + ".join(pool.name for pool in pools), modules, sum(pool.blocks for pool in pools))]
+    for pool in pools:
+        _refuse_too_large(pool, scores, config, elements)
+    return pools
+
+
+def _refuse_too_large(pool: Pool, scores: BlockScores, config: SMTConfig, elements: int) -> None:
+    available = sum(int((scores.tables[module] > NEVER).sum()) for module in pool.modules)
+    if pool.blocks <= available:
+        return
+    given = ", ".join(
+        f"blocks: {group.blocks}" if group.blocks is not None else f"fraction: {group.fraction}"
+        for group in config.groups
+        if config.selection.budget == "joint" or group.name == pool.name
+    )
+    what = "targets have" if scores.score != "diagonal" else "targets' diagonals have"
+    raise SMTError(
+        f"smt config groups[{pool.name}].{given} asks for {pool.blocks} blocks, but its {len(pool.modules)} {what} "
+        f"{available} (fraction {available * elements / scores.parameters_2d:.4f})"
+    )
 
 
 def _ranked(scores: BlockScores, modules: list[str]) -> list[tuple[float, Candidate]]:
-    """All blocks of ``modules``, best first; a stable sort keeps (module order, row, col) among equals."""
+    """All blocks of ``modules`` that may be chosen, best first; a stable sort keeps (module, row, col) among equals."""
     candidates: list[tuple[float, Candidate]] = []
     for module in modules:
         table = scores.tables[module]
         columns = table.shape[1]
         candidates += [
-            (score, (module, divmod(index, columns))) for index, score in enumerate(table.flatten().tolist())
+            (score, (module, divmod(index, columns)))
+            for index, score in enumerate(table.flatten().tolist())
+            if score > NEVER
         ]
     return sorted(candidates, key=lambda candidate: -candidate[0])
 
 
-def _best_of_all(scores: BlockScores, modules: list[str], budget: int, name: str) -> list[Candidate]:
-    ranked = _ranked(scores, modules)
-    _log_gap(name, _cut_off_gap(ranked, budget))
-    return [candidate for _, candidate in ranked[:budget]]
+def _best_of_all(scores: BlockScores, pool: Pool) -> list[Candidate]:
+    ranked = _ranked(scores, pool.modules)
+    _log_gap(pool.name, _cut_off_gap(ranked, pool.blocks))
+    return [candidate for _, candidate in ranked[: pool.blocks]]
 
 
-def _best_of_each(scores: BlockScores, modules: list[str], budget: int, group: GroupConfig) -> list[Candidate]:
+def _best_of_each(scores: BlockScores, pool: Pool) -> list[Candidate]:
     """``norm_dist``: the same number from every weight, the rest one each to the first weights of the model."""
-    share, rest = divmod(budget, len(modules))
+    share, rest = divmod(pool.blocks, len(pool.modules))
     picks: list[Candidate] = []
     gaps = []
-    for index, module in enumerate(modules):
+    for index, module in enumerate(pool.modules):
         count = share + (index < rest)
-        if count > scores.tables[module].numel():
+        ranked = _ranked(scores, [module])
+        if count > len(ranked):
             raise SMTError(
-                f"smt config groups[{group.name}]: strategy norm_dist wants {count} blocks of {module}, which has "
-                f"{scores.tables[module].numel()}; lower the budget or use no_restriction"
+                f"smt config groups[{pool.name}]: strategy norm_dist wants {count} blocks of {module}, which has "
+                f"{len(ranked)}; lower the budget or use no_restriction"
             )
         if count:
-            ranked = _ranked(scores, [module])
             gaps.append(_cut_off_gap(ranked, count))
             picks += [candidate for _, candidate in ranked[:count]]
-    _log_gap(group.name, min(gaps))
+    _log_gap(pool.name, min(gaps))
     return picks
+
+
+def best_within_bounds(ranked: list[tuple[float, Candidate]], pool: Pool, bounds: SelectionConfig) -> list[Candidate]:
+    """The best blocks with at least ``floor`` and at most ``ceiling`` of each layer: no other choice has a larger sum.
+
+    First each layer's best up to the floor, then the best of all others in layers below the ceiling.
+
+    Raises:
+        SMTError: the floors exceed the budget or a layer, or the ceilings don't leave room for the budget.
+    """
+    layer_of = {module: layer_key(module) if bounds.bounds_per == "layer" else module for module in pool.modules}
+    available = Counter(layer_of[module] for _, (module, _) in ranked)
+    _refuse_bounds(pool, bounds, {layer: available[layer] for layer in layer_of.values()})
+    floor, ceiling = bounds.floor or 0, bounds.ceiling or len(ranked)
+    taken: Counter[str] = Counter()
+    chosen = [False] * len(ranked)
+    left = pool.blocks
+    for limit in (floor, ceiling):
+        for index, (_, (module, _)) in enumerate(ranked):
+            layer = layer_of[module]
+            if left and not chosen[index] and taken[layer] < limit:
+                chosen[index] = True
+                taken[layer] += 1
+                left -= 1
+    _log_gap(pool.name, _smallest_gap(ranked, chosen, [layer_of[module] for _, (module, _) in ranked], floor, ceiling))
+    return [candidate for index, (_, candidate) in enumerate(ranked) if chosen[index]]
+
+
+def _refuse_bounds(pool: Pool, bounds: SelectionConfig, available: Mapping[str, int]) -> None:
+    where = f"smt config selection, groups[{pool.name}]"
+    kind = f"{bounds.bounds_per}s"
+    if bounds.floor is not None:
+        if bounds.floor * len(available) > pool.blocks:
+            raise SMTError(
+                f"{where}: floor {bounds.floor} of {len(available)} {kind} needs {bounds.floor * len(available)} "
+                f"blocks, the budget is {pool.blocks}; lower the floor, or raise the budget"
+            )
+        for layer, count in available.items():
+            if count < bounds.floor:
+                raise SMTError(f"{where}: floor {bounds.floor}: {layer} has {count} blocks; use at most {count}")
+    if bounds.ceiling is not None:
+        room = sum(min(count, bounds.ceiling) for count in available.values())
+        if room < pool.blocks:
+            raise SMTError(
+                f"{where}: ceiling {bounds.ceiling} of {len(available)} {kind} leaves room for {room} blocks, the "
+                f"budget is {pool.blocks}; raise the ceiling, or lower the budget"
+            )
+
+
+def _smallest_gap(
+    ranked: list[tuple[float, Candidate]], chosen: list[bool], layers: list[str], floor: int, ceiling: int
+) -> float:
+    """The smallest relative gap between a block and one that would take its place if their order were the other.
+
+    Layers at a bound are closed: their blocks compete among themselves. All others compete with one another.
+    """
+    taken = Counter(layer for layer, is_in in zip(layers, chosen, strict=True) if is_in)
+    last: dict[str, float] = {}
+    first_out: dict[str, float] = {}
+    for (score, _), layer, is_in in zip(ranked, layers, chosen, strict=True):
+        closed = taken[layer] in (floor, ceiling)
+        for scope in (layer,) if closed else (layer, "all"):
+            if is_in:
+                last[scope] = score
+            else:
+                first_out.setdefault(scope, score)
+    return min((_gap(last[scope], first_out[scope]) for scope in last if scope in first_out), default=math.inf)
 
 
 def _cut_off_gap(ranked: list[tuple[float, Candidate]], budget: int) -> float:
     """How much less, relative to the last chosen score, the first block that isn't chosen has."""
-    if budget >= len(ranked):
-        return float("inf")
-    last, first_out = ranked[budget - 1][0], ranked[budget][0]
-    return (last - first_out) / last if last else 0.0
+    return _gap(ranked[budget - 1][0], ranked[budget][0]) if budget < len(ranked) else math.inf
+
+
+def _gap(last: float, first_out: float) -> float:
+    return (last - first_out) / abs(last) if math.isfinite(last) and last else math.inf if last else 0.0
 
 
 def _log_gap(name: str, gap: float) -> None:

@@ -1,4 +1,4 @@
-"""``SparseLinear``: a frozen linear layer plus trainable blocks. The hot path."""
+"""``SparseLayer`` and ``SparseLinear``: a frozen layer plus trainable blocks. The hot path."""
 
 from __future__ import annotations
 
@@ -11,16 +11,12 @@ from torch import nn
 from smt_dist.blocks import Block, BlockGrid
 
 
-class SparseLinear(nn.Module):
-    """``y = base(x) + scatter(x[:, cols] @ delta^T)``: a frozen base and additive blocks.
-
-    The base's weight is never written, so it may be sharded, quantised or tensor-parallel; the blocks can be
-    switched off, swapped and merged. Gradients of ``delta`` are those of the weight's blocks
-    (arXiv 2405.15525, section 3).
+class SparseLayer(nn.Module):
+    """A frozen base layer plus trainable blocks: what :class:`SparseLinear` and ``SparseEmbedding`` share.
 
     Args:
-        base: a module that computes ``x @ weight^T (+ bias)`` with a weight of ``[out, in]``.
-        grid: the geometry of the base's weight.
+        base: the layer, with a weight of ``[rows, cols]``.
+        grid: the geometry of that weight.
         blocks: the (row, col) of each trainable block, sorted.
         dtype: of ``delta``. fp32 makes the parameter its own master; it computes in the base's output dtype either way.
         device: of ``delta``.
@@ -44,19 +40,20 @@ class SparseLinear(nn.Module):
         self.grid = grid
         self.blocks = list(blocks)
         self.enabled = True
-        self._layout = _Layout.of(grid, self.blocks)
         self.delta = nn.Parameter(
             torch.zeros(len(self.blocks) * grid.block_rows, grid.block_cols, dtype=dtype, device=device)
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """``[..., in]`` -> ``[..., out]``."""
+        """What the base computes, plus the blocks."""
         y = self.base(x)
-        if not self.enabled:
-            return y
-        return _AddBlocks.apply(y, x, self.delta, self._layout)
+        return self.add_blocks(y, x) if self.enabled else y
 
-    # Model code reads these of its projections (`self.q_proj.weight.dtype`), so they stay visible.
+    def add_blocks(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The base's output ``y`` for the input ``x``, plus the blocks; a new tensor."""
+        raise NotImplementedError
+
+    # Model code reads these of its layers (`self.q_proj.weight.dtype`), so they stay visible.
     @property
     def weight(self) -> torch.Tensor:
         """The base's weight, without the blocks."""
@@ -67,6 +64,35 @@ class SparseLinear(nn.Module):
         """The base's bias."""
         return getattr(self.base, "bias", None)
 
+    def extra_repr(self) -> str:
+        """For ``print(model)``."""
+        return f"blocks={len(self.blocks)} of {self.grid.block_rows}x{self.grid.block_cols}"
+
+
+class SparseLinear(SparseLayer):
+    """``y = base(x) + scatter(x[:, cols] @ delta^T)``: a frozen base and additive blocks.
+
+    The base computes ``x @ weight^T (+ bias)`` with a weight of ``[out, in]``, which is never written, so it may be
+    sharded, quantised or tensor-parallel; the blocks can be switched off, swapped and merged. Gradients of ``delta``
+    are those of the weight's blocks (arXiv 2405.15525, section 3). ``[..., in]`` -> ``[..., out]``.
+
+    Arguments and attributes: :class:`SparseLayer`.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        grid: BlockGrid,
+        blocks: list[Block],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(base, grid, blocks, dtype, device)
+        self._layout = _Layout.of(grid, self.blocks)
+
+    def add_blocks(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        return _AddBlocks.apply(y, x, self.delta, self._layout)
+
     @property
     def in_features(self) -> int:
         """Columns of the weight."""
@@ -76,10 +102,6 @@ class SparseLinear(nn.Module):
     def out_features(self) -> int:
         """Rows of the weight."""
         return self.grid.rows
-
-    def extra_repr(self) -> str:
-        """For ``print(model)``."""
-        return f"blocks={len(self.blocks)} of {self.grid.block_rows}x{self.grid.block_cols}"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from torch import nn
 
 from smt_dist.config import SMTConfig
 from smt_dist.errors import SMTError
-from smt_dist.sparse_linear import SparseLinear
+from smt_dist.sparse_embedding import SparseEmbedding
+from smt_dist.sparse_linear import SparseLayer
 
 ALIASES: dict[str, tuple[str, ...]] = {
     # Query, key and value projections, separate or fused, as the architectures of transformers name them.
@@ -62,7 +63,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, list[str]]:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """The full (out, in) shape of a linear module's weight, also where ZeRO-3 left an empty stand-in."""
+    """The full (out, in) shape of a module's weight, also where ZeRO-3 left an empty stand-in."""
     if hasattr(module, "out_features"):
         return int(module.out_features), int(module.in_features)
     rows, cols = full_shape(module.weight)
@@ -89,14 +90,22 @@ def count_parameters_2d(model: nn.Module) -> int:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules as the base model names them: a ``SparseLinear`` stands for its base."""
+    """All modules as the base model names them: a ``SparseLayer`` stands for its base."""
     inside: set[str] = set()
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
             continue
-        if isinstance(module, SparseLinear):
+        if isinstance(module, SparseLayer):
             inside.add(f"{name}.base")
         yield name, module
+
+
+def may_be_idle(module: str) -> bool:
+    """Whether a module may get no token on some ranks, to go by its name: an expert, in a list inside a layer.
+
+    What ranks exchange while a backward runs must not wait for such a module's gradient.
+    """
+    return sum(part.isdigit() for part in module.split(".")) > 1
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -106,6 +115,20 @@ def is_linear(module: nn.Module) -> bool:
     if not isinstance(weight, torch.Tensor) or (weight.is_floating_point() and len(full_shape(weight)) != 2):
         return False
     return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
+
+
+def is_embedding(module: nn.Module) -> bool:
+    """Whether ``module`` looks rows of its weight up and does nothing else with them."""
+    if isinstance(module, SparseEmbedding):
+        return True
+    # A subclass with a forward of its own scales rows or shifts positions.
+    plain = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
+    return plain and module.max_norm is None
+
+
+def takes_blocks(module: nn.Module) -> bool:
+    """Whether blocks of ``module``'s weight can be trained."""
+    return is_linear(module) or is_embedding(module)
 
 
 def _match(model: nn.Module, target: str | list[str], field: str) -> list[str]:
@@ -125,7 +148,7 @@ def _match_one(model: nn.Module, wanted: Callable[[str], bool]) -> list[str]:
     matched = []
     for name, module in base_modules(model):
         if wanted(name):
-            if is_linear(module):
+            if takes_blocks(module):
                 matched.append(name)
             elif any(len(full_shape(parameter)) >= 2 for parameter in module.parameters(recurse=False)):
                 _refuse_module(name, module)
@@ -148,10 +171,15 @@ def _matcher(entry: str) -> Callable[[str], bool]:
 
 
 def _refuse_module(name: str, module: nn.Module) -> None:
-    raise SMTError(
-        f"smt config target_modules: {name} is a {type(module).__name__}, not a linear layer with a weight of "
-        "(out, in); take it out of target_modules"
-    )
+    raise SMTError(f"smt config target_modules: {name} {why_no_blocks(module)}; take it out of target_modules")
+
+
+def why_no_blocks(module: nn.Module) -> str:
+    """Why blocks of ``module`` can't be trained, to follow its name."""
+    kind = type(module).__name__
+    if isinstance(module, nn.Embedding):
+        return f"is a {kind}, which changes the rows that it looks up (scale, norm or position): blocks would miss that"
+    return f"is a {kind}, neither a linear layer with a weight of (out, in) nor an embedding"
 
 
 def _refuse_parameter(name: str, parameter: torch.Tensor) -> None:
@@ -165,7 +193,7 @@ def _refuse_parameter(name: str, parameter: torch.Tensor) -> None:
 def tied_parameter_names(model: nn.Module, module_name: str) -> list[str]:
     """The other names under which the weight of ``module_name`` is known (an embedding tied to the head)."""
     weight = model.get_submodule(module_name).weight
-    own = {f"{module_name}.weight", f"{module_name}.base.weight"}
+    own = {f"{module_name}.weight", f"{module_name}.base.weight", f"{module_name}.base.base.weight"}
     return [
         name
         for name, parameter in model.named_parameters(remove_duplicate=False)

@@ -7,38 +7,36 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import TrainOutput
 
-from smt_dist.adapter import delta_shape, read_adapter, save_adapter, verify_fingerprint
+from smt_dist.adapter import read_adapter, trained_deltas, verify_fingerprint
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.checkpoint import (
     GLOBAL_BATCH,
-    OPTIMIZER_FILE,
     load_random_state,
     load_schedule,
     load_states,
     ranks_saved,
     restore_schedule,
-    save_moments,
-    save_random_state,
-    save_schedule,
 )
 from smt_dist.distributed import agree, assert_same_on_all_ranks, get_world_size
 from smt_dist.elementwise import state_names
 from smt_dist.engines import BlockState, Engine, make_engine, unwrapped
 from smt_dist.errors import SMTError
-from smt_dist.model import sparse_layers
+from smt_dist.frozen_blocks import rearrange
+from smt_dist.guarded_trainer import GuardedTrainer
+from smt_dist.model import frozen_layers, sparse_layers, touched_selection
 from smt_dist.optimizer import ShardedBlockOptimizer, release_gradients
+from smt_dist.reselect import PhaseEnd, train_in_phases
+from smt_dist.saving_trainer import SavingTrainer
+from smt_dist.targets import may_be_idle
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,7 @@ logger = logging.getLogger(__name__)
 STATE_BYTES = 12
 
 
-class SMTTrainer(Trainer):
+class SMTTrainer(GuardedTrainer, SavingTrainer):
     """Trains the blocks of a model.
 
     Args:
@@ -63,7 +61,7 @@ class SMTTrainer(Trainer):
         self,
         model: nn.Module,
         args: SMTTrainingArguments,
-        deltas: dict[str, torch.Tensor] | None = None,
+        deltas: Mapping[str, torch.Tensor] | None = None,
         **kwargs: Any,
     ) -> None:
         if not sparse_layers(model):
@@ -72,12 +70,37 @@ class SMTTrainer(Trainer):
         assert_same_on_all_ranks(model.smt_selection.to_json().encode(), "the block selection")
         self.engine: Engine = make_engine(args)
         self._initial_deltas = deltas
+        plan = model.smt_config.reselect if model.smt_config is not None else None
+        self.phase_end = PhaseEnd(plan.every) if plan is not None else None
         with _saving_only_the_model(args):
             super().__init__(model=model, args=args, **kwargs)
         if args.engine != "deepspeed":
             # Trainer's own switch for a model that nobody may wrap, not even DDP: it would all-reduce the blocks
             # once more, and has nothing left to manage.
             self.is_distributed_loading_by_transformers = True
+        if self.phase_end is not None:
+            self.add_callback(self.phase_end)
+
+    # -- phases ------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
+        """As ``Trainer.train``; with ``reselect`` in the config, in phases between which blocks are exchanged."""
+        if self.phase_end is None:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        return train_in_phases(self, self.model.smt_config.reselect, resume_from_checkpoint, options)
+
+    def train_phase(self, resume_from_checkpoint: str | bool | None, options: dict[str, Any]) -> TrainOutput:
+        """Train to the end, or to the next re-selection."""
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+
+    def take_down(self) -> None:
+        """Let go of engine and optimizer, so that the model is as before the training; :meth:`train` makes new ones."""
+        self.accelerator.free_memory()  # destroys a DeepSpeed engine
+        self.engine.forget(self.model)
+        release_gradients(layer.delta for layer in sparse_layers(self.model).values())
+        self.model_wrapped, self.optimizer, self.lr_scheduler = self.model, None, None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = self.deepspeed = None
+        self._initial_deltas = None
 
     # -- optimizer ---------------------------------------------------------------------------------------------
 
@@ -87,10 +110,12 @@ class SMTTrainer(Trainer):
         Weight decay pulls a block's delta to zero, that is, the model to its base.
         """
         if self.optimizer is None:
-            args, blocks = self.args, [layer.delta for layer in sparse_layers(self.model).values()]
+            args, layers = self.args, sparse_layers(self.model)
+            blocks = [layer.delta for layer in layers.values()]
             groups = block_parameter_groups(model or self.model, args.learning_rate, args.weight_decay)
             release_gradients(blocks)  # of an earlier trainer's optimizer
-            self.optimizer = self.engine.make_optimizer(groups, *self._optimizer_class_and_options())
+            idle = any(may_be_idle(name) for name in layers)
+            self.optimizer = self.engine.make_optimizer(groups, *self._optimizer_class_and_options(), idle)
             for block in blocks:
                 # Trainer would all-reduce each gradient; the optimizer reduces them all at once.
                 block._replicated_grad_hook_registered = True
@@ -117,55 +142,6 @@ class SMTTrainer(Trainer):
         return "optimizer memory on this rank: " + ", ".join(f"{kind} {count:,} bytes" for kind, count in kinds.items())
 
     # -- checkpoints -------------------------------------------------------------------------------------------
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Write the adapter (and the tokenizer); never the base. Collective."""
-        folder = Path(output_dir or self.args.output_dir)
-        deltas = self.engine.read_blocks(self.model, self.optimizer)
-
-        def write() -> None:
-            save_adapter(self.model, folder, deltas, card=self._card_lines())
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(folder)
-
-        self._write_on_one_rank(write, deltas, folder)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        folder, moments = Path(output_dir), self.engine.read_moments(self.model, self.optimizer)
-
-        def write() -> None:
-            selection = self.model.smt_selection
-            shapes = {name: delta_shape(selection, name) for name in sparse_layers(self.model)}
-            save_moments(folder, shapes, moments)
-            save_schedule(folder, self.lr_scheduler.state_dict(), self._global_batch_size())
-
-        self._write_on_one_rank(write, moments.tensors, folder)
-
-    def _write_on_one_rank(self, write: Callable[[], None], tensors: Iterator[Any], folder: Path) -> None:
-        """Run ``write``, which reads ``tensors``, where checkpoints are written; all ranks fail if it fails.
-
-        Reading is collective: ranks that don't write read too, and so does one whose writing failed.
-        """
-
-        def result() -> None:
-            if failure is not None:
-                raise SMTError(f"{folder}: can't be written ({failure.strerror or failure})")
-
-        failure: OSError | None = None
-        if self.args.should_save:
-            try:
-                write()
-            except OSError as error:
-                failure = error
-        deque(tensors, maxlen=0)  # keeps none, not even while the next is read
-        agree(result, "saving")
-
-    def _global_batch_size(self) -> int:
-        args = self.args
-        return args.per_device_train_batch_size * args.gradient_accumulation_steps * get_world_size()
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        save_random_state(Path(output_dir), self.args.process_index)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -200,10 +176,11 @@ class SMTTrainer(Trainer):
     def _resume(self, folder: Path) -> None:
         def read() -> tuple[Iterator[BlockState], dict[str, int | float], int | None, list[float]]:
             adapter = read_adapter(folder)
-            if adapter.selection.to_json() != self.model.smt_selection.to_json():
+            touched = touched_selection(self.model)
+            if (adapter.selection.blocks, adapter.selection.block_size) != (touched.blocks, touched.block_size):
                 raise SMTError(f"{folder}: its selection isn't the model's")
             verify_fingerprint(adapter, self.model.smt_base_fingerprint, str(folder))
-            states, counters = load_states(folder, adapter.deltas, self._state_names())
+            states, counters = load_states(folder, trained_deltas(adapter), self._state_names())
             schedule = load_schedule(folder, len(self.optimizer.param_groups))
             saved_batch = schedule.pop(GLOBAL_BATCH, None)
             restore_schedule(self.lr_scheduler, schedule, folder)
@@ -230,16 +207,18 @@ class SMTTrainer(Trainer):
         return state_names(*self._optimizer_class_and_options())
 
     def _load_best_model(self) -> None:
+        if self.phase_end is not None and self.phase_end.ended:
+            return
         folder = Path(self.state.best_model_checkpoint)
         logger.info("loading the best blocks from %s (score %s)", folder, self.state.best_metric)
         adapter = agree(lambda: read_adapter(folder), "reading the best checkpoint")
-        self.engine.write_blocks(self.model, self.optimizer, adapter.deltas)
-
-    def _card_lines(self) -> str:
-        return (
-            f"\nTrained for {self.state.global_step} steps, learning rate {self.args.learning_rate:g}, base in "
-            f"{self.args.dtype}.\n"
-        )
+        # Blocks that have grown since are zero in it, ones that were frozen since go back to what they were.
+        for name, layer in frozen_layers(self.model).items():
+            own = self.model.smt_selection.model_copy(update={"blocks": {name: layer.blocks}})
+            layer.freeze(rearrange(adapter.deltas.get(name), adapter.selection, own, name))
+        active = self.model.smt_selection
+        deltas = {name: rearrange(adapter.deltas.get(name), adapter.selection, active, name) for name in active.blocks}
+        self.engine.write_blocks(self.model, self.optimizer, deltas)
 
 
 @contextmanager
@@ -267,20 +246,6 @@ def block_parameter_groups(model: nn.Module, learning_rate: float, weight_decay:
 def state_bytes_per_rank(model: nn.Module) -> int:
     """Bytes of AdamW's state a rank: fp32 master and two moments of this rank's share of the elements."""
     return STATE_BYTES * -(-model.smt_selection.parameters // get_world_size())
-
-
-def last_checkpoint(output_dir: str) -> str | None:
-    """The newest complete checkpoint folder in ``output_dir``, if any."""
-    folders = [
-        folder
-        for folder in Path(output_dir).glob("checkpoint-*")
-        # Trainer's own file is the last to be written: without it the save was cut short.
-        # One of --save_only_model can't be gone on from.
-        if folder.name.rpartition("-")[2].isdigit()
-        and (folder / TRAINER_STATE_NAME).exists()
-        and (folder / OPTIMIZER_FILE).exists()
-    ]
-    return os.fspath(max(folders, key=lambda folder: int(folder.name.rpartition("-")[2]))) if folders else None
 
 
 def _multiplier(model: nn.Module, module: str) -> float:

@@ -50,6 +50,20 @@ def command_line(flags: dict[str, object]) -> list[str]:
     return [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
 
 
+def write_job_files(folder: Path) -> Path:
+    """A tiny model, rows and an SMT config, where they aren't there yet. Returns ``folder``."""
+    from architectures import make_model
+    from tiny_tokenizer import make_tokenizer
+
+    if not (folder / "smt.json").exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        make_model("llama", 0, vocab_size=264, max_position_embeddings=1024).save_pretrained(folder / "model")
+        make_tokenizer().save_pretrained(folder / "model")
+        write_json(folder / "train.json", ROWS)
+        write_json(folder / "smt.json", CONFIG)
+    return folder
+
+
 def load_program(name: str):
     spec = importlib.util.spec_from_file_location(f"launch_{Path(name).stem}", LAUNCH / name)
     module = importlib.util.module_from_spec(spec)

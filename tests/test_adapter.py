@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import logits_of, make_batches, make_model
+from damage import reseal
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +23,9 @@ SELECTION = BlockSelection(
     block_size=(8, 8), blocks={Q: [(0, 1), (3, 0)], V: [(1, 2)]}, shapes={Q: (32, 32), V: (16, 32)}
 )
 CONFIG = SMTConfig(block_size=8, groups=[{"name": "attention", "blocks": 3, "lr_multiplier": 2.0}])
-FILES = ["README.md", "smt_blocks.safetensors", "smt_config.json", "smt_selection.json"]
+FILES = ["README.md", "smt_blocks.safetensors", "smt_config.json", "smt_manifest.json", "smt_selection.json"]
+
+NO_MANIFEST = ("smt_manifest.json", "missing")  # an adapter of an older version
 
 
 def tuned_model(config: SMTConfig | None = CONFIG, selection: BlockSelection = SELECTION, seed: int = 1, **options):
@@ -43,6 +46,7 @@ def adapter(tmp_path) -> Path:
 
 def edit_json(path: Path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    reseal(path.parent)
 
 
 def edit_tensors(path: Path, change) -> None:
@@ -51,6 +55,7 @@ def edit_tensors(path: Path, change) -> None:
     tensors = load_file(path)
     change(tensors)
     save_file(tensors, path, metadata)
+    reseal(path.parent)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -221,8 +226,10 @@ def test_an_adapter_of_a_full_ft_warm_up_says_that_it_needs_the_moved_base(tmp_p
 # -- damaged files -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", FILES[1:])
-@pytest.mark.parametrize("how", ["missing", "empty", "cut", "garbage"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [(name, how) for name in FILES[1:] for how in ("missing", "empty", "cut", "garbage") if (name, how) != NO_MANIFEST],
+)
 def test_a_damaged_file_is_refused_by_its_name(adapter, name, how):
     """A copy that broke off is common; half an adapter may not pass for one."""
     path = adapter / name
@@ -238,6 +245,19 @@ def test_a_damaged_file_is_refused_by_its_name(adapter, name, how):
     assert not smt_dist.sparse_layers(model)
 
 
+def test_an_adapter_of_an_older_version_is_read_with_a_warning(adapter, caplog):
+    """It has no manifest, so damage to its values can't be seen: whoever relies on it has to know."""
+    (adapter / "smt_manifest.json").unlink()
+    assert smt_dist.read_adapter(adapter).selection == SELECTION
+    assert "has no smt_manifest.json" in caplog.text
+
+
+def test_a_model_card_may_be_edited(adapter):
+    """Everybody does before publishing an adapter; nothing reads it."""
+    (adapter / "README.md").write_text("# Mine")
+    assert smt_dist.read_adapter(adapter).selection == SELECTION
+
+
 def test_a_missing_folder_is_refused_by_its_name(tmp_path):
     """And not by the first file that isn't in it."""
     with pytest.raises(SMTError, match=f"{tmp_path / 'nothing'}: no such adapter folder"):
@@ -251,7 +271,7 @@ def test_a_missing_folder_is_refused_by_its_name(tmp_path):
         (lambda t: t.update({"model.layers.1.self_attn.k_proj": torch.zeros(8, 8)}), "k_proj"),
         (lambda t: t.update({Q: torch.zeros(8, 8)}), rf"{Q} is \(8, 8\).*expected \(16, 8\)"),
         (lambda t: t.update({Q: torch.zeros(2, 8, 8)}), rf"{Q} is \(2, 8, 8\)"),
-        (lambda t: t.update({Q: t[Q].bfloat16()}), rf"{Q} is .*bfloat16, expected .*float32"),
+        (lambda t: t.update({Q: t[Q].bfloat16()}), rf"{Q} is .*BF16, expected .*F32"),
         (lambda t: t.clear(), Q),
         (lambda t: t[Q].fill_(float("nan")), f"{Q}.*not finite"),
     ],

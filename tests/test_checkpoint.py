@@ -17,6 +17,9 @@ from workers.training import BLOCK, BLOCKS
 import smt_dist
 from smt_dist.adapter import BLOCKS_FILE, CARD_FILE, CONFIG_FILE, SELECTION_FILE, read_adapter
 from smt_dist.checkpoint import OPTIMIZER_FILE, SCHEDULE_FILE
+from smt_dist.guarded_trainer import GuardedTrainer
+from smt_dist.saves import MANIFEST_FILE
+from smt_dist.saving_trainer import SavingTrainer
 from smt_dist.trainer import SMTTrainer
 
 DTYPES = ("float32", "bfloat16")
@@ -136,7 +139,7 @@ def test_checkpoint_holds_the_blocks_training_and_nothing_of_the_base(ranks, run
     world_size = run[0]
     folder = Path(ranks[0]["checkpoint"])
     assert {path.name for path in folder.iterdir()} == {
-        *(CONFIG_FILE, SELECTION_FILE, BLOCKS_FILE, CARD_FILE, OPTIMIZER_FILE, SCHEDULE_FILE),
+        *(CONFIG_FILE, SELECTION_FILE, BLOCKS_FILE, CARD_FILE, OPTIMIZER_FILE, SCHEDULE_FILE, MANIFEST_FILE),
         *(f"rng_state_{rank}.json" for rank in range(world_size)),
         "trainer_state.json",
     }
@@ -219,6 +222,11 @@ OVERRIDDEN = [
     "_clip_grad_norm",
     "_get_grad_norm",
     "save_model",
+    "save_metrics",
+    "train",
+    "_save_checkpoint",
+    "_init_training_state",
+    "_finalize_training",
     "_save_optimizer_and_scheduler",
     "_save_rng_state",
     "_load_rng_state",
@@ -226,19 +234,28 @@ OVERRIDDEN = [
     "_load_optimizer_and_scheduler",
     "_prepare_for_training",
     "_load_best_model",
+    "get_train_dataloader",
+    "compute_loss",
+    "training_step",
+    "evaluate",
+    "_run_epoch",
 ]
+
+
+def overridden() -> set[str]:
+    """Names of Trainer's methods that SMTTrainer, its saving half or its guards define anew."""
+    ours = {name for owner in (SMTTrainer, SavingTrainer, GuardedTrainer) for name in vars(owner)} - {"__init__"}
+    return {name for name in ours if callable(getattr(Trainer, name, None)) and not name.startswith("__")}
 
 
 @pytest.mark.parametrize("name", OVERRIDDEN)
 def test_overridden_method_still_exists_in_trainer(name):
     """A method that transformers renames isn't overridden any more, silently: the base would be in checkpoints."""
-    assert name in vars(SMTTrainer)
+    assert name in overridden()
     ours, theirs = (list(inspect.signature(getattr(owner, name)).parameters) for owner in (SMTTrainer, Trainer))
-    assert ours == theirs
+    assert ours in (theirs, ["self", "args", "kwargs"])  # or it hands on whatever it is given
 
 
 def test_list_of_overridden_methods_is_complete():
     """Guards the test above."""
-    assert {name for name in vars(SMTTrainer) if callable(getattr(Trainer, name, None))} - {"__init__"} == set(
-        OVERRIDDEN
-    )
+    assert overridden() == set(OVERRIDDEN)

@@ -95,6 +95,8 @@ WRONG = [
     ({"warmup": {"mode": "full_ft", "passes": 2}}, "warmup"),
     ({"untie": "yes"}, "untie"),
     ({"untie": 1}, "untie"),
+    ({"bad_numbers": {"policy": "ignore"}}, "bad_numbers.policy"),
+    ({"bad_numbers": {"policy": "skip", "limit": 0}}, "bad_numbers.limit"),
     ({"bad\nkey": 1}, "bad"),
     ({"warmup": {"mode": "a\nb"}}, "warmup.mode"),
     ({"warmup": {"mode": "x" * 5000}}, "warmup.mode"),
@@ -109,7 +111,10 @@ def assert_one_short_line(message: str) -> None:
 def test_the_defaults_are_the_documented_ones():
     """Otherwise an omitted key means something else than the documentation says."""
     shown = json.loads(SMTConfig().to_json())
-    documented = {**DOCUMENTED_DEFAULTS, "warmup": {**DOCUMENTED_DEFAULTS["warmup"], "passes": 1}, "untie": False}
+    selection = {**DOCUMENTED_DEFAULTS["selection"], "budget": "separate", "bounds_per": "layer"}
+    warmup = {**DOCUMENTED_DEFAULTS["warmup"], "passes": 1}
+    documented = {**DOCUMENTED_DEFAULTS, "selection": selection, "warmup": warmup, "untie": False}
+    documented["bad_numbers"] = {"policy": "stop", "limit": 3}
     assert shown == documented
     assert SMTConfig.from_json(json.dumps(DOCUMENTED_DEFAULTS)) == SMTConfig() == SMTConfig.from_json("{}")
 

@@ -222,6 +222,6 @@ def test_program_answers_bad_input_with_one_line(tmp_path, bad):
     (tmp_path / "model.safetensors").write_bytes(b"cut short")
     done = run_program(tmp_path, "--eval_file", str(questions), "--output", str(tmp_path / "results.json"))
     assert done.returncode == 2
-    expected = "questions.json: no such file" if bad == "eval_file" else f"--model_name_or_path {tmp_path}: "
+    expected = "questions.json: no such file" if bad == "eval_file" else f"{tmp_path / 'model.safetensors'}: damaged"
     assert expected in done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -131,9 +131,9 @@ def test_loser_of_a_race_takes_the_winners_folder(gguf_file, tmp_path, monkeypat
     ("keep", "message"),
     [
         (0, "isn't a GGUF file"),
-        (4, "can't be read as a GGUF model"),
-        (40, "can't be read as a GGUF model"),
-        (0.5, "can't be read as a GGUF model"),
+        (4, "damaged GGUF header: it is cut short"),
+        (40, "damaged GGUF header"),
+        (0.5, "damaged GGUF header"),
         (0.95, "can't be read as a GGUF model"),
     ],
 )

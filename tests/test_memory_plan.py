@@ -23,20 +23,36 @@ from smt_dist.memory.zero import ZeroModel, ZeroSettings
 
 MIB = 2**20
 # The cells that are run for real. Targets: 5 % or 16 MiB; these models are small, so the percentage is what counts.
+# CPUs without bf16 instructions are many times slower in it, so it gets few tokens.
+SHORT = {"batch": 1, "sequence": 24}
 ONE_RANK = [
-    {"method": "smt", "smt": {"selection": {"score": "abs_mean"}}},
+    {"method": "smt", "smt": {"selection": {"score": "abs_mean"}}, **SHORT},
     {"method": "smt", "checkpointing": True, "dtype": "float32", "smt": {"selection": {"score": "mean_abs"}}},
     {"method": "full", "dtype": "float32"},
     {"method": "full", "dtype": "float32", "checkpointing": True},
-    {"method": "lora"},
+    {"method": "lora", **SHORT},
 ]
 TWO_RANKS = [
-    {"method": "smt", "engine": "fsdp2", "world_size": 2, "smt": {"selection": {"score": score}}, **options}
+    {"method": "smt", "engine": "fsdp2", "world_size": 2, "smt": {"selection": {"score": score}}, **SHORT, **options}
     for score, options in (("abs_mean", {}), ("mean_abs", {"checkpointing": True}))
 ]
 TWO_RANKS += [
     {"method": "full", "engine": "fsdp2", "world_size": 2, "dtype": "float32"},
-    {"method": "smt", "engine": "ddp", "world_size": 2, "smt": {"selection": {"score": "abs_mean"}}},
+    {"method": "smt", "engine": "ddp", "world_size": 2, "smt": {"selection": {"score": "abs_mean"}}, **SHORT},
+]
+# Several buckets, and every weight gathered for each use, as in large models with DeepSpeed's defaults.
+BUCKETS = {"reduce_bucket_size": 300_000}
+GATHERED = {
+    "stage3_max_reuse_distance": 0,
+    "stage3_prefetch_bucket_size": 0,
+    "stage3_max_live_parameters": 0,
+    "stage3_param_persistence_threshold": 0,
+}
+TWO_RANKS += [
+    {"method": "full", "engine": "zero1", "world_size": 2, "dtype": "float32", "zero": BUCKETS},
+    {"method": "lora", "engine": "zero2", "world_size": 2, "dtype": "float32", "zero": BUCKETS},
+    # The last: DeepSpeed keeps a ZeRO-3 model alive.
+    {"method": "smt", "engine": "zero3", "world_size": 2, "dtype": "float32", "zero": GATHERED},
 ]
 
 # Enough for all layers, and quick.
@@ -50,12 +66,12 @@ def assert_near(planned: int, measured: int, label: str) -> None:
 @pytest.mark.parametrize(("ranks", "cells"), [(1, ONE_RANK), (2, TWO_RANKS)])
 def test_planned_peaks_are_the_profilers(tmp_path, ranks, cells):
     """A failure means people are told that a run fits which doesn't, or that they need more devices than they do."""
-    measured = launch("workers.memory:measure", ranks, tmp_path, cells=cells)[0]
+    measured = launch("workers.memory:measure", ranks, tmp_path, timeout=400, cells=cells)[0]
     for cell, found in zip(cells, measured, strict=True):
         plan = make_plan(small_request(**json.loads(json.dumps(cell))))
         for phase in ("training", "warmup"):
             if phase in found:
-                assert_near(plan.phases[phase].peak.total, found[phase], f"{cell} {phase}")
+                assert_near(plan.phases[phase].peak.total, found[phase]["total"], f"{cell} {phase}")
 
 
 @pytest.mark.parametrize(
@@ -95,32 +111,34 @@ def test_a_rank_holds_its_share_of_the_base_and_of_the_state(engine, replicas, s
     assert (peak.gathered_weights > 0) == (engine == "fsdp2")
 
 
-@pytest.mark.parametrize(("stage", "base", "gradients", "blocks"), [(1, 2, 4, 2), (2, 2, 1, 2), (3, 0.5, 1, 0.5)])
-def test_zero_partitions_what_its_stage_says(stage, base, gradients, blocks):
-    """Bytes an element on 4 ranks in bf16, from DeepSpeed's description of each stage."""
+@pytest.mark.parametrize(
+    ("stage", "base", "gradients", "blocks", "bucket"), [(1, 2, 6, 2, 0), (2, 2, 1, 2, 2), (3, 0.5, 1, 0.5, 4)]
+)
+def test_zero_partitions_what_its_stage_says(stage, base, gradients, blocks, bucket):
+    """Bytes an element on 4 ranks in bf16 at the end of a backward, from DeepSpeed's description of each stage."""
     settings = ZeroSettings(stage, reduce_bucket_size=10, param_persistence_threshold=0)
-    memory = ZeroModel(settings, 4, 2, frozen=[4000, 8000], trained=[400], base_is_trained=False).resident()
+    zero = ZeroModel(settings, 4, 2, frozen=[4000, 8000], trained=[400], base_is_trained=False)
+    memory = zero.moments({"backward layer 0": Memory(gradients=2 * 400)}, gradient_width=2)["reduction"]
     assert memory.base_weights == base * 12000
     assert memory.gradients == gradients * 400
     assert memory.blocks == blocks * 400
     assert memory.optimizer_state == 12 * 400 / 4
-    assert memory.communication == (40 if stage == 1 else 20)
+    assert memory.communication == bucket * 10
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_blocks_and_state_are_what_the_real_optimizer_holds(dtype):
     """The same bytes as ``ShardedBlockOptimizer.memory_bytes`` counts on a real model."""
-    from workers.memory import _load
-
     from smt_dist import apply_selection
     from smt_dist.engines.replicated import ReplicatedBlocks
+    from smt_dist.memory.cell import load_model
     from smt_dist.trainer import block_parameter_groups
 
     request = small_request(dtype=dtype)
     shape = measure_shape(request)
     selection = selection_of(even_counts(shape)[0], shape.grids, request.layers)
     planned = trace_training(request, request.layers, selection)["step"]
-    model = _load(request)
+    model = load_model(request)
     apply_selection(model, selection, dtype=request.base_dtype)
     optimizer = ReplicatedBlocks().make_optimizer(block_parameter_groups(model, 1e-4, 0.0), torch.optim.AdamW, {})
     optimizer.step()

@@ -75,7 +75,6 @@ def test_blocks_take_the_mode_of_the_module_that_they_wrap():
     ("blocks", "problem"),
     [
         ({"model.layers.7.self_attn.q_proj": [(0, 0)]}, r"LlamaForCausalLM\) has no module model.layers.7"),
-        ({"model.embed_tokens": [(0, 0)]}, "embed_tokens is a Embedding, not a linear layer"),
         ({"model.layers.0.input_layernorm": [(0, 0)]}, "input_layernorm is a LlamaRMSNorm"),
         ({"model.layers.0": [(0, 0)]}, "model.layers.0 is a LlamaDecoderLayer"),
         ({Q: [(0, 0)], V: [(2, 0)]}, r"v_proj: block \(2, 0\) lies outside its 2 x 4 grid"),

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from damage import reseal
 from harness import launch
 from safetensors.torch import load_file, save_file
 
@@ -68,8 +69,8 @@ DAMAGES = {
     "schedule of another kind": (SCHEDULE_FILE, changed_schedule(lr_lambdas=None), "lr_scheduler_type"),
     "too many rates": (SCHEDULE_FILE, changed_schedule(_last_lr=[0.1, 0.1]), "learning rates"),
     "half a random state": ("rng_state_0.json", lambda p: p.write_text('{"python": [1]}'), "not a random state"),
-    "half a trainer state": ("trainer_state.json", lambda p: p.write_text(p.read_text()[:40]), "damaged"),
-    "a wrong trainer state": ("trainer_state.json", lambda p: p.write_text('{"global_step": "x"}'), "damaged"),
+    "half a trainer state": ("trainer_state.json", lambda p: p.write_text(p.read_text()[:40]), "not valid JSON"),
+    "a wrong trainer state": ("trainer_state.json", lambda p: p.write_text('{"global_step": "x"}'), "global_step"),
 }  # fmt: skip
 
 
@@ -78,6 +79,7 @@ def test_damaged_checkpoint_is_named_in_one_line(train, checkpoint, damage):
     """A traceback, or masters that are written before the schedule is found to be unreadable."""
     name, change, reason = DAMAGES[damage]
     change(checkpoint / name)
+    reseal(checkpoint)
     error = train(resume_from_checkpoint=checkpoint).error
     assert name in error
     assert reason in error
@@ -86,6 +88,7 @@ def test_damaged_checkpoint_is_named_in_one_line(train, checkpoint, damage):
 def test_ranks_without_a_random_state_are_counted(train, checkpoint, caplog):
     """Dropout goes on elsewhere there: who compares runs has to know."""
     (checkpoint / "rng_state_0.json").unlink()
+    reseal(checkpoint)
     assert train(resume_from_checkpoint=checkpoint, max_steps=3, save_strategy="no").code == 0
     assert "random states of 0 ranks; the other 1 start with new ones" in caplog.text
 
@@ -94,6 +97,7 @@ def test_checkpoint_of_weights_only_is_passed_over(train, checkpoint):
     """``--save_only_model`` leaves nothing to go on from; taken by ``auto``, each restart would fail on it."""
     shutil.copytree(checkpoint, checkpoint.parent / "checkpoint-3")
     (checkpoint.parent / "checkpoint-3" / OPTIMIZER_FILE).unlink()
+    reseal(checkpoint.parent / "checkpoint-3")
     flags = {**CHECKPOINT, "max_steps": 4, "output_dir": checkpoint.parent}
     outcome = train(resume_from_checkpoint="auto", **flags)
     assert outcome.code == 0, outcome.err
@@ -110,4 +114,4 @@ def test_full_disk_ends_all_ranks_with_the_same_line(tmp_path, model_folder):
 def test_half_a_random_state_on_one_rank_ends_all_ranks(tmp_path, model_folder):
     """Only that rank reads the file; the others would meet a closed connection, and nobody would say why."""
     ranks = launch("workers.faults:half_a_random_state", 2, tmp_path, model=str(model_folder))
-    assert all("rng_state_1.json" in rank for rank in ranks)
+    assert all("rng_state_1.json: not a random state" in rank for rank in ranks)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import combinations
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -143,3 +146,124 @@ def test_the_selection_is_the_brute_force_one(tables, data):
     chosen = {(f"m{index}", (row, col)) for _, index, row, col in sorted(every)[:budget]}
     selection = select_blocks(scores, make_config({"blocks": budget}))
     assert {(module, block) for module, blocks in selection.blocks.items() for block in blocks} == chosen
+
+
+# -- joint budgets, floors and ceilings ------------------------------------------------------------------------
+
+
+def bounded(*groups: dict, **selection) -> SMTConfig:
+    named = [{"name": "g", **group} for group in groups]
+    return SMTConfig.model_validate({"block_size": SIDE, "groups": named, "selection": {"score": "l1", **selection}})
+
+
+def test_a_joint_budget_is_spent_on_the_best_of_all_groups():
+    """Separate budgets keep a group's share; a joint one lets the better group have it. Multipliers stay apart."""
+    scores = make_scores({"a": [[1, 2]], "b": [[90, 80]], "c": [[70, 3]]}, {"small": ["a"], "large": ["b", "c"]})
+    groups = ({"name": "large", "blocks": 1}, {"name": "small", "blocks": 2})
+    assert select_blocks(scores, bounded(*groups)).blocks == {"a": [(0, 0), (0, 1)], "b": [(0, 0)]}
+    joint = select_blocks(scores, bounded(*groups, budget="joint"))
+    assert joint.blocks == {"b": [(0, 0), (0, 1)], "c": [(0, 0)]}
+    assert joint.groups == {"b": "large", "c": "large"}
+
+
+def test_a_joint_budget_that_is_too_large_names_all_groups():
+    """Otherwise the user changes the wrong one."""
+    scores = make_scores({"a": [[1, 2]], "b": [[3]]}, {"x": ["a"], "y": ["b"]})
+    config = bounded({"name": "x", "blocks": 3}, {"name": "y", "blocks": 1}, budget="joint")
+    with pytest.raises(SMTError, match=r"groups\[x \+ y\]\.blocks: 3, blocks: 1 asks for 4 .* targets have 3"):
+        select_blocks(scores, config)
+
+
+LAYERED = {"layers.0.q": [[9, 8]], "layers.0.k": [[7, 6]], "layers.1.q": [[5, 4]], "layers.1.k": [[3, 2]]}
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        ({"floor": 1}, {"layers.0.q": 2, "layers.1.q": 1}),
+        ({"ceiling": 2}, {"layers.0.q": 2, "layers.1.q": 1}),
+        ({"ceiling": 1, "bounds_per": "weight"}, {"layers.0.q": 1, "layers.0.k": 1, "layers.1.q": 1}),
+        ({}, {"layers.0.q": 2, "layers.0.k": 1}),
+    ],
+    ids=str,
+)
+def test_a_layer_is_a_decoder_layer_unless_weights_are_meant(selection, expected):
+    """q and k of one decoder layer share its bounds; with ``bounds_per`` weight each has its own."""
+    chosen = select_blocks(make_scores(LAYERED), bounded({"blocks": 3}, **selection))
+    assert {module: len(blocks) for module, blocks in chosen.blocks.items()} == expected
+
+
+@pytest.mark.parametrize(
+    ("selection", "blocks", "message"),
+    [
+        ({"floor": 2}, 3, r"floor 2 of 2 layers needs 4 blocks, the budget is 3; lower the floor"),
+        (
+            {"floor": 1, "bounds_per": "weight"},
+            3,
+            r"floor 1 of 4 weights needs 4 blocks, the budget is 3",
+        ),
+        ({"floor": 3, "bounds_per": "weight"}, 8, r"floor 3 of 4 weights needs 12 blocks, the budget is 8"),
+        ({"ceiling": 1}, 3, r"ceiling 1 of 2 layers leaves room for 2 blocks, the budget is 3"),
+    ],
+    ids=str,
+)
+def test_bounds_that_do_not_fit_the_budget_are_refused_with_what_fits(selection, blocks, message):
+    """Keeping one of two promises silently would break the other."""
+    with pytest.raises(SMTError, match=rf"selection, groups\[g\]: {message}") as caught:
+        select_blocks(make_scores(LAYERED), bounded({"blocks": blocks}, **selection))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_floor_above_what_a_layer_has_is_refused_by_the_layers_name():
+    scores = make_scores({"layers.0.q": [[9, 8, 7, 6]], "layers.1.q": [[5]]})
+    with pytest.raises(SMTError, match=r"floor 2: layers\.1 has 1 blocks; use at most 1"):
+        select_blocks(scores, bounded({"blocks": 4}, floor=2))
+
+
+@pytest.mark.parametrize(
+    "selection", [{"floor": 3, "ceiling": 2}, {"floor": 1, "strategy": "norm_dist"}, {"floor": 0}, {"ceiling": 1.5}]
+)
+def test_bounds_that_contradict_one_another_are_refused_with_the_config(selection):
+    """Before the warm-up, not after it."""
+    with pytest.raises(ValueError, match=r"floor|ceiling"):
+        bounded({"blocks": 3}, **selection)
+
+
+small_table = st.integers(1, 2).flatmap(
+    lambda columns: st.lists(st.lists(st.integers(0, 3), min_size=columns, max_size=columns), min_size=1, max_size=2)
+)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(st.lists(small_table, min_size=2, max_size=3), st.data())
+def test_under_bounds_no_other_choice_has_a_larger_sum(tables, data):
+    """Brute force over every subset, with two weights in the first layer: the best sum, floors and ceilings kept."""
+    names = ["layers.0.q", "layers.0.k", "layers.1.q"][: len(tables)]
+    scores = make_scores(dict(zip(names, tables, strict=True)))
+    per = data.draw(st.sampled_from(["layer", "weight"]))
+    cells = [
+        (name.rpartition(".")[0] if per == "layer" else name, name, (row, col), value)
+        for name, rows in zip(names, tables, strict=True)
+        for row, values in enumerate(rows)
+        for col, value in enumerate(values)
+    ]
+    layers = {cell[0] for cell in cells}
+    budget = data.draw(st.integers(1, len(cells)))
+    floor = data.draw(st.none() | st.integers(1, 2))
+    ceiling = data.draw(st.none() | st.integers(floor or 1, 4))
+
+    def is_allowed(subset) -> bool:
+        counts = Counter(cell[0] for cell in subset)
+        return all((floor or 0) <= counts[layer] <= (ceiling or len(cells)) for layer in layers)
+
+    allowed = [subset for subset in combinations(cells, budget) if is_allowed(subset)]
+    config = bounded({"blocks": budget}, floor=floor, ceiling=ceiling, bounds_per=per)
+    if not allowed:
+        with pytest.raises(SMTError):
+            select_blocks(scores, config)
+        return
+    selection = select_blocks(scores, config)
+    chosen = [cell for cell in cells if cell[2] in selection.blocks.get(cell[1], [])]
+    assert is_allowed(chosen)
+    assert len(chosen) == budget
+    assert sum(cell[3] for cell in chosen) == max(sum(cell[3] for cell in subset) for subset in allowed)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from harness import launch_engines
 from tiny_models import label_tokens, save_tiny_llama, sum_of_token_losses
 from transformers import AutoModelForCausalLM
 from workers.runs import GLOBAL_BATCH, shard_group, standard_data
-from workers.selection import PASSES, SCORES, STEPS, STRATEGIES, make_config
+from workers.selection import CUSTOM, PASSES, SCORES, STEPS, STRATEGIES, make_config
 
 from smt_dist.targets import count_parameters_2d, find_targets
 from smt_dist.warmup import collect_scores
@@ -18,6 +19,14 @@ from smt_dist.warmup import collect_scores
 LAUNCHES = {1: ["ddp"], 2: ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"], 4: ["ddp", "hsdp"]}
 RUNS = [(world_size, engine) for world_size, engines in LAUNCHES.items() for engine in engines]
 BLOCK_ROWS, BLOCK_COLS = 16, 8
+# By a formula; the others are tested in test_weight_scores.py.
+COMPUTED = [score for score in SCORES if score not in ("random", "diagonal")]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """A vocabulary that blocks of 16 rows divide, so that embedding and head are targets too."""
+    return save_tiny_llama(tmp_path_factory.mktemp("model"), vocab_size=112)
 
 
 @pytest.fixture(scope="module")
@@ -27,31 +36,66 @@ def found(tmp_path_factory, model_folder):
     return launch_engines("workers.selection:select_with", LAUNCHES, folder, model=str(model_folder))
 
 
+class Dense(NamedTuple):
+    """What plain PyTorch finds in one process, module by module.
+
+    Attributes:
+        gradients: one for each global step.
+        weights: the weights.
+        input_rms: root mean square of each input column over the tokens that the mask shows; not of the embedding.
+        groups: of the config.
+        parameters_2d: of the model.
+    """
+
+    gradients: dict[str, list[torch.Tensor]]
+    weights: dict[str, torch.Tensor]
+    input_rms: dict[str, torch.Tensor]
+    groups: dict[str, list[str]]
+    parameters_2d: int
+
+
 @pytest.fixture(scope="module")
-def step_gradients(model_folder):
-    """Module -> one dense gradient for each global step, by plain autograd in one process; and the model."""
+def dense(model_folder):
+    """Gradients by plain autograd, inputs by plain hooks."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     groups = find_targets(model, make_config("l1"))
     data = standard_data()
+    inputs = {name: [] for names in groups.values() for name in names if "embed" not in name}
+    for name, seen in inputs.items():
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0].detach()))
+    masks = []
     generator = torch.Generator().manual_seed(0)
     order = torch.cat([torch.randperm(len(data.train), generator=generator) for _ in range(2)]).tolist()
     gradients = {name: [] for names in groups.values() for name in names}
     for step in range(STEPS):
         batch = data.collator([data.train[i] for i in order[step * GLOBAL_BATCH : (step + 1) * GLOBAL_BATCH]])
         model.zero_grad()
+        masks.append(batch["attention_mask"].bool())
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         (sum_of_token_losses(logits, batch["labels"]) / label_tokens(batch["labels"])).backward()
         for name, steps in gradients.items():
             steps.append(model.get_submodule(name).weight.grad.clone())
     order_in_model = [name for name, _ in model.named_modules() if name in gradients]
-    return {name: gradients[name] for name in order_in_model}, groups, count_parameters_2d(model)
+    real = {name: torch.cat([x[mask] for x, mask in zip(seen, masks, strict=True)]) for name, seen in inputs.items()}
+    return Dense(
+        gradients={name: gradients[name] for name in order_in_model},
+        weights={name: model.get_submodule(name).weight.detach() for name in order_in_model},
+        input_rms={name: tokens.double().square().mean(0).sqrt() for name, tokens in real.items()},
+        groups=groups,
+        parameters_2d=count_parameters_2d(model),
+    )
+
+
+def blocks_of(matrix: torch.Tensor) -> torch.Tensor:
+    """``[block rows, block columns, elements]`` in fp64."""
+    rows, cols = matrix.shape
+    blocks = matrix.double().reshape(rows // BLOCK_ROWS, BLOCK_ROWS, cols // BLOCK_COLS, BLOCK_COLS)
+    return blocks.transpose(1, 2).flatten(2)
 
 
 def score_of(gradient: torch.Tensor, score: str) -> torch.Tensor:
     """Each block's score, by the formulas of the paper's appendix, from the dense gradient."""
-    rows, cols = gradient.shape
-    blocks = gradient.double().reshape(rows // BLOCK_ROWS, BLOCK_ROWS, cols // BLOCK_COLS, BLOCK_COLS)
-    blocks = blocks.transpose(1, 2).flatten(2)
+    blocks = blocks_of(gradient)
     return {
         "mean_abs": blocks.mean(-1).abs(),
         "abs_mean": blocks.abs().mean(-1),
@@ -60,12 +104,30 @@ def score_of(gradient: torch.Tensor, score: str) -> torch.Tensor:
     }[score]
 
 
-def dense_tables(gradients: dict[str, list[torch.Tensor]], score: str) -> dict[str, torch.Tensor]:
-    """Scores of the summed gradient, or the mean of the steps' scores."""
+def dense_tables(dense: Dense, score: str) -> dict[str, torch.Tensor]:
+    """Scores of the summed gradient, the mean of the steps' scores, or what else a score is made of."""
     name = score.removesuffix("_per_step")
     if name != score:
-        return {m: torch.stack([score_of(g, name) for g in steps]).mean(0) for m, steps in gradients.items()}
-    return {module: score_of(torch.stack(steps).sum(0), name) for module, steps in gradients.items()}
+        return {m: torch.stack([score_of(g, name) for g in steps]).mean(0) for m, steps in dense.gradients.items()}
+    return {module: dense_table(dense, score, module) for module in dense.gradients if scored(module, score)}
+
+
+def scored(module: str, score: str) -> bool:
+    """Whether a config of this score has the module among its targets."""
+    return "layers" in module or score not in ("activation", CUSTOM)
+
+
+def dense_table(dense: Dense, score: str, module: str) -> torch.Tensor:
+    gradient, weight = torch.stack(dense.gradients[module]).sum(0), dense.weights[module]
+    if score == "grad_x_weight":
+        return blocks_of(gradient * weight).abs().mean(-1)
+    if score == "magnitude":
+        return blocks_of(weight).abs().mean(-1)
+    if score == "activation":
+        return blocks_of(dense.input_rms[module].expand(weight.shape)).square().mean(-1).sqrt()
+    if score == CUSTOM:
+        return blocks_of(gradient.double() * weight.double() * dense.input_rms[module]).var(-1)
+    return score_of(gradient, score)
 
 
 def brute_force(tables: dict[str, torch.Tensor], modules: list[str], budget: int) -> tuple[set, float]:
@@ -77,14 +139,19 @@ def brute_force(tables: dict[str, torch.Tensor], modules: list[str], budget: int
         for col in range(tables[module].shape[1])
     )
     gap = 1 - ranked[budget][0] / ranked[budget - 1][0] if 0 < budget < len(ranked) else 1.0
+    if 0 < budget < len(ranked) and ranked[budget][0] == ranked[budget - 1][0]:
+        gap = 1.0  # equal on purpose, as blocks below one another are by their input: their order decides
     return {(module, row, col) for _, _, row, col, module in ranked[:budget]}, gap
 
 
 def expected_blocks(tables: dict, groups: dict, parameters_2d: int, strategy: str) -> tuple[set, float]:
     """The selection by hand, and the smallest gap of its cuts."""
-    budgets = {"attention": 13, "mlp": int(0.05 * parameters_2d / (BLOCK_ROWS * BLOCK_COLS))}
+    budgets = {"attention": 13, "mlp": int(0.05 * parameters_2d / (BLOCK_ROWS * BLOCK_COLS)), "ends": 9}
     chosen, gaps = set(), []
-    for group, modules in groups.items():
+    for group, members in groups.items():
+        modules = [module for module in members if module in tables]
+        if not modules:
+            continue
         if strategy == "no_restriction":
             cuts = [(modules, budgets[group])]
         else:
@@ -98,21 +165,23 @@ def expected_blocks(tables: dict, groups: dict, parameters_2d: int, strategy: st
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("score", SCORES)
-def test_selection_is_the_one_that_dense_gradients_make(found, step_gradients, score, strategy):
+@pytest.mark.parametrize("score", COMPUTED)
+def test_selection_is_the_one_that_dense_computation_makes(found, dense, score, strategy):
     """Otherwise SMT trains other blocks than it says, and nothing else would show it."""
-    gradients, groups, parameters_2d = step_gradients
-    expected, gap = expected_blocks(dense_tables(gradients, score), groups, parameters_2d, strategy)
-    assert gap > 1e-5, "the seed makes a tie that rounding decides: the comparison would mean nothing"
+    expected, gap = expected_blocks(dense_tables(dense, score), dense.groups, dense.parameters_2d, strategy)
+    # Weights are the same bits everywhere; gradients and inputs are rounded.
+    assert gap > (1e-9 if score == "magnitude" else 1e-5), (
+        "the seed makes a tie that rounding decides: the comparison would mean nothing"
+    )
     selection = json.loads(found[1, "ddp"][0]["selections"][f"{score}, {strategy}, 1"])
     assert {(m, row, col) for m, blocks in selection["blocks"].items() for row, col in blocks} == expected
 
 
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", COMPUTED)
 @pytest.mark.parametrize(("world_size", "engine"), RUNS)
-def test_scores_equal_those_of_dense_gradients(found, step_gradients, world_size, engine, score):
+def test_scores_equal_those_of_dense_computation(found, dense, world_size, engine, score):
     """A wrong normalisation over ranks or micro-batches would shift scores without always changing the choice."""
-    expected = dense_tables(step_gradients[0], score)
+    expected = dense_tables(dense, score)
     for rank in found[world_size, engine]:
         for passes in PASSES[score]:
             tables = rank["tables"][f"{score}, {passes}"]
@@ -143,7 +212,7 @@ def test_passes_change_nothing_but_memory(found, score, strategy):
 
 def test_every_pass_sees_the_same_dropout(tmp_path):
     """Were masks drawn anew in the second pass, its layers' scores would come from another model than the first's."""
-    model = AutoModelForCausalLM.from_pretrained(save_tiny_llama(tmp_path, attention_dropout=0.5))
+    model = AutoModelForCausalLM.from_pretrained(save_tiny_llama(tmp_path, attention_dropout=0.5, vocab_size=112))
     data = standard_data()
     batches = [data.collator([data.train[index] for index in range(start, start + 8)]) for start in (8, 16, 24)]
     state = torch.get_rng_state()
@@ -158,6 +227,7 @@ def test_the_comparison_covers_what_it_should(found):
     for (world_size, engine), ranks in found.items():
         for rank in ranks:
             assert rank["base_elements_held"] == whole // shard_group(engine, world_size)
+            assert rank["base_elements_after"] == rank["base_elements_held"], "weights were left gathered"
             assert rank["gradients"] == 0
         if world_size > 1:
             without = [rank["micro_batches_without_labels"] for rank in ranks]

@@ -31,7 +31,13 @@ CASES = {
         ("NAdam", {}, "float32"),
         ("Adagrad", {}, "float32"),
     ]
-} | {"bf16 reduction": {"optimizer": "torch.optim.SGD", "options": {}, "dtype": "float32", "reduce_dtype": "bfloat16"}}
+}
+# Told as many micro-batches as there are, and more: the last step of an epoch may have fewer.
+for _name in ("AdamW-float32", "SGD-bfloat16"):
+    CASES |= {f"{_name}, {told} micro-batches told": CASES[_name] | {"told": told} for told in (2, 3)}
+CASES |= {
+    "bf16 reduction": {"optimizer": "torch.optim.SGD", "options": {}, "dtype": "float32", "reduce_dtype": "bfloat16"}
+}
 each_size = pytest.mark.parametrize("world_size", WORLD_SIZES)
 each_exact_case = pytest.mark.parametrize("case", [case for case in CASES if case != "bf16 reduction"])
 
@@ -61,6 +67,23 @@ def test_steps_as_plain_torch_on_the_averaged_gradients(found, world_size, case)
         for ours, theirs in zip(rank[case]["masters"], plain["masters"], strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
         assert max(plain["norms"]) > 1.5, "clipping has to act, or it isn't tested"
+
+
+@each_size
+def test_told_gradients_are_given_up_in_the_last_backward(found, world_size):
+    """A failure means that every rank holds whole fp32 gradients at the end of a backward: 4 bytes an element."""
+    whole, slice_ = (4 * -(-ELEMENTS // world_size) * part for part in (world_size, 1))
+    for rank in found[world_size]:
+        assert rank["AdamW-float32"]["held_after_backward"] == [whole] * 4
+        told = rank["AdamW-float32, 2 micro-batches told"]["held_after_backward"]
+        assert told == [slice_] * 4
+        assert (told < [whole] * 4) == (world_size > 1)
+
+
+def test_more_backwards_than_told_are_refused(tmp_path):
+    """Their gradients would be lost: the slices are gone already."""
+    messages = launch("workers.optimizer:one_backward_too_many", 2, tmp_path)
+    assert messages == ["more than the 1 backwards that a step was said to have"] * 2
 
 
 @each_exact_case
@@ -128,6 +151,17 @@ def test_newest_optimizer_of_a_parameter_gets_its_gradients(found, world_size):
 def test_state_dict_asks_nothing_of_other_ranks(found, world_size):
     """Trainer and accelerate call it on one rank: a collective would hang the job."""
     assert all(rank["state_dict"] for rank in found[world_size])
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_ranks_that_miss_a_gradient_reduce_when_the_others_do(found, world_size):
+    """An expert that no token of a rank reaches: that rank would reduce later than the others, who would wait for it
+    where it waits for them, in one of FSDP2's gathers. Not told of it, the ranks do part.
+    """
+    told, not_told = ([rank["idle"][name] for rank in found[world_size]] for name in ("told", "not told"))
+    assert told == [0] * world_size
+    assert not_told[0] < world_size
+    assert not_told[1:] == [world_size] * (world_size - 1)
 
 
 @each_size

@@ -133,11 +133,25 @@ def test_a_broken_pattern_is_refused_by_name(target):
         targets_of(make_model("llama"), target)
 
 
-@pytest.mark.parametrize("target", ["embed_tokens", "input_layernorm", r".*embed.*"])
-def test_a_module_that_is_not_linear_is_never_a_target(target):
-    """Blocks of an embedding or a norm have no meaning in SparseLinear."""
-    with pytest.raises(SMTError, match="target_modules"):
+@pytest.mark.parametrize("target", ["input_layernorm", r".*norm.*"])
+def test_a_module_without_a_matrix_is_never_a_target(target):
+    """Blocks of a norm have no meaning."""
+    with pytest.raises(SMTError, match="matches no linear module"):
         targets_of(make_model("llama"), target)
+
+
+def test_an_embedding_that_is_not_tied_is_a_target():
+    """Its rows are looked up: blocks of them are added to what is found."""
+    model = make_model("llama", tie_word_embeddings=False)
+    assert targets_of(model, ["embed_tokens", "lm_head"]) == ["model.embed_tokens", "lm_head"]
+    with pytest.raises(SMTError, match=r"model\.embed_tokens is tied to lm_head\.weight"):
+        targets_of(make_model("llama", tie_word_embeddings=True), "embed_tokens")
+
+
+def test_an_embedding_with_a_forward_of_its_own_is_refused_with_the_reason():
+    """A scaled or shifted lookup isn't the lookup that the blocks would be added to."""
+    with pytest.raises(SMTError, match=r"embed_positions is a \w+, which changes the rows that it looks up"):
+        targets_of(make_model("opt"), "embed_positions")
 
 
 def test_a_module_in_two_groups_is_refused_by_name():

@@ -60,7 +60,7 @@ class Node:
         """Start ``command`` here, in a session of its own; its collectives use this node's end of the link."""
         own = {"GLOO_SOCKET_IFNAME": self.interface, "TP_SOCKET_IFNAME": self.interface}
         return subprocess.Popen(
-            [*self._enter(), *command], env={**env, **own}, stdout=output, stderr=output, start_new_session=True
+            [*self.enter(), *command], env={**env, **own}, stdout=output, stderr=output, start_new_session=True
         )
 
     def bytes_moved(self) -> tuple[int, int]:
@@ -80,13 +80,14 @@ class Node:
 
     def _set_link(self, state: str) -> None:
         self._real_init()
-        _run([*self._enter(), "ip", "link", "set", INTERFACE, state])
+        _run([*self.enter(), "ip", "link", "set", INTERFACE, state])
 
     def _real_init(self) -> int:
         assert self.init is not None, "this node is the machine itself: it has no link (see Nodes.real)"
         return self.init
 
-    def _enter(self) -> list[str]:
+    def enter(self) -> list[str]:
+        """What to put before a command that is to run here."""
         if self.init is None:
             return []
         return ["nsenter", "--target", str(self.init), "--net", "--uts", "--mount", "--pid", "--wd", "--"]
@@ -227,7 +228,7 @@ def _connected_nodes(stack: contextlib.ExitStack) -> Nodes:
     in_first = ["nsenter", "--target", str(inits[0]), "--net", "--"]
     _run([*in_first, *f"ip link add {INTERFACE} type veth peer name {INTERFACE} netns {inits[1]}".split()])
     for node in nodes.both():
-        _run([*node._enter(), "ip", "address", "add", f"{node.address}/30", "dev", INTERFACE])
+        _run([*node.enter(), "ip", "address", "add", f"{node.address}/30", "dev", INTERFACE])
         node.mend()
     return nodes
 

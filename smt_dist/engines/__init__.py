@@ -15,6 +15,8 @@ from torch import nn
 from smt_dist.errors import SMTError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from smt_dist.arguments import SMTTrainingArguments
 
 ENGINES = ("ddp", "fsdp2", "deepspeed")
@@ -70,11 +72,17 @@ class Engine(Protocol):
 
     name: str
 
-    def load_options(self) -> dict[str, Any]:
-        """Keywords for ``from_pretrained`` that shard the base as it is read."""
+    def load_options(self, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
+        """Keywords for ``from_pretrained`` that shard the base as it is read, into weights of ``dtype``."""
+
+    def prepare_base(self, model: nn.Module) -> None:
+        """What a base that was loaded with them wants before its first forward; not collective."""
 
     def probing(self, model: nn.Module) -> AbstractContextManager[None]:
         """Make forwards and backwards of the bare ``model`` possible, without an optimizer."""
+
+    def forget(self, model: nn.Module) -> None:
+        """Take away what a training engine that was destroyed left in ``model``."""
 
     def full_finetuning(
         self, model: nn.Module, learning_rate: float, accumulation: int
@@ -88,7 +96,11 @@ class Engine(Protocol):
         """
 
     def make_optimizer(
-        self, groups: list[dict[str, Any]], optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]
+        self,
+        groups: list[dict[str, Any]],
+        optimizer_class: type[torch.optim.Optimizer],
+        options: dict[str, Any],
+        may_be_idle: bool = False,
     ) -> torch.optim.Optimizer:
         """The optimizer of the blocks.
 
@@ -96,6 +108,7 @@ class Engine(Protocol):
             groups: parameter groups of blocks.
             optimizer_class: an elementwise one (:func:`smt_dist.elementwise.refuse_unless_elementwise`).
             options: its keyword arguments.
+            may_be_idle: some blocks may get no gradient on some ranks (:func:`smt_dist.targets.may_be_idle`).
         """
 
     def read_blocks(
@@ -120,6 +133,12 @@ class Engine(Protocol):
     ) -> None:
         """Put back masters, moments and counters, module by module; every rank gives the same."""
 
+    def damaged_block(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+        """A module whose values on this rank aren't the rounding of their masters; not collective, unlike the rest.
+
+        None where all are, and where the engine can't tell without the other ranks.
+        """
+
     def memory_bytes(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
         """Bytes on this rank: ``masters``, ``moments`` (0 before the first step), and what else the engine knows of."""
 
@@ -138,7 +157,14 @@ def make_engine(args: SMTTrainingArguments) -> Engine:
     if args.engine == "fsdp2":
         from smt_dist.engines.fsdp2 import FSDP2Engine
 
-        return FSDP2Engine(args.reduce_torch_dtype, args.dp_replicate_size, args.cpu_offload)
+        return FSDP2Engine(
+            args.reduce_torch_dtype,
+            args.dp_replicate_size,
+            args.cpu_offload,
+            args.fsdp2_units,
+            args.fsdp2_prefetch,
+            args.gradient_accumulation_steps,
+        )
     if args.engine == "deepspeed":
         from smt_dist.engines.deepspeed import DeepSpeedEngine
 

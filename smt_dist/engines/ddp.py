@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers import PreTrainedConfig
 
 from smt_dist.distributed import is_distributed
 from smt_dist.engines import Tuning
@@ -20,8 +21,11 @@ class DDPEngine(ReplicatedBlocks):
 
     name = "ddp"
 
-    def load_options(self) -> dict[str, Any]:
+    def load_options(self, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
         return {}
+
+    def prepare_base(self, model: nn.Module) -> None:
+        pass
 
     def probing(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
         return nullcontext()

@@ -1,8 +1,8 @@
 """``deepspeed``: ZeRO-1, 2 and 3. DeepSpeed shards the base (stage 3) and the blocks' optimizer state itself.
 
 Blocks, masters and moments are read and written through ``deepspeed.utils``' public ``safe_get`` and ``safe_set``
-functions. What has no public way stands in ``_flat_partitions``, ``_create_moments``, ``_link_moments`` and
-``_forget_engine``, checked on DeepSpeed 0.19.8.
+functions. What has no public way stands in ``_flat_partitions``, ``held_tensors``, ``_create_moments``,
+``_link_moments`` and ``_forget_engine``, checked on DeepSpeed 0.19.8.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from deepspeed.utils import (
     lazy_init_hp_params_optimizer_state,
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
 from torch import nn
+from transformers import PreTrainedConfig
 
 from smt_dist.elementwise import (
     counter_state,
@@ -34,7 +36,10 @@ from smt_dist.elementwise import (
 from smt_dist.engines import BlockState, Moments, Tuning, unwrapped
 from smt_dist.errors import SMTError
 from smt_dist.model import sparse_layers
-from smt_dist.targets import full_shape
+from smt_dist.targets import full_numel, full_shape
+
+# DeepSpeed's own zero_optimization.reduce_bucket_size, in elements.
+DEFAULT_BUCKET = 500_000_000
 
 
 class DeepSpeedEngine:
@@ -54,8 +59,11 @@ class DeepSpeedEngine:
         """The ZeRO stage."""
         return int(self.config.get("zero_optimization", {}).get("stage", 0))
 
-    def load_options(self) -> dict[str, Any]:
+    def load_options(self, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
         return {}  # transformers sees the active ZeRO-3 config itself
+
+    def prepare_base(self, model: nn.Module) -> None:
+        pass
 
     @contextmanager
     def probing(self, model: nn.Module) -> Iterator[None]:
@@ -73,6 +81,9 @@ class DeepSpeedEngine:
             engine.destroy()
             _forget_engine(model)
 
+    def forget(self, model: nn.Module) -> None:
+        _forget_engine(model)
+
     @contextmanager
     def full_finetuning(self, model: nn.Module, learning_rate: float, accumulation: int) -> Iterator[Tuning]:
         parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -88,10 +99,19 @@ class DeepSpeedEngine:
             _forget_engine(model)
 
     def make_optimizer(
-        self, groups: list[dict[str, Any]], optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]
+        self,
+        groups: list[dict[str, Any]],
+        optimizer_class: type[torch.optim.Optimizer],
+        options: dict[str, Any],
+        may_be_idle: bool = False,  # noqa: ARG002
     ) -> torch.optim.Optimizer:
         # ZeRO flattens parameters too, so it can't do more than ShardedBlockOptimizer can.
         refuse_unless_elementwise(optimizer_class, options)
+        elements = sum(full_numel(parameter) for group in groups for parameter in group["params"])
+        # DeepSpeed allocates the whole bucket, 0.5e9 elements unless told otherwise, however few gradients there are.
+        section = self.config["zero_optimization"]
+        if isinstance(given := section.get("reduce_bucket_size", DEFAULT_BUCKET), int | float):
+            section["reduce_bucket_size"] = min(int(given), elements)
         return optimizer_class(groups, **options)
 
     def read_blocks(
@@ -144,6 +164,24 @@ class DeepSpeedEngine:
                 _create_moments(zero, sorted(created), counters)
             for key, value in state.moments.items():
                 safe_set_full_optimizer_state(delta, value.to(delta.device), key)
+
+    def damaged_block(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,  # noqa: ARG002
+    ) -> str | None:
+        if self.stage < 3 or self._state_is_on_disk():
+            return None  # stages 1 and 2: the masters of a block may lie on several ranks
+        for name, layer in sparse_layers(model).items():
+            shard = layer.delta.ds_tensor
+            master = safe_get_local_fp32_param(layer.delta)
+            if master is not None and not torch.equal(master.to(shard.device, shard.dtype), shard[: master.numel()]):
+                return name
+        return None
+
+    def _state_is_on_disk(self) -> bool:
+        offload = self.config.get("zero_optimization", {}).get("offload_optimizer") or {}
+        return offload.get("device") == "nvme"
 
     def memory_bytes(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
         zero = _zero_optimizer(optimizer)
@@ -206,6 +244,26 @@ def _flat_partitions(zero: Any) -> list[torch.Tensor]:
         if hasattr(zero, name):  # ZeRO-1/2, ZeRO-3, bf16 with fp32 gradients under stage 1
             return list(getattr(zero, name))
     raise SMTError(f"deepspeed: {type(zero).__name__} is not known to smt_dist (checked on DeepSpeed 0.19.8)")
+
+
+def held_tensors(zero: Any) -> Iterator[tuple[str, Any]]:
+    """(category of :mod:`smt_dist.memory.categories`, tensors) that DeepSpeed's optimizer holds on this rank."""
+    flats = _flat_partitions(zero)
+    yield "base_weights", getattr(zero, "fp16_partitioned_groups_flat", [])
+    yield "optimizer_state", [flats, [list(zero.optimizer.state[flat].values()) for flat in flats]]
+    names = ("averaged_gradients", "all_grad_tensors", "fp32_groups_gradients_flat", "grad_partitions_flat_buffer")
+    yield "gradients", [*(list(_tensors(getattr(zero, name, None))) for name in names), *(flat.grad for flat in flats)]
+    buckets = getattr(zero, "ipg_buckets", {}).values()
+    yield "communication", list(_tensors([getattr(bucket, "buffer", None) for bucket in buckets]))
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """In dicts and lists, DeepSpeed's own kinds of list included."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, list | tuple | dict):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _tensors(part)
 
 
 def _counters(inner: torch.optim.Optimizer, flats: list[torch.Tensor]) -> dict[str, int | float]:

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
+from transformers import PreTrainedConfig
 from transformers.distributed import DistributedConfig
 
 from smt_dist.distributed import get_world_size
 from smt_dist.engines import Tuning
 from smt_dist.engines.replicated import ReplicatedBlocks, adamw_step
+from smt_dist.engines.units import release_early, sharding_plan
 from smt_dist.errors import SMTError
 
 
@@ -24,24 +26,41 @@ class FSDP2Engine(ReplicatedBlocks):
         reduce_dtype: as for :class:`ReplicatedBlocks`. The blocks' state is sharded over all ranks either way.
         replicas: the number of groups; divides the world size. Each rank holds (base's bytes) x replicas / world size.
         cpu_offload: keep the shards in host memory; GPU only.
+        units: what is gathered at once (:func:`smt_dist.engines.units.sharding_plan`).
+        prefetch: gather the next unit of the backward while one computes.
+        micro_batches: backwards in a step, if it is known.
     """
 
     name = "fsdp2"
 
-    def __init__(self, reduce_dtype: torch.dtype, replicas: int = 1, cpu_offload: bool = False) -> None:
-        super().__init__(reduce_dtype)
+    def __init__(
+        self,
+        reduce_dtype: torch.dtype,
+        replicas: int = 1,
+        cpu_offload: bool = False,
+        units: str = "auto",
+        prefetch: bool = True,
+        micro_batches: int | None = None,
+    ) -> None:
+        super().__init__(reduce_dtype, micro_batches)
         self.replicas = replicas
         self.cpu_offload = cpu_offload
+        self.units = units
+        self.prefetch = prefetch
 
-    def load_options(self) -> dict[str, Any]:
+    def load_options(self, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
         if get_world_size() == 1:
             return {}  # nothing to shard
-        config = DistributedConfig(
+        distributed = DistributedConfig(
             fsdp_size=get_world_size() // self.replicas,
             dp_replicate_size=self.replicas,
             fsdp_cpu_offload=self.cpu_offload,
+            fsdp_plan=sharding_plan(config, dtype, self.units),
         )
-        return {"distributed_config": config}
+        return {"distributed_config": distributed}
+
+    def prepare_base(self, model: nn.Module) -> None:
+        release_early(model, self.prefetch)
 
     def probing(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
         return nullcontext()  # FSDP2's own hooks gather the weights

@@ -19,15 +19,26 @@ class ReplicatedBlocks:
 
     Args:
         reduce_dtype: in which their gradients cross the network.
+        micro_batches: backwards in a step; told, the last of them sends the gradients slice by slice.
     """
 
-    def __init__(self, reduce_dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, reduce_dtype: torch.dtype = torch.float32, micro_batches: int | None = None) -> None:
         self.reduce_dtype = reduce_dtype
+        self.micro_batches = micro_batches
+
+    def forget(self, model: nn.Module) -> None:
+        """Nothing: no engine holds the model."""
 
     def make_optimizer(
-        self, groups: list[dict[str, Any]], optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]
+        self,
+        groups: list[dict[str, Any]],
+        optimizer_class: type[torch.optim.Optimizer],
+        options: dict[str, Any],
+        may_be_idle: bool = False,
     ) -> ShardedBlockOptimizer:
-        return ShardedBlockOptimizer(groups, optimizer_class, options, self.reduce_dtype)
+        # A rank that waits for a gradient that doesn't come would leave FSDP2's gathers on the others unanswered.
+        micro_batches = None if may_be_idle else self.micro_batches
+        return ShardedBlockOptimizer(groups, optimizer_class, options, self.reduce_dtype, micro_batches)
 
     def read_blocks(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None
@@ -65,6 +76,10 @@ class ReplicatedBlocks:
         for state in states:
             sharded.write(layers[state.module].delta, state.delta, state.moments)
         sharded.set_counters(counters)
+
+    def damaged_block(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+        parameter = unwrapped(optimizer).damaged_parameter()
+        return next((name for name, layer in sparse_layers(model).items() if layer.delta is parameter), None)
 
     def memory_bytes(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
         return unwrapped(optimizer).memory_bytes()

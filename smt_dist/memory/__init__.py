@@ -1,1 +1,1 @@
-"""Memory: planned on fake tensors before a launch. One room a file; nothing here reads weights or needs a GPU."""
+"""Memory: planned on fake tensors before a launch, recorded during a run, and both compared. One room a file."""

@@ -11,10 +11,10 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import PreTrainedModel
-from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from smt_dist.errors import SMTError, first_line
+from smt_dist.memory.base import build_base, make_sharding
 from smt_dist.memory.request import Request
 
 
@@ -37,39 +37,22 @@ def fake_model(request: Request, layers: int) -> Iterator[PreTrainedModel]:
     Raises:
         SMTError: the model can't be built or sharded; names its class.
     """
-    # ZeRO has its own group and collectives, which zero.py reckons.
-    ranks = 1 if request.engine.startswith("zero") else request.world_size
+    ranks = request.world_size
     config = request.at_depth(layers)
     config.use_cache = False
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     with fake_group(ranks):
-        sharding, fake = None, FakeTensorMode()
+        fake = FakeTensorMode()
         try:
-            if request.engine == "fsdp2" and ranks > 1:
-                sharding = DistributedConfig(
-                    fsdp_size=request.shards,
-                    dp_replicate_size=request.replicas,
-                    fsdp_mixed_precision=request.method == "full" and request.dtype == "bfloat16",
-                )
-                # The mesh is made outside of fake tensors.
-                sharding, _, mesh = kind.prepare_distribute_model(sharding)
+            sharding = make_sharding(request, config)
             with fake:
-                model = kind._from_config(config, dtype=request.base_dtype)
-                if sharding is not None:
-                    model = kind.maybe_distribute_model(model, sharding, mesh)
+                model = build_base(request, config, sharding)
         except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+            if isinstance(error, SMTError):
+                raise
             raise SMTError(f"{kind.__name__} can't be built on fake tensors ({first_line(error)})") from None
         with fake:
-            yield _prepared(model.train(), request)
-
-
-def _prepared(model: PreTrainedModel, request: Request) -> PreTrainedModel:
-    if request.checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise SMTError(f"--gradient_checkpointing: {type(model).__name__} can't")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-        model.disable_input_require_grads()  # as train.py does
-    return model
+            yield model
 
 
 def decoder_layers(model: nn.Module, layers: int) -> list[nn.Module]:

@@ -12,7 +12,7 @@ from smt_dist.errors import SMTError
 from smt_dist.memory.categories import Memory, largest
 from smt_dist.memory.depth import at_full_depth
 from smt_dist.memory.load import host_bytes_per_node, load_peak
-from smt_dist.memory.request import Request
+from smt_dist.memory.request import Request, text_config
 from smt_dist.memory.spread import Shape, even_counts, highest_layer, measure_shape, selection_of, worst_counts
 from smt_dist.memory.trace import EDGE, trace_training, trace_warmup
 from smt_dist.memory.zero import FP32, ZeroModel, ZeroSettings
@@ -105,7 +105,7 @@ def make_plan(request: Request, exact: bool = False, report: Report = lambda _: 
     report("shape")
     shape = measure_shape(request)
     exact = exact or not shape.uniform
-    rank = _lora_rank(shape) if request.method == "lora" else 0
+    rank = lora_rank(shape) if request.method == "lora" else 0
     phases = {"load": Phase("reading the base", load_peak(request, shape))}
     worst = None
     if request.method == "smt" and request.selection is None:
@@ -136,7 +136,7 @@ def _warmup(request: Request, shape: Shape, exact: bool) -> dict[str, Memory]:
         full = replace(request, method="full")
         moments = _training(full, shape, {}, shape.parameters, exact)
         targets = sum(len(grid) * grid.block_elements for grid in shape.grids.values())
-        mean = request.smt.selection.score.startswith("mean_abs")
+        mean = request.score.startswith("mean_abs")
         kept = 8 * sum(map(len, shape.grids.values())) if mean else FP32 * targets // request.world_size
         return {name: memory.plus(statistics=kept) for name, memory in moments.items()}
     # The passes split the layers; how many lie in one isn't even in the depth.
@@ -144,13 +144,12 @@ def _warmup(request: Request, shape: Shape, exact: bool) -> dict[str, Memory]:
     moments = at_full_depth(partial(trace_warmup, request), request.layers, exact=exact)
     if not request.engine.startswith("zero"):
         return moments
-    resident = _zero(request, shape, []).resident(training=False)
-    shard = request.world_size if not request.smt.selection.score.startswith("mean_abs") else 1
+    zero = _zero(request, shape, [])
+    resident = zero.resident(training=False)
     return {
         name: memory.with_(
             base_weights=resident.base_weights,
-            gathered_weights=resident.gathered_weights,
-            statistics=memory.statistics // shard,
+            gathered_weights=zero.gathered(name, training=False),
         )
         for name, memory in moments.items()
     }
@@ -204,16 +203,17 @@ def _with_more_blocks(memory: Memory, request: Request, elements: int) -> Memory
 def _zero(request: Request, shape: Shape, trained: list[int]) -> ZeroModel:
     full = request.method == "full"
     settings = ZeroSettings.of(int(request.engine[-1]), request.zero)
-    frozen = [] if full else shape.sizes
-    return ZeroModel(settings, request.world_size, request.base_dtype.itemsize, frozen, trained, full)
+    if request.method == "smt":  # as DeepSpeedEngine.make_optimizer tells DeepSpeed
+        settings = replace(settings, reduce_bucket_size=min(settings.reduce_bucket_size, sum(trained)))
+    frozen, width = [] if full else shape.sizes, request.base_dtype.itemsize
+    logits = FP32 * request.batch * request.sequence * text_config(request.model).vocab_size
+    return ZeroModel(settings, request.world_size, width, frozen, trained, full, shape.largest_in_layers, logits)
 
 
 def _with_zero(request: Request, shape: Shape, trained: int, moments: dict[str, Memory]) -> dict[str, Memory]:
     """What the model itself holds as traced, all else as ZeRO partitions it."""
     sizes = shape.sizes if request.method == "full" else [trained]
-    resident = _zero(request, shape, sizes).resident()
-    traced = ("activations", "temporary")
-    return {name: resident.with_(**{key: getattr(memory, key) for key in traced}) for name, memory in moments.items()}
+    return _zero(request, shape, sizes).moments(moments, request.base_dtype.itemsize)
 
 
 def _sides(shape: Shape) -> int:
@@ -221,5 +221,6 @@ def _sides(shape: Shape) -> int:
     return sum(grid.rows + grid.cols for grid in shape.grids.values())
 
 
-def _lora_rank(shape: Shape) -> int:
+def lora_rank(shape: Shape) -> int:
+    """Of adapters that train as many parameters as the blocks of the budget have."""
     return max(1, round(shape.blocks * shape.block_elements / _sides(shape)))

@@ -13,7 +13,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from smt_dist.arguments import DTYPES
 from smt_dist.blocks import BlockSelection
-from smt_dist.config import SMTConfig
+from smt_dist.chunked_loss import CHUNK
+from smt_dist.config import GRADIENT_SCORES, SALIENCY, SMTConfig
+from smt_dist.engines.units import UNITS
 from smt_dist.errors import SMTError, first_line
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -39,6 +41,9 @@ class Request:
         ranks_per_node: for host memory.
         device_memory: bytes a device has; None leaves open what fits.
         zero: the ``zero_optimization`` section of a DeepSpeed JSON.
+        units: ``smt`` under ``fsdp2``: what is gathered at once.
+        prefetch: ``smt`` under ``fsdp2``: gather the next unit of the backward while one computes.
+        loss_chunk: ``smt``: vocabulary entries for which logits exist at once; 0: whole logits.
 
     Raises:
         SMTError: a value is out of range, or the mesh can't be built; names the flag.
@@ -58,12 +63,16 @@ class Request:
     ranks_per_node: int = 8
     device_memory: int | None = None
     zero: dict[str, Any] = field(default_factory=dict)
+    units: str = "auto"
+    prefetch: bool = True
+    loss_chunk: int = CHUNK
 
     def __post_init__(self) -> None:
         for flag, value, known in (
             ("engine", self.engine, ENGINES),
             ("method", self.method, METHODS),
             ("dtype", self.dtype, tuple(DTYPES)),
+            ("fsdp2_units", self.units, UNITS),
         ):
             if value not in known:
                 raise SMTError(f"--{flag}: {value!r} is not one of {', '.join(known)}")
@@ -93,6 +102,14 @@ class Request:
         if self.engine == "fsdp2":
             return self.world_size // self.replicas
         return self.world_size if self.engine == "zero3" else 1
+
+    @property
+    def score(self) -> str:
+        """The gradient score whose warm-up is planned; where the config's isn't one, one that needs as much or more."""
+        chosen = self.smt.selection
+        if chosen.score in GRADIENT_SCORES:
+            return chosen.score
+        return "abs_mean" if chosen.is_custom or chosen.score == SALIENCY else "mean_abs"
 
     @property
     def layers(self) -> int:

@@ -12,9 +12,9 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from smt_dist.blocks import BlockGrid, BlockSelection
 from smt_dist.errors import SMTError
+from smt_dist.layers import layer_key
 from smt_dist.memory.fake import decoder_layers
 from smt_dist.memory.request import Request, text_config
-from smt_dist.scores import layer_key
 from smt_dist.targets import count_parameters_2d
 from smt_dist.warmup import plan_grids
 
@@ -27,6 +27,7 @@ class Shape:
         parameters: elements, tied ones once.
         sizes: elements of each parameter.
         largest: elements of the largest one.
+        largest_in_layers: elements of the largest one of a layer.
         grids: target module -> grid, in the model's order.
         groups: config group -> its target modules.
         budgets: config group -> blocks.
@@ -36,6 +37,7 @@ class Shape:
     parameters: int
     sizes: list[int]
     largest: int
+    largest_in_layers: int
     grids: dict[str, BlockGrid]
     groups: dict[str, list[str]]
     budgets: dict[str, int]
@@ -61,13 +63,15 @@ def measure_shape(request: Request) -> Shape:
         sizes = [parameter.numel() for parameter in model.parameters()]
         parameters_2d = count_parameters_2d(model)
         uniform = _is_uniform(model, request)
+        layers = decoder_layers(model, request.layers)
+        in_layers = max(parameter.numel() for layer in layers for parameter in layer.parameters())
     elements = next(iter(grids.values())).block_elements
     budgets = {group.name: group.budget(parameters_2d, elements) for group in request.smt.groups}
     for name, budget in budgets.items():
         available = sum(len(grids[module]) for module in groups[name])
         if budget > available:
             raise SMTError(f"smt config groups[{name}]: {budget} blocks are asked for, its targets have {available}")
-    return Shape(sum(sizes), sizes, max(sizes), grids, groups, budgets, uniform)
+    return Shape(sum(sizes), sizes, max(sizes), in_layers, grids, groups, budgets, uniform)
 
 
 def _is_uniform(model: nn.Module, request: Request) -> bool:

@@ -10,6 +10,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from smt_dist.blocks import BlockGrid, BlockSelection
@@ -20,8 +21,10 @@ from smt_dist.memory.fake import decoder_layers, fake_batch, fake_model
 from smt_dist.memory.request import Request
 from smt_dist.memory.tracker import BACKWARD, FORWARD, RECOMPUTE, MemoryTracker
 from smt_dist.memory.trained import Task, prepare
+from smt_dist.memory.zero_linear import linear_of
 from smt_dist.scores import ElementwiseAccumulator, make_accumulator
-from smt_dist.warmup import _frozen, _split_layers, plan_grids, probe_modules
+from smt_dist.steps import frozen
+from smt_dist.warmup import _split_layers, plan_grids, probe_modules
 
 # The lowest and highest layers are different moments; between them peaks grow evenly.
 EDGE = 2
@@ -61,13 +64,13 @@ def trace_warmup(request: Request, layers: int) -> dict[str, Memory]:
     with _traced(request, layers) as (model, tracker):
         _, grids = plan_grids(model, request.smt)
         part = _split_layers(grids, request.smt.warmup.passes)[-1]
-        accumulator = make_accumulator(request.smt.selection.score, part, torch.device("cpu"))
+        accumulator = make_accumulator(request.score, part, torch.device("cpu"))
         # Set: it doesn't look for infinities, which fake tensors don't have.
         accumulator._non_finite = ""
         _fill(accumulator, part, request)
-        tracker.register(_tensors_of(accumulator), "statistics")
+        tracker.register(tensors_of(accumulator), "statistics")
         watch_layers(model, tracker, layers)
-        with _frozen(model), probe_modules(model, accumulator, part):
+        with frozen(model), probe_modules(model, accumulator, part):
             _forward_backward(model, tracker, request)
             tracker.moment("statistics")
             _end_micro_batch(accumulator)
@@ -81,7 +84,7 @@ def trace_warmup(request: Request, layers: int) -> dict[str, Memory]:
 @contextmanager
 def _traced(request: Request, layers: int) -> Iterator[tuple[PreTrainedModel, MemoryTracker]]:
     try:
-        with fake_model(request, layers) as model, MemoryTracker() as tracker:
+        with linear_of(request.engine), fake_model(request, layers) as model, MemoryTracker() as tracker:
             tracker.moment(_IGNORED)
             tracker.register([list(model.parameters()), list(model.buffers())], "base_weights")
             yield model, tracker
@@ -112,10 +115,12 @@ def _forward_backward(model: nn.Module, tracker: MemoryTracker, request: Request
         loss.backward()
 
 
-def watch_layers(model: nn.Module, tracker: MemoryTracker, layers: int, special: int = EDGE) -> None:
-    """Name the moments by layer, and tell recomputation from backward."""
+def watch_layers(model: nn.Module, tracker: MemoryTracker, layers: int, special: int = EDGE) -> list[RemovableHandle]:
+    """Name the moments by layer, and tell recomputation from backward; the handles end it."""
+    handles = []
     for index, layer in enumerate(decoder_layers(model, layers)):
-        _watch_layer(layer, tracker, _place(index, layers, special), last=index == layers - 1)
+        handles += _watch_layer(layer, tracker, _place(index, layers, special), last=index == layers - 1)
+    return handles
 
 
 def _place(index: int, layers: int, special: int) -> str:
@@ -124,7 +129,7 @@ def _place(index: int, layers: int, special: int) -> str:
     return f"layer -{layers - index}" if index >= layers - EDGE else "layers between"
 
 
-def _watch_layer(layer: nn.Module, tracker: MemoryTracker, place: str, last: bool) -> None:
+def _watch_layer(layer: nn.Module, tracker: MemoryTracker, place: str, last: bool) -> list[RemovableHandle]:
     open_stages: list[ExitStack] = []
 
     def before(*_: Any) -> None:
@@ -144,8 +149,7 @@ def _watch_layer(layer: nn.Module, tracker: MemoryTracker, place: str, last: boo
         if last:
             tracker.moment("forward head")
 
-    layer.register_forward_pre_hook(before)
-    layer.register_forward_hook(after, always_call=True)
+    return [layer.register_forward_pre_hook(before), layer.register_forward_hook(after, always_call=True)]
 
 
 # -- the warm-up's accumulators --------------------------------------------------------------------------------------
@@ -153,7 +157,7 @@ def _watch_layer(layer: nn.Module, tracker: MemoryTracker, place: str, last: boo
 
 def _fill(accumulator: Any, grids: Mapping[str, BlockGrid], request: Request) -> None:
     """What earlier steps left: this rank's rows of each gradient."""
-    per_step = request.smt.selection.score.endswith("_per_step")
+    per_step = request.score.endswith("_per_step")
     if isinstance(accumulator, ElementwiseAccumulator) and not per_step:
         ranks = get_world_size()
         for name, grid in grids.items():
@@ -173,6 +177,7 @@ def _end_micro_batch(accumulator: Any) -> None:
         accumulator.end_micro_batch()
 
 
-def _tensors_of(accumulator: Any) -> list[torch.Tensor]:
+def tensors_of(accumulator: Any) -> list[torch.Tensor]:
+    """What a score accumulator keeps between backwards."""
     tables = [accumulator._sums, getattr(accumulator, "_steps", None), getattr(accumulator, "_step_sums", None)]
     return [*(table.flat for table in tables if table is not None), *getattr(accumulator, "_shards", {}).values()]

@@ -26,7 +26,7 @@ FORWARD, RECOMPUTE, BACKWARD, OTHER = "forward", "recompute", "backward", "other
 
 
 @dataclass(eq=False)
-class _Record:
+class Record:
     """One storage."""
 
     bytes: int
@@ -40,7 +40,7 @@ class _Record:
 class _Log:
     """What happened, in order: (storage, bytes more or less) and where moments begin."""
 
-    events: list[tuple[_Record, int]] = field(default_factory=list)
+    events: list[tuple[Record, int]] = field(default_factory=list)
     moments: list[tuple[int, str]] = field(default_factory=list)
     span_ends: dict[int, int] = field(default_factory=dict)
 
@@ -51,12 +51,16 @@ class MemoryTracker(TorchDispatchMode):
     Storages that exist before are told by :meth:`register`. A storage that nobody registered is an activation if it
     was made in the forward (or a recomputation) and outlived it, communication if a collective reads or writes it,
     else temporary. Categories are settled at the end, so a gradient may be named when it is found.
+
+    Args:
+        device_type: whose storages are followed; all others are ignored.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device_type: str = "cpu") -> None:
         super().__init__()
+        self.device_type = device_type
         self._log = _Log()
-        self._records: dict[int, tuple[weakref.ref, _Record]] = {}
+        self._records: dict[int, tuple[weakref.ref, Record]] = {}
         self._stage, self._span, self._spans = OTHER, 0, 0
 
     # -- what the traced program says ----------------------------------------------------------------------------
@@ -64,8 +68,8 @@ class MemoryTracker(TorchDispatchMode):
     def register(self, value: Any, category: str) -> None:
         """All tensors in ``value`` (nested lists and dicts too) belong to ``category``, known ones included."""
         for tensor in tree_leaves(value):
-            if isinstance(tensor, torch.Tensor):
-                self._record_of(_local(tensor)).category = category
+            if isinstance(tensor, torch.Tensor) and self._follows(tensor):
+                self._record_of(local_tensor(tensor)).category = category
 
     def moment(self, name: str) -> None:
         """From here on peaks are those of moment ``name``, until the next call."""
@@ -96,7 +100,7 @@ class MemoryTracker(TorchDispatchMode):
             return NotImplemented
         result = func(*args, **(kwargs or {}))
         for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and self._follows(value):
                 self._record_of(value)
         if isinstance(func, torch._ops.OpOverload):
             self._mark(func, args, kwargs or {})
@@ -112,9 +116,10 @@ class MemoryTracker(TorchDispatchMode):
         super().__exit__(*error)
         for patch in self._patches:
             patch.__exit__(None, None, None)
-        for reference, _ in self._records.values():
-            del reference  # callbacks after the end would write into the log
-        self._records.clear()
+        self._records.clear()  # and the references with them: callbacks after the end would write into the log
+
+    def _follows(self, tensor: torch.Tensor) -> bool:
+        return tensor.device.type == self.device_type
 
     def _mark(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> None:
         if func.namespace in NAMESPACES:
@@ -127,25 +132,25 @@ class MemoryTracker(TorchDispatchMode):
         else:
             return
         for value in tree_leaves((args, kwargs)):
-            if isinstance(value, torch.Tensor):
+            if isinstance(value, torch.Tensor) and self._follows(value):
                 record = self._record_of(value)
                 record.category = record.category or category
 
-    def _record_of(self, tensor: torch.Tensor) -> _Record:
+    def _record_of(self, tensor: torch.Tensor) -> Record:
         storage = tensor.untyped_storage()
         found = self._records.get(storage._cdata)
         if found is not None:
             return found[1]
-        record = _Record(storage.nbytes(), self._stage, self._span)
+        record = Record(storage.nbytes(), self._stage, self._span)
         key = storage._cdata
 
         def gone(_: weakref.ref) -> None:
             if self._records.pop(key, None) is not None:
                 record.died = len(self._log.events)
-                self._log.events.append((record, -record.bytes))
+                self._changed(record, -record.bytes, storage=None)
 
         self._records[key] = (weakref.ref(storage, gone), record)
-        self._log.events.append((record, record.bytes))
+        self._changed(record, record.bytes, storage)
         return record
 
     def resized(self, storage: torch.UntypedStorage) -> None:
@@ -155,8 +160,13 @@ class MemoryTracker(TorchDispatchMode):
             return
         record, size = found[1], storage.nbytes()
         record.category = record.category or "gathered_weights"
-        self._log.events.append((record, size - record.bytes))
-        record.bytes = size
+        change, record.bytes = size - record.bytes, size
+        self._changed(record, change, storage)
+
+    def _changed(self, record: Record, change: int, storage: torch.UntypedStorage | None) -> None:
+        """``record`` has ``change`` bytes more now; ``storage`` is None when it is gone."""
+        del storage  # for those who want to know where it lies
+        self._log.events.append((record, change))
 
     # -- the result ----------------------------------------------------------------------------------------------
 
@@ -189,11 +199,12 @@ class MemoryTracker(TorchDispatchMode):
                 snapshots[name] = Memory(**held)
             if index < len(self._log.events):
                 record, change = self._log.events[index]
-                category = self._category(record)
+                category = self.category_of(record)
                 held[category] = held.get(category, 0) + change
         return snapshots
 
-    def _category(self, record: _Record) -> str:
+    def category_of(self, record: Record) -> str:
+        """As is known at the end."""
         if record.category is not None:
             return record.category
         end = self._log.span_ends.get(record.span)
@@ -201,7 +212,8 @@ class MemoryTracker(TorchDispatchMode):
         return "activations" if record.stage in (FORWARD, RECOMPUTE) and outlived else "temporary"
 
 
-def _local(tensor: torch.Tensor) -> torch.Tensor:
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
 
 

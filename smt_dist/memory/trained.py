@@ -18,7 +18,7 @@ from smt_dist.errors import SMTError
 from smt_dist.memory.request import Request
 from smt_dist.memory.tracker import MemoryTracker
 from smt_dist.model import apply_selection, sparse_layers
-from smt_dist.sparse_linear import _Layout, _Place
+from smt_dist.sparse_linear import SparseLinear, _Layout, _Place
 from smt_dist.trainer import block_parameter_groups
 from smt_dist.warmup import plan_grids
 
@@ -68,8 +68,13 @@ def _prepare_smt(task: Task) -> Step:
         tracker.register([layer.delta for layer in sparse_layers(model).values()], "blocks")
         return _no_step
     groups = block_parameter_groups(model, 1e-4, 0.0)
-    optimizer = ReplicatedBlocks().make_optimizer(groups, torch.optim.AdamW, {"fused": True})
-    tracker.register(optimizer._gradients, "gradients")
+    engine = ReplicatedBlocks(micro_batches=1 if request.engine == "fsdp2" else None)
+    optimizer = engine.make_optimizer(groups, torch.optim.AdamW, {"fused": True})
+    tracker.register(optimizer.gradients.tensors(), "gradients")
+    for layer in sparse_layers(model).values():  # sums that appear while the backward runs
+        layer.delta.register_post_accumulate_grad_hook(
+            lambda _: tracker.register(optimizer.gradients.tensors(), "gradients")
+        )
 
     def step() -> None:
         optimizer.clip_grad_norm_(1.0)
@@ -88,6 +93,8 @@ def _join_columns(model: nn.Module) -> None:
     They hold as much in as few operations as possible: a plan of 70B has thousands of blocks.
     """
     for layer in sparse_layers(model).values():
+        if not isinstance(layer, SparseLinear):
+            continue
         rows, places, first = layer.grid.block_rows, [], 0
         heights = Counter(place.column for place in layer._layout.places)
         for column, height in sorted(heights.items()):
@@ -98,24 +105,28 @@ def _join_columns(model: nn.Module) -> None:
 
 
 def _prepare_full(task: Task) -> Step:
-    parameters = list(task.model.requires_grad_(True).parameters())
-    if task.request.engine == "ddp" and is_distributed():
-        # DDP's reducer doesn't run on fake tensors. Its buckets hold all gradients once more.
-        task.model.smt_buckets = torch.empty(sum(p.numel() for p in parameters), dtype=task.request.base_dtype)
-        task.tracker.register(task.model.smt_buckets, "communication")
-    return _plain_adamw(parameters, task)
+    return _plain_adamw(list(task.model.requires_grad_(True).parameters()), task)
 
 
-def _prepare_lora(task: Task) -> Step:
+def attach_lora(model: nn.Module, request: Request, rank: int) -> None:
+    """PEFT's adapters on the targets of the SMT config, in place. Raises SMTError without PEFT.
+
+    They are in fp32, PEFT's default; DeepSpeed would cast them, so under ZeRO they are in the base's dtype at once.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
         raise SMTError('--method lora: PEFT is not installed; pip install "smt_dist[benchmark]"') from None
-    groups, _ = plan_grids(task.model, task.request.smt)
+    groups, _ = plan_grids(model, request.smt)
     targets = [name for names in groups.values() for name in names]
-    # Module.to doesn't work on fake tensors, and isn't needed: adapters are made on this device, in fp32.
+    config = LoraConfig(r=rank, target_modules=targets, lora_dropout=0.0)
+    get_peft_model(model, config, autocast_adapter_dtype=not request.engine.startswith("zero"))
+
+
+def _prepare_lora(task: Task) -> Step:
+    # Module.to doesn't work on fake tensors, and isn't needed: adapters are made on this device.
     with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
-        get_peft_model(task.model, LoraConfig(r=task.rank, target_modules=targets, lora_dropout=0.0))
+        attach_lora(task.model, task.request, task.rank)
     adapters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     task.tracker.register(adapters, "blocks")
     return _plain_adamw(adapters, task)
@@ -125,6 +136,10 @@ def _plain_adamw(parameters: list[nn.Parameter], task: Task) -> Step:
     watch_gradients(task.model, task.tracker)
     if task.request.engine.startswith("zero"):
         return _no_step
+    if task.request.engine == "ddp" and is_distributed():
+        # DDP's reducer doesn't run on fake tensors. Its buckets hold all gradients once more.
+        task.model.smt_buckets = torch.empty(sum(p.numel() for p in parameters), dtype=parameters[0].dtype)
+        task.tracker.register(task.model.smt_buckets, "communication")
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)  # Trainer's default
 
     def step() -> None:

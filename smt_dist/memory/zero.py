@@ -6,6 +6,7 @@ Read in DeepSpeed 0.19.8 (``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -59,6 +60,8 @@ class ZeroModel:
         frozen: sizes of the weights that aren't trained.
         trained: sizes of those that are.
         base_is_trained: full fine-tuning.
+        largest_in_layers: elements of the largest weight of a layer, beside embedding and head.
+        logits: bytes of a micro-batch's logits in fp32.
     """
 
     settings: ZeroSettings
@@ -67,23 +70,122 @@ class ZeroModel:
     frozen: list[int]
     trained: list[int]
     base_is_trained: bool
+    largest_in_layers: int = 0
+    logits: int = 0
+
+    def moments(self, traced: Mapping[str, Memory], gradient_width: int) -> dict[str, Memory]:
+        """The moments of a training step under ZeRO.
+
+        Args:
+            traced: the moments of one plain rank: activations, what is temporary, and the gradients so far.
+            gradient_width: bytes of an element of these gradients.
+        """
+        moments = {}
+        for name, memory in traced.items():
+            done = memory.gradients // gradient_width
+            own = self._step() if name == "step" else self._backward(done) if name.startswith("backward") else Memory()
+            held = self.resident().plus(**own.as_dict())
+            moments[name] = held.plus(
+                gathered_weights=self.gathered(name), activations=memory.activations, temporary=memory.temporary
+            )
+        # What is left in the bucket is reduced when the backward is done.
+        moments["reduction"] = self.resident().plus(**self._end_of_backward().as_dict())
+        return moments
 
     def resident(self, training: bool = True) -> Memory:
         """What is there all the time; ``training``: with the optimizer, not as in the warm-up."""
         base = self.trained if self.base_is_trained else self.frozen
         blocks = [] if self.base_is_trained else self.trained
-        memory = Memory(base_weights=self._held(base), gathered_weights=self.gathered(training))
+        memory = Memory(base_weights=self._held(base))
         if not training:
             return memory
-        count = sum(self.trained)
-        share = -(-count // self.ranks)
-        gradients, communication = self._reduction(count, share)
-        return memory.with_(
+        memory = memory.with_(
             blocks=self._held(blocks, persists=False),
-            gradients=gradients,
-            optimizer_state=3 * FP32 * share,  # a master, also in fp32, and two moments
-            communication=communication,
+            optimizer_state=3 * FP32 * self.share,  # a master, also in fp32, and two moments
         )
+        if self._plain_stage_1:
+            return memory.with_(gradients=(FP32 + self.width) * sum(self.trained))
+        if self.settings.stage < 3:
+            return memory
+        # Both are made with the optimizer, in the dtype in which gradients cross the network and add up.
+        return memory.with_(gradients=FP32 * self.share, communication=FP32 * self.settings.reduce_bucket_size)
+
+    @property
+    def _plain_stage_1(self) -> bool:
+        """ZeRO-1 with narrow weights and fp32 gradients is DeepSpeed's ``BF16_Optimizer``, which has no bucket.
+
+        It adds up every gradient in fp32 from the beginning, and keeps the narrow ones, zeroed.
+        """
+        return self.settings.stage == 1 and self.width < FP32
+
+    @property
+    def share(self) -> int:
+        """Trained elements whose state this rank keeps."""
+        return -(-sum(self.trained) // self.ranks)
+
+    @property
+    def _oversized(self) -> int:
+        """The largest trained weight, if it is too large for the bucket: then it is reduced on its own."""
+        largest = max(self.trained, default=0) if self.base_is_trained else 0
+        return largest if largest > self.settings.reduce_bucket_size else 0
+
+    def _backward(self, done: int) -> Memory:
+        """Beside what is resident, when ``done`` elements have their gradients.
+
+        ZeRO-1 keeps them all to the end. ZeRO-2 and 3 copy them into the bucket, which ZeRO-1 and 2 make when
+        the first comes, and reduce it when it is full: then this rank's share appears.
+        """
+        if not done or self._plain_stage_1:
+            return Memory()
+        bucket = self.settings.reduce_bucket_size
+        full = max(bucket, self._oversized) if done > bucket else self._oversized if done >= self._oversized else 0
+        if self.settings.stage == 1:
+            return Memory(gradients=FP32 * done, communication=FP32 * bucket)
+        if self.settings.stage == 3:
+            return Memory(temporary=self._copies(full))
+        buffers = 2 if self.settings.overlap_comm else 1
+        return Memory(
+            gradients=FP32 * self.share if full else 0,
+            communication=buffers * self.width * bucket,
+            temporary=self._copies(full),
+        )
+
+    def _end_of_backward(self) -> Memory:
+        count = sum(self.trained)
+        if self._plain_stage_1:
+            return Memory()
+        if self.settings.stage == 1:
+            # A gradient goes when it is copied into the bucket; so with the bucket's flattened copy there are as many
+            # elements as before, and this rank's share. One that is too large for the bucket isn't copied.
+            bucket = self.settings.reduce_bucket_size
+            return Memory(gradients=FP32 * (count + self.share), communication=FP32 * bucket)
+        end = self._backward(count)
+        rest = max(min(count, self.settings.reduce_bucket_size), self._oversized)
+        gradients = FP32 * self.share if self.settings.stage == 2 else 0
+        return end.with_(gradients=gradients, temporary=self._copies(rest))
+
+    def _copies(self, elements: int) -> int:
+        """Bytes while so many elements are reduced: flattened once more, and where they are narrower also in fp32.
+
+        ZeRO-3's bucket is in fp32 already; a weight too large for it isn't.
+        """
+        narrow = self.width < FP32
+        if self.settings.stage == 3:
+            return FP32 * elements + (self.width * elements if narrow and elements == self._oversized else 0)
+        return (self.width + FP32 if narrow else FP32) * elements
+
+    def _step(self) -> Memory:
+        """This rank's gradients: their norms are taken in fp64, then they are flattened once more.
+
+        Not so in ZeRO-2 in bf16, which keeps them flat.
+        """
+        if self._plain_stage_1:
+            return Memory(temporary=FP32 * self.share)
+        flat = self.settings.stage < 3 and self.width < FP32
+        held = 0 if self.settings.stage == 3 else FP32 * self.share
+        largest = max(self.trained, default=0) if self.base_is_trained else 0
+        norm = 2 * FP32 * min(largest // (self.ranks if self.settings.stage == 3 else 1), self.share)
+        return Memory(gradients=held, temporary=max(norm, 0 if flat else FP32 * self.share))
 
     def _held(self, sizes: list[int], persists: bool = True) -> int:
         if self.settings.stage < 3:
@@ -94,26 +196,20 @@ class ZeroModel:
         whole = sum(size for size in sizes if size < limit) if persists else 0
         return self.width * (shards + whole)
 
-    def _reduction(self, count: int, share: int) -> tuple[int, int]:
-        """(bytes of gradients, bytes of the buffers in which they are reduced)."""
-        bucket = self.settings.reduce_bucket_size
-        if self.settings.stage == 1 and self.width < FP32:  # BF16_Optimizer: fp32 gradients, whole
-            return FP32 * count, FP32 * min(count, bucket)
-        if self.settings.stage == 1:
-            return FP32 * count + FP32 * share, FP32 * min(count, bucket)
-        buffers = 2 if self.settings.overlap_comm and self.settings.stage == 2 else 1
-        return FP32 * share, buffers * bucket * self.width
-
-    def gathered(self, training: bool) -> int:
+    def gathered(self, moment: str, training: bool = True) -> int:
         """ZeRO-3's whole weights: those used again within the reuse distance at the turn from forward to backward.
 
         At the turn a weight n elements before the end comes back after 2 n elements; so half of the distance is kept,
-        and what is fetched ahead, but never more than all.
+        and what is fetched ahead, but never more than all. One rank has nothing to gather.
         """
-        if self.settings.stage < 3:
+        if self.settings.stage < 3 or self.ranks == 1 or moment == "step":
             return 0
         limit = self.settings.param_persistence_threshold
         large = [size for size in [*self.frozen, *(self.trained if training else [])] if size >= limit]
+        used = self.width * (self.largest_in_layers if " layer" in moment else max(large, default=0))
+        if moment.endswith("head"):
+            # The peak is in the loss, for which the head's weight isn't needed; where it is, there is a copy less.
+            used = max(0, used - self.logits)
         kept = min(self.settings.max_reuse_distance, self.settings.max_live_parameters) // 2
-        window = kept + self.settings.prefetch_bucket_size + max(large, default=0)
-        return self.width * min(sum(large), window)
+        window = self.width * (kept + self.settings.prefetch_bucket_size) + used
+        return min(self.width * sum(large), window)

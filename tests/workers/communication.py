@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, TrainerCallback
 
 from smt_dist.arguments import SMTTrainingArguments
+from smt_dist.chunked_loss import chunk_loss
 from smt_dist.communication import Collective, CollectiveCounter
 from smt_dist.distributed import get_rank, get_world_size
 from smt_dist.engines import make_engine
@@ -37,6 +38,7 @@ def _count(folder: Path, model_folder: str, engine: str, accumulation: int, leak
     options = {"dtype": "bfloat16", "max_steps": WARM_STEPS + STEPS, "max_grad_norm": 0.5}
     with engine_arguments(engine, folder, accumulation, **options) as args:
         model = load_model(model_folder, args)
+        chunk_loss(model, args.loss_chunk_size)  # as attach_blocks will
         base = frozen_base(model, args)
         attach_blocks(model, fixed_selection(), fixed_config(), args)
         data, counter = fixed_data(), CollectiveCounter()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import nn
 
 from smt_dist.distributed import barrier, get_rank, get_world_size
 from smt_dist.elementwise import optimizer_class_by_name
-from smt_dist.optimizer import ShardedBlockOptimizer
+from smt_dist.engines.replicated import ReplicatedBlocks
+from smt_dist.optimizer import ShardedBlockOptimizer, release_gradients
 
 # 7 + 15 elements in one group, 1 in the other: neither ranks' slices nor groups end where parameters do.
 SHAPES = [[(7, 1), (3, 5)], [(1, 1)]]
@@ -22,9 +24,14 @@ Case = dict[str, Any]
 
 
 def run_cases(_folder: Path, cases: dict[str, Case]) -> dict[str, Any]:
-    """Case name -> findings. A case: ``optimizer``, ``options``, ``dtype``, ``reduce_dtype``."""
+    """Case name -> findings. A case: ``optimizer``, ``options``, ``dtype``, ``reduce_dtype``, ``told``."""
     found = {name: _train(**case) for name, case in cases.items()}
-    return found | {"moved to a new optimizer": _moved(), "state_dict": _state_dict(), "scaled": _clipped_to_nothing()}
+    return found | {
+        "moved to a new optimizer": _moved(),
+        "state_dict": _state_dict(),
+        "scaled": _clipped_to_nothing(),
+        "idle": {name: _reductions_in_a_backward(told) for name, told in (("told", True), ("not told", False))},
+    }
 
 
 def make_groups(dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -56,16 +63,21 @@ def own_ranks() -> list[int]:
     return list(range(get_rank() * share, (get_rank() + 1) * share))
 
 
-def _train(optimizer: str, options: dict[str, Any], dtype: str, reduce_dtype: str) -> dict[str, Any]:
+def _train(
+    optimizer: str, options: dict[str, Any], dtype: str, reduce_dtype: str, told: int | None = None
+) -> dict[str, Any]:
     groups = make_groups(getattr(torch, dtype))
-    sharded = ShardedBlockOptimizer(groups, optimizer_class_by_name(optimizer), options, getattr(torch, reduce_dtype))
-    norms = []
+    inner = optimizer_class_by_name(optimizer)
+    told = told and told * len(own_ranks())
+    sharded = ShardedBlockOptimizer(groups, inner, options, getattr(torch, reduce_dtype), told)
+    norms, held = [], []
     for step in range(STEPS):
         for micro_batch in range(ACCUMULATION):
             for rank in own_ranks():
                 # The loss of a rank that does the work of several is scaled as theirs together would be.
                 gradients = [gradient / len(own_ranks()) for gradient in gradients_of(step, micro_batch, rank)]
                 backward(groups, gradients)
+        held.append(sharded.memory_bytes()["gradients"])
         norms.append(float(sharded.clip_grad_norm_(MAX_NORM)))
         for group in sharded.param_groups:
             group["lr"] *= 0.9
@@ -79,6 +91,7 @@ def _train(optimizer: str, options: dict[str, Any], dtype: str, reduce_dtype: st
         "moments": [sharded.read_moments(parameter) for parameter in parameters],
         "counters": sharded.counters,
         "memory": sharded.memory_bytes(),
+        "held_after_backward": held,
         "gradients_left": sum(parameter.grad is not None for parameter in parameters),
     }
 
@@ -145,9 +158,40 @@ def _state_dict() -> bool:
     return sharded.counters == {"step": 2.0}
 
 
+def _reductions_in_a_backward(may_be_idle: bool) -> int:
+    """How many this rank began while its backward ran, in which rank 0's first parameter got no gradient."""
+    groups = make_groups(torch.float32)
+    engine = ReplicatedBlocks(micro_batches=1)
+    optimizer = engine.make_optimizer(groups, torch.optim.SGD, {"lr": 0.1}, may_be_idle)
+    gradients = gradients_of(0, 0, get_rank())
+    with mock.patch("smt_dist.gradients.dist.reduce") as reduce:
+        if get_rank() == 0:
+            rest = [{"params": groups[0]["params"][1:]}, *groups[1:]]
+            backward(rest, gradients[1:])
+        else:
+            backward(groups, gradients)
+        count = reduce.call_count
+    release_gradients(parameter for group in groups for parameter in group["params"])
+    del optimizer
+    return count
+
+
 def _clipped_to_nothing() -> float:
     groups = make_groups(torch.float32)
     sharded = ShardedBlockOptimizer(groups, torch.optim.SGD)
     backward(groups, gradients_of(0, 0, get_rank()))
     sharded.clip_grad_norm_(1e-3)
     return float(sharded.clip_grad_norm_(math.inf))
+
+
+def one_backward_too_many(_folder: Path) -> str:
+    """What the second backward of a step says where one was told."""
+    groups = make_groups(torch.float32)
+    kept = ShardedBlockOptimizer(groups, torch.optim.SGD, {}, micro_batches=1)
+    backward(groups, gradients_of(0, 0, get_rank()))
+    try:
+        backward(groups, gradients_of(0, 1, get_rank()))
+    except RuntimeError as error:
+        assert kept is not None
+        return str(error)
+    return "nothing"

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from tiny_models import make_rows
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from smt_dist.arguments import SMTTrainingArguments
@@ -86,7 +86,11 @@ def engine_arguments(
 
 def load_model(folder: str | Path, args: SMTTrainingArguments) -> PreTrainedModel:
     """As ``launch/train.py`` loads it: under ZeRO-3 and fsdp2 each rank keeps its part only."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=args.base_dtype, **make_engine(args).load_options())
+    engine, config = make_engine(args), AutoConfig.from_pretrained(folder)
+    options = engine.load_options(config, args.base_dtype)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=args.base_dtype, **options)
+    engine.prepare_base(model)
+    return model
 
 
 def training_data(rows: datasets.Dataset, evaluation: datasets.Dataset | None = None) -> TrainingData:

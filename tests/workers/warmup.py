@@ -24,8 +24,9 @@ from smt_dist.distributed import (
 )
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
+from smt_dist.layers import layer_key
 from smt_dist.run import warmup_batches
-from smt_dist.scores import ElementwiseAccumulator, layer_key
+from smt_dist.scores import ElementwiseAccumulator
 from smt_dist.warmup import collect_scores
 from workers.runs import elements_held, engine_arguments, load_model, standard_data
 
@@ -137,7 +138,7 @@ def memory(folder: Path, engine: str, model: str) -> dict[str, Any]:
     data = standard_data()
     watched: list[_Watched] = []
 
-    def make(score: str, grids: Any, device: torch.device) -> _Watched:
+    def make(score: str, grids: Any, device: torch.device, _weights: Any) -> _Watched:
         watched.append(_Watched(base, score, grids, device, False))
         return watched[0]
 

@@ -1,0 +1,65 @@
+"""Matrix products of bf16 weights on CPUs that have no bf16 instructions, in fp32 and a piece at a time.
+
+There torch multiplies bf16 element by element: its products with a weight as it lies in memory, which every backward
+needs, take 100 times as long as in fp32. Converting a whole weight would need twice its memory; a piece of it does not.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Elements of a weight that are converted at once: 8 MiB in fp32, which stays in a core's cache.
+PIECE = 2**21
+
+
+class SinglePrecisionProducts(TorchDispatchMode):
+    """Inside, products of two bf16 matrices on the CPU are worked out in fp32 and rounded to bf16 once.
+
+    Backwards that run inside are meant too. Everything else is left alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        # One for all pieces: memory that is new each time costs more than the product itself.
+        self._piece = torch.empty(PIECE)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
+        # A DTensor takes its operation apart first; what it does locally comes here piece by piece.
+        if any(issubclass(kind, DTensor) for kind in types):
+            return NotImplemented
+        if func is torch.ops.aten.mm.default and _is_ours(*args):
+            return product(*args, self._piece)
+        if func is torch.ops.aten.addmm.default and _is_ours(*args[1:]) and not kwargs:
+            return product(*args[1:], self._piece).add_(args[0])
+        if func is torch.ops.aten.addmm_.default and _is_ours(*args[1:]) and not kwargs:
+            return args[0].add_(product(*args[1:], self._piece))
+        return func(*args, **(kwargs or {}))
+
+
+def _is_ours(*matrices: torch.Tensor) -> bool:
+    return all(matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" for matrix in matrices)
+
+
+def product(left: torch.Tensor, right: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
+    """``left @ right`` of bf16 matrices ``[m, k]`` and ``[k, n]``: summed in fp32, rounded to bf16.
+
+    ``piece`` is where parts of ``right`` are converted to: fp32, flat.
+    """
+    wide = left.float()
+    lines = right.t() if right.stride(0) == 1 else right  # as they lie in memory
+    step = len(piece) // lines.shape[1]
+    if len(lines) <= step or step == 0:
+        return (wide @ right.float()).bfloat16()
+    total = wide.new_zeros(left.shape[0], right.shape[1])
+    for first in range(0, len(lines), step):
+        part = lines[first : first + step]
+        converted = piece[: part.numel()].view_as(part).copy_(part)
+        if lines is right:
+            total.addmm_(wide[:, first : first + step], converted)
+        else:  # a transposed weight: its parts are columns of the result
+            total[:, first : first + step] = wide @ converted.t()
+    return total.bfloat16()

@@ -1,0 +1,129 @@
+"""Score functions of the user's own, named by dotted name in the config.
+
+A function scores one module at a time. It takes by name any of
+
+    module      the module's name
+    grid        its BlockGrid: shape, block_rows, block_cols, ...
+    weight      its weight [out, in], in the base's dtype, whole; only to be read
+    gradient    G, the gradient summed over the warm-up, fp32 [out, in], whole
+    input_rms   the root mean square of each input column over all real tokens, fp64 [in]
+
+and returns one finite number a block: a tensor (or nested lists, or an array) of ``grid.shape``, the higher the better.
+What it doesn't take isn't computed: without ``gradient`` no backward runs, without ``gradient`` and ``input_rms`` no
+batch is read. Every rank calls it, with equal arguments; rank 0's result counts.
+
+    def spread(weight, grid):
+        blocks = weight.float().unflatten(0, (-1, grid.block_rows)).unflatten(2, (-1, grid.block_cols))
+        return blocks.var(dim=(1, 3))
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+from smt_dist.blocks import BlockGrid
+from smt_dist.distributed import agree, broadcast_first
+from smt_dist.errors import SMTError, first_line
+from smt_dist.scores import GradientAccumulator, WeightReader
+
+ARGUMENTS = ("module", "grid", "weight", "gradient", "input_rms")
+
+
+class ScoreFunction(NamedTuple):
+    """A function of the user's.
+
+    Attributes:
+        name: its dotted name.
+        function: itself.
+        takes: those of :data:`ARGUMENTS` that it takes.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    takes: frozenset[str]
+
+    @property
+    def needs_batches(self) -> bool:
+        """Whether it takes anything that comes from data."""
+        return bool(self.takes & {"gradient", "input_rms"})
+
+
+def load_score_function(name: str) -> ScoreFunction:
+    """Import the function that a dotted name means.
+
+    Raises:
+        SMTError: it can't be imported, is no function, or wants an argument that isn't one of :data:`ARGUMENTS`.
+    """
+    module, _, attribute = name.rpartition(".")
+    try:
+        function = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise SMTError(f"smt config selection.score: {name} can't be imported ({first_line(error)})") from None
+    if not callable(function):
+        raise SMTError(f"smt config selection.score: {name} is no function")
+    parameters = inspect.signature(function).parameters.values()
+    named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    if unknown := sorted(required - set(ARGUMENTS)):
+        raise SMTError(
+            f"smt config selection.score: {name} wants an argument {unknown[0]!r}; there are {', '.join(ARGUMENTS)}"
+        )
+    return ScoreFunction(name, function, frozenset(named & set(ARGUMENTS)))
+
+
+def custom_tables(
+    score: ScoreFunction,
+    grids: Mapping[str, BlockGrid],
+    weights: WeightReader,
+    gradients: GradientAccumulator | None,
+    input_rms: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """Call the function for each module; collective.
+
+    Args:
+        score: the function.
+        grids: of the modules, in the model's order.
+        weights: read where the function takes ``weight``.
+        gradients: after the warm-up, where it takes ``gradient``.
+        input_rms: of each module, where it takes ``input_rms``.
+
+    Returns:
+        Module -> fp64 CPU scores ``[block rows, block columns]``, equal on all ranks.
+
+    Raises:
+        SMTError: a result of the wrong shape, or not finite; names function and module.
+    """
+    tables = {}
+    for module, grid in grids.items():
+        with ExitStack() as stack:
+            arguments: dict[str, Any] = {"module": module, "grid": grid}
+            if "weight" in score.takes:
+                arguments["weight"] = stack.enter_context(weights(module)).detach()
+            if gradients is not None:
+                arguments["gradient"] = gradients.gradient(module)
+            if module in input_rms:
+                arguments["input_rms"] = input_rms[module]
+            result = score.function(**{name: arguments[name] for name in score.takes})
+        tables[module] = broadcast_first(agree(partial(_checked, result, score, module, grid), "the score"))
+    return tables
+
+
+def _checked(result: Any, score: ScoreFunction, module: str, grid: BlockGrid) -> torch.Tensor:
+    where = f"smt config selection.score: {score.name}, {module}"
+    try:
+        table = torch.as_tensor(result).detach().to("cpu", torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise SMTError(f"{where}: the result is no tensor ({first_line(error)})") from None
+    if tuple(table.shape) != grid.shape:
+        raise SMTError(f"{where}: the result has shape {tuple(table.shape)}, expected {grid.shape}, a number a block")
+    if not table.isfinite().all():
+        block = tuple((~table.isfinite()).nonzero()[0].tolist())
+        raise SMTError(f"{where}: the score of block {block} is not finite ({table[block].item()})")
+    return table.contiguous()

@@ -1,0 +1,132 @@
+"""Ranks can't drift apart unseen: what should be equal on all of them is compared, and the first difference is named.
+
+Under ``ddp``, ``fsdp2`` and ZeRO-1 and 2 each rank computes with a copy of its own of every block: the copies are
+compared. Under ZeRO-3 nobody holds a copy; there, and in bf16 under ``ddp`` and ``fsdp2`` too, each rank compares the
+values that compute with its own fp32 masters, of which they must be the rounding.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from smt_dist.distributed import collective_device, get_world_size, is_distributed
+from smt_dist.errors import SMTError
+from smt_dist.model import frozen_layers, sparse_layers
+
+_INTEGERS = {2: torch.int16, 4: torch.int32}
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor's bits as integers: NaN equals NaN there, and 0.0 isn't -0.0."""
+    return tensor.detach().view(_INTEGERS[tensor.element_size()])
+
+
+def computing_blocks(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Name -> values of the blocks that compute: the trained ones, and those that re-selection has frozen."""
+    frozen = {f"{name} (frozen)": layer.delta for name, layer in frozen_layers(model).items()}
+    return {name: layer.delta for name, layer in sparse_layers(model).items()} | frozen
+
+
+def block_sums(model: nn.Module) -> torch.Tensor:
+    """For each module the sum of its block values' bits, int64, on their device: one element more or less shows."""
+    return torch.stack([bits(values).sum(dtype=torch.int64) for values in computing_blocks(model).values()])
+
+
+def mixed(sums: torch.Tensor) -> int:
+    """All modules' sums as one int64, in which modules can't swap places unseen."""
+    weights = torch.arange(1, 2 * len(sums), 2, device=sums.device)
+    return int((sums * weights).sum())
+
+
+def gather_integers(own: list[int]) -> list[list[int]]:
+    """Every rank's numbers (int64), by rank; collective."""
+    if not is_distributed():
+        return [own]
+    mine = torch.tensor(own, dtype=torch.int64, device=collective_device())
+    everyone = [torch.empty_like(mine) for _ in range(get_world_size())]
+    dist.all_gather(everyone, mine)
+    return torch.stack(everyone).tolist()
+
+
+def refuse_different_blocks(model: nn.Module, when: str) -> None:
+    """Compare SHA-256 of each module's block values over the ranks; collective.
+
+    Raises:
+        SMTError: on all ranks, naming the first module that differs, and the ranks.
+    """
+    blocks = computing_blocks(model)
+    digests = [hashlib.sha256(bits(values).cpu().numpy().tobytes()).hexdigest() for values in blocks.values()]
+    _refuse_different(list(blocks), digests, when)
+
+
+def refuse_different_sums(model: nn.Module, sums: torch.Tensor, when: str) -> None:
+    """The same with :func:`block_sums`, where :func:`mixed` has shown a difference."""
+    _refuse_different(list(computing_blocks(model)), sums.tolist(), when)
+    raise SMTError(f"{when}: the ranks' blocks differ")  # two differences that cancel out between modules
+
+
+def _refuse_different(modules: list[str], own: Iterable[str | int], when: str) -> None:
+    if not is_distributed():
+        return
+    everyone: list[list[str | int]] = [[]] * get_world_size()
+    dist.all_gather_object(everyone, list(own))
+    for module, values in zip(modules, zip(*everyone, strict=True), strict=True):
+        if len(set(values)) > 1:
+            raise SMTError(f"{when}: the block values of {module} differ between ranks: {odd_ones(values)}")
+
+
+def odd_ones(values: Iterable[str | int]) -> str:
+    """Which ranks have another value than most, in words."""
+    values = list(values)
+    (common, count), *_ = Counter(values).most_common()
+    odd = [rank for rank, value in enumerate(values) if value != common]
+    if count <= len(odd):  # no majority: nobody can tell who is right
+        return f"rank {odd[0]} and rank {values.index(common)}"
+    return f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))} against the other {count}"
+
+
+def check_masters(
+    model: nn.Module,
+    damaged: str | None,
+    masters: Iterable[tuple[str, torch.Tensor]],
+    local_state: Iterable[tuple[str, torch.Tensor]],
+) -> Callable[[], None]:
+    """Read what would be saved, and find out whether it may be.
+
+    Args:
+        model: with the values that compute.
+        damaged: a module whose values the engine knows to be wrong on this rank.
+        masters: (module, fp32 master), as the engine reads them; collective.
+        local_state: (name, tensor) of this rank's part of the optimizer's state.
+
+    Returns:
+        To be called by :func:`smt_dist.distributed.agree`: raises SMTError for numbers that aren't finite and for
+        masters of which the values that compute aren't the rounding.
+    """
+    wrong = "the block values of {} aren't those of their fp32 masters"
+    problem = None if damaged is None else wrong.format(damaged)
+    layers = sparse_layers(model)
+    for module, master in masters:
+        delta = layers[module].delta
+        if not master.isfinite().all():
+            problem = problem or f"the blocks of {module} are not finite (NaN or infinity)"
+        elif delta.numel() and not torch.equal(bits(master.to(delta.dtype)), bits(delta).cpu().view(master.shape)):
+            problem = problem or wrong.format(module)
+    for module, layer in frozen_layers(model).items():
+        if not torch.equal(bits(layer.master.to(layer.delta.dtype)), bits(layer.delta).cpu()):
+            problem = problem or f"the frozen block values of {module} aren't those of their fp32 masters"
+    for name, tensor in local_state:
+        if not tensor.isfinite().all():
+            problem = problem or f"the optimizer's {name} is not finite (NaN or infinity)"
+
+    def report() -> None:
+        if problem is not None:
+            raise SMTError(f"not saved: {problem}")
+
+    return report

@@ -1,0 +1,89 @@
+"""Which blocks a re-selection drops and which grow: scores and strengths -> ``BlockSelection``."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+
+from smt_dist.blocks import Block, BlockSelection
+from smt_dist.config import SelectionConfig, SMTConfig
+from smt_dist.errors import SMTError
+from smt_dist.layers import layer_key
+from smt_dist.scores import BlockScores
+from smt_dist.selection import Pool, budget_pools, choose_blocks
+from smt_dist.weight_scores import NEVER
+
+
+def exchange(
+    scores: BlockScores,
+    active: BlockSelection,
+    strengths: Mapping[str, Mapping[Block, float]],
+    config: SMTConfig,
+    fraction: float,
+) -> BlockSelection:
+    """Drop each budget's weakest blocks and grow as many; budgets, strategy and bounds hold as in a selection.
+
+    Of equally weak blocks the last in (module order, row, col) goes first. A dropped block can't grow at once, one that
+    was frozen earlier can. Blocks of modules that aren't targets stay.
+
+    Args:
+        scores: of all targets.
+        active: the blocks that are trained.
+        strengths: of each of them.
+        config: budgets (where they contradict ``active``, its numbers hold), strategy and bounds.
+        fraction: of each budget's trained blocks, rounded down.
+    """
+    tables = {module: table.clone() for module, table in scores.tables.items()}
+    others = {module: blocks for module, blocks in active.blocks.items() if module not in tables}
+    if len(others) == len(active.blocks):
+        raise SMTError("reselect: no trained block lies in a target of the smt config")
+    pools = []
+    for pool in _pools(scores, config):
+        own = [(module, block) for module in pool.modules for block in active.blocks.get(module, ())]
+        if own:
+            pools.append(pool._replace(blocks=len(own)))
+            ranked = sorted(own, key=lambda one: -strengths[one[0]][one[1]])
+            dropped = _weakest(ranked, math.floor(fraction * len(own) + 1e-9), pools[-1], scores, config.selection)
+            for module, block in own:
+                tables[module][block] = NEVER if (module, block) in dropped else math.inf
+    chosen = choose_blocks(BlockScores(**{**vars(scores), "tables": tables}), config, pools)
+    kept = {field: {m: v for m, v in getattr(active, field).items() if m in others} for field in ("shapes", "groups")}
+    return BlockSelection(
+        block_size=active.block_size,
+        blocks={**chosen.blocks, **others},
+        shapes={**chosen.shapes, **kept["shapes"]},
+        groups={**chosen.groups, **kept["groups"]},
+    )
+
+
+def _weakest(
+    ranked: list[tuple[str, Block]], count: int, pool: Pool, scores: BlockScores, bounds: SelectionConfig
+) -> set[tuple[str, Block]]:
+    """The last ``count`` blocks of ``ranked`` without which there are still blocks enough for budget and bounds."""
+    by_weight = bounds.strategy == "norm_dist" or bounds.bounds_per == "weight"
+    place = {module: module if by_weight else layer_key(module) for module in pool.modules}
+    left: Counter[str] = Counter()
+    for module in pool.modules:
+        left[place[module]] += int((scores.tables[module] > NEVER).sum())
+    least = dict.fromkeys(left, bounds.floor or 0)
+    if bounds.strategy == "norm_dist":
+        share, rest = divmod(pool.blocks, len(pool.modules))
+        least = {module: share + (index < rest) for index, module in enumerate(pool.modules)}
+    most = bounds.ceiling or pool.blocks
+    room = sum(min(blocks, most) for blocks in left.values())
+    dropped: set[tuple[str, Block]] = set()
+    for module, block in reversed(ranked):
+        where = place[module]
+        needed = left[where] <= most  # one less here is one less in all
+        if len(dropped) < count and left[where] > least[where] and (not needed or room > pool.blocks):
+            dropped.add((module, block))
+            left[where] -= 1
+            room -= needed
+    return dropped
+
+
+def _pools(scores: BlockScores, config: SMTConfig) -> list[Pool]:
+    """The budgets' modules; their numbers are the trained blocks', which a selection by hand may have chosen."""
+    groups = [group.model_copy(update={"blocks": 1, "fraction": None}) for group in config.groups]
+    return budget_pools(scores, config.model_copy(update={"groups": groups}))

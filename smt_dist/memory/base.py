@@ -1,0 +1,71 @@
+"""The base of a request as its engine shards it: the same code for fake tensors and for real ones."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.distributed import DistributedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from smt_dist.chunked_loss import chunk_loss
+from smt_dist.distributed import is_distributed
+from smt_dist.engines.fsdp2 import FSDP2Engine
+from smt_dist.errors import SMTError
+from smt_dist.memory.request import Request
+
+
+class Sharding(NamedTuple):
+    """How ``fsdp2`` shards a base.
+
+    Attributes:
+        config: as transformers takes it.
+        mesh: of the ranks.
+    """
+
+    config: DistributedConfig
+    mesh: DeviceMesh
+
+
+def make_sharding(request: Request, config: PreTrainedConfig) -> Sharding | None:
+    """The request's sharding, for a process group that is there; a mesh is made outside of fake tensors."""
+    if request.engine != "fsdp2" or not is_distributed():
+        return None
+    if request.method == "smt":
+        wanted = _engine(request).load_options(config, request.base_dtype)["distributed_config"]
+    else:  # as transformers has it
+        wanted = DistributedConfig(
+            fsdp_size=request.shards,
+            dp_replicate_size=request.replicas,
+            fsdp_mixed_precision=request.method == "full" and request.dtype == "bfloat16",
+        )
+    wanted, _, mesh = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].prepare_distribute_model(wanted)
+    return Sharding(wanted, mesh)
+
+
+def build_base(request: Request, config: PreTrainedConfig, sharding: Sharding | None) -> PreTrainedModel:
+    """The base with random (or fake) weights, ready for training.
+
+    Raises:
+        SMTError: the model can't checkpoint activations.
+    """
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model = kind._from_config(config, dtype=request.base_dtype).train()
+    if sharding is not None:
+        model = kind.maybe_distribute_model(model, *sharding)
+        if request.method == "smt":
+            _engine(request).prepare_base(model)
+    if request.method == "smt":
+        chunk_loss(model, request.loss_chunk)
+    if request.checkpointing:
+        if not model.supports_gradient_checkpointing:
+            raise SMTError(f"--gradient_checkpointing: {type(model).__name__} can't")
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        model.disable_input_require_grads()  # as train.py does
+    return model
+
+
+def _engine(request: Request) -> FSDP2Engine:
+    return FSDP2Engine(torch.float32, request.replicas, units=request.units, prefetch=request.prefetch, micro_batches=1)

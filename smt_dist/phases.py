@@ -1,0 +1,26 @@
+"""What this rank is doing, in words: for messages about ranks that are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+_current = "start"
+_listeners: list[Callable[[str], None]] = []
+
+
+def enter_phase(name: str) -> None:
+    """Say what begins now: ``"load"``, ``"training, step 3: forward"``."""
+    global _current
+    _current = name
+    for listener in _listeners:
+        listener(name)
+
+
+def current_phase() -> str:
+    """What :func:`enter_phase` was last told."""
+    return _current
+
+
+def on_phase(listener: Callable[[str], None]) -> None:
+    """Call ``listener`` with each phase's name as it begins."""
+    _listeners.append(listener)

@@ -1,0 +1,197 @@
+"""``selection.html``: one self-contained page, drawn by plotly, whose script is inlined: it needs no network."""
+
+from __future__ import annotations
+
+from html import escape
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
+
+from smt_dist.files import replace_file
+from smt_dist.picture.sheet import lay_out
+from smt_dist.picture.summary import Summary, Tile
+
+MARK = "#d62728"
+NOTE_SHARES = "Share of each weight's blocks that is chosen; a layer without a number is outside the decoder layers."
+STYLE = """
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #222; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin: 2rem 0 .3rem; } p { max-width: 60rem; }
+table { border-collapse: collapse; } td { padding: .15rem 1rem .15rem 0; vertical-align: top; }
+td:first-child { color: #666; }
+"""
+
+
+def write_page(path: Path, summary: Summary) -> None:
+    """Write the page."""
+    text = _page(summary)
+    replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def _page(summary: Summary) -> str:
+    sections = [
+        _section("Where the blocks are", NOTE_SHARES, [("by-weight", _by_weight(summary))]),
+        _section("By kind and by depth", "", [("by-kind", _by_kind(summary)), ("by-depth", _by_depth(summary))]),
+    ]
+    if summary.has_scores and len(summary.edges):
+        sections.append(_section("Scores", _note_scores(summary), [("scores", _distribution(summary))]))
+    if summary.losses:
+        sections.append(_section("Learning curve", "", [("curve", _curve(summary))]))
+    maps = [(f"map-{index}", _map(summary, kind, tiles)) for index, (kind, tiles) in enumerate(summary.sheets.items())]
+    sections.append(_section("Every block", _note_maps(summary), maps, "map"))
+    facts = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in summary.facts.items())
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>SMT block selection</title>'
+        f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head>\n"
+        f"<body><h1>Block selection</h1>\n<table>{facts}</table>\n{''.join(sections)}</body></html>\n"
+    )
+
+
+def _section(title: str, note: str, figures: list[tuple[str, go.Figure]], kind: str = "chart") -> str:
+    drawn = "".join(
+        f'<div class="{kind}">'
+        + figure.to_html(
+            full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False, "responsive": True}
+        )
+        + "</div>\n"
+        for name, figure in figures
+    )
+    return f"<h2>{escape(title)}</h2>\n" + (f"<p>{escape(note)}</p>\n" if note else "") + drawn
+
+
+def _note_scores(summary: Summary) -> str:
+    groups = len(summary.cut_offs)
+    return (
+        f"All {int(summary.all_counts.sum()):,} blocks that may be chosen, by score. A line shows the lowest score "
+        f"that was chosen{' in each of the groups' if groups > 1 else ''}."
+    )
+
+
+def _note_maps(summary: Summary) -> str:
+    rows, cols = summary.block_size
+    unit = f"a block of {rows} x {cols}" if summary.pooled == 1 else f"{summary.pooled} x {summary.pooled} blocks"
+    pooled = (
+        f" There are too many blocks to draw: they are taken together, a cell shows the best score among them and is "
+        f"marked if at least one is chosen ({len(_marks(summary)):,} cells; hover for their number)."
+        if summary.pooled > 1
+        else ""
+    )
+    colours = "Brighter is a higher score. " if summary.has_scores else "The scores are not known. "
+    return f"One map a weight, numbered by layer; a cell is {unit}. {colours}Red marks: chosen.{pooled}"
+
+
+def _marks(summary: Summary) -> np.ndarray:
+    chosen = [tile.chosen.ravel() for tiles in summary.sheets.values() for tile in tiles]
+    return np.flatnonzero(np.concatenate(chosen))
+
+
+def _figure(title: str, height: int, **layout: object) -> go.Figure:
+    margin = {"l": 70, "r": 20, "t": 40, "b": 45}
+    return go.Figure(layout={"title": title, "height": height, "margin": margin, "template": "plotly_white", **layout})
+
+
+def _layer_names(summary: Summary) -> list[str]:
+    """The layers' numbers, or whole names."""
+    return [escape(_number(layer)) for layer in summary.layers]
+
+
+def _number(layer: str) -> str:
+    last = layer.rpartition(".")[2]
+    return last if last.isdigit() else layer
+
+
+def _by_weight(summary: Summary) -> go.Figure:
+    kinds = list(summary.sheets)
+    share, texts = [], []
+    for kind in kinds:
+        pairs = [
+            (summary.chosen_by_layer.get((layer, kind), 0), summary.blocks_by_layer.get((layer, kind), 0))
+            for layer in summary.layers
+        ]
+        share.append([100 * chosen / total if total else None for chosen, total in pairs])
+        texts.append([f"{chosen:,} of {total:,} blocks" if total else "" for chosen, total in pairs])
+    figure = _figure("chosen share of each weight", 150 + 28 * len(kinds), xaxis={"title": "layer", "type": "category"})
+    figure.add_heatmap(
+        z=share, x=_layer_names(summary), y=[escape(kind) for kind in kinds], text=texts, colorscale="Viridis", zmin=0,
+        hovertemplate="layer %{x}, %{y}: %{z:.2f} % (%{text})<extra></extra>", hoverongaps=False,
+        colorbar={"title": "%"},
+    )  # fmt: skip
+    figure.update_yaxes(autorange="reversed", type="category")
+    return figure
+
+
+def _by_kind(summary: Summary) -> go.Figure:
+    total = sum(summary.chosen_by_kind.values())
+    kinds = list(summary.chosen_by_kind)
+    counts = [summary.chosen_by_kind[kind] for kind in kinds]
+    texts = [
+        f"{count:,} ({count / total:.0%}); {count / summary.blocks[kind]:.1%} of its {summary.blocks[kind]:,}"
+        for kind, count in zip(kinds, counts, strict=True)
+    ]
+    figure = _figure("chosen blocks by kind of weight", 130 + 34 * len(kinds), xaxis={"title": "blocks"})
+    figure.add_bar(
+        y=[escape(kind) for kind in kinds], x=counts, text=texts, orientation="h", textposition="auto",
+        hovertemplate="%{y}: %{text}<extra></extra>",
+    )  # fmt: skip
+    figure.update_yaxes(autorange="reversed", type="category")
+    return figure
+
+
+def _by_depth(summary: Summary) -> go.Figure:
+    axes = {"xaxis": {"title": "layer", "type": "category"}, "yaxis": {"title": "blocks"}}
+    figure = _figure("chosen blocks by depth", 340, barmode="stack", **axes)
+    for kind in summary.sheets:
+        counts = [summary.chosen_by_layer.get((layer, kind), 0) for layer in summary.layers]
+        if any(counts):
+            figure.add_bar(x=_layer_names(summary), y=counts, name=escape(kind))
+    return figure
+
+
+def _distribution(summary: Summary) -> go.Figure:
+    axes = {"xaxis": {"title": summary.score_title}, "yaxis": {"title": "blocks", "type": "log"}}
+    figure = _figure("distribution of the scores", 360, barmode="overlay", **axes)
+    middles = (summary.edges[1:] + summary.edges[:-1]) / 2
+    width = summary.edges[1] - summary.edges[0]
+    bars = (("all", summary.all_counts, "#9ecae1"), ("chosen", summary.chosen_counts, MARK))
+    for name, counts, colour in bars:
+        figure.add_bar(x=middles.tolist(), y=counts.tolist(), width=width, name=name, marker={"color": colour})
+    for group, value in summary.cut_offs.items():
+        figure.add_vline(x=value, line={"color": "#222", "dash": "dash"}, annotation_text=escape(group))
+    return figure
+
+
+def _curve(summary: Summary) -> go.Figure:
+    figure = _figure("loss", 360, xaxis={"title": "step"}, yaxis={"title": "loss"})
+    for name, points in summary.losses.items():
+        steps, losses = zip(*points, strict=True)
+        figure.add_scatter(x=steps, y=losses, name=name, mode="lines+markers" if len(points) < 60 else "lines")
+    return figure
+
+
+def _map(summary: Summary, kind: str, tiles: list[Tile]) -> go.Figure:
+    sheet = lay_out(summary, tiles)
+    rows, cols = sheet.values.shape
+    height = int(min(1000, max(180, 110 + rows * min(22, 1050 / cols))))
+    figure = _figure(f"{escape(kind)}: {int(sum(tile.chosen.sum() for tile in tiles)):,} chosen blocks", height)
+    values = [[None if np.isnan(value) else float(value) for value in row] for row in sheet.values]
+    texts = [[escape(text) for text in row] for row in sheet.texts]
+    if not summary.has_scores:
+        values = [[0.0 if text else None for text in row] for row in texts]
+    figure.add_heatmap(
+        z=values, text=texts, hovertemplate="%{text}<extra></extra>", hoverongaps=False, showscale=summary.has_scores,
+        colorscale="Viridis" if summary.has_scores else [[0, "#e6e6e6"], [1, "#e6e6e6"]],
+        colorbar={"title": summary.score_title},
+    )  # fmt: skip
+    figure.add_scatter(
+        x=[col for _, col, _ in sheet.marked], y=[row for row, _, _ in sheet.marked], mode="markers", name="chosen",
+        marker={"color": MARK, "size": 6, "symbol": "square-open", "line": {"width": 1.5}}, hoverinfo="skip",
+        showlegend=False,
+    )  # fmt: skip
+    for row, col, label in sheet.labels:
+        if label:
+            figure.add_annotation(x=col, y=row, text=escape(label), showarrow=False, font={"size": 9}, yanchor="top")
+    axis = {"visible": False, "showgrid": False}
+    figure.update_xaxes(**axis, range=[-0.6, cols - 0.4])
+    figure.update_yaxes(**axis, range=[rows + 0.6, -0.6])
+    return figure

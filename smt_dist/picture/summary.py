@@ -1,0 +1,247 @@
+"""The numbers behind a picture, without any plotting library: maps of blocks, shares, distribution, curve."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from smt_dist.blocks import BlockSelection
+from smt_dist.layers import layer_key
+from smt_dist.scores import BlockScores
+
+# Cells of all maps together: above it the page would take tens of megabytes, and a browser minutes.
+MAX_CELLS = 30_000
+BINS = 60
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One weight's map; several blocks a cell where there are too many.
+
+    Attributes:
+        module: its name.
+        label: its numbers, such as ``3`` of ``model.layers.3.self_attn.q_proj``; empty without any.
+        scores: the best score in each cell; NaN where nothing may be chosen, or no scores are known.
+        chosen: the number of chosen blocks in each cell.
+    """
+
+    module: str
+    label: str
+    scores: np.ndarray
+    chosen: np.ndarray
+
+
+@dataclass(frozen=True)
+class Summary:
+    """All that is drawn.
+
+    Attributes:
+        sheets: kind of module -> the maps of its weights.
+        pooled: blocks down and across that one cell stands for.
+        block_size: of the selection.
+        has_scores: whether the scores are known.
+        logarithmic: whether scores are shown by their decimal logarithm: all that may be chosen are >= 0.
+        blocks: kind -> its blocks, whether chosen or not.
+        chosen_by_kind: kind -> chosen blocks.
+        layers: names of layers, in the model's order.
+        chosen_by_layer: (layer, kind) -> chosen blocks.
+        blocks_by_layer: (layer, kind) -> blocks.
+        edges: of the distribution's bins, in what is shown.
+        all_counts: blocks in each bin.
+        chosen_counts: chosen blocks in each bin.
+        cut_offs: group -> the lowest chosen score, in what is shown.
+        losses: name of a curve -> its (step, loss) points.
+        facts: for the page's table.
+    """
+
+    sheets: dict[str, list[Tile]]
+    pooled: int
+    block_size: tuple[int, int]
+    has_scores: bool
+    logarithmic: bool
+    blocks: dict[str, int]
+    chosen_by_kind: dict[str, int]
+    layers: list[str]
+    chosen_by_layer: dict[tuple[str, str], int]
+    blocks_by_layer: dict[tuple[str, str], int]
+    edges: np.ndarray
+    all_counts: np.ndarray
+    chosen_counts: np.ndarray
+    cut_offs: dict[str, float]
+    losses: dict[str, list[tuple[float, float]]]
+    facts: dict[str, str]
+
+    @property
+    def score_title(self) -> str:
+        """What the colours and the distribution's axis show."""
+        return "log10(score)" if self.logarithmic else "score"
+
+    def shown(self, scores: np.ndarray) -> np.ndarray:
+        """Scores as they are shown. Zeros have no logarithm: they go with the smallest that has one."""
+        if not self.logarithmic:
+            return scores
+        positive = scores[scores > 0]
+        least = positive.min() if positive.size else 1.0
+        return np.log10(np.where(scores > 0, scores, np.where(np.isnan(scores), np.nan, least)))
+
+
+def summarise(
+    selection: BlockSelection,
+    scores: BlockScores | None,
+    log_history: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, str],
+) -> Summary:
+    """Work the numbers out; arguments as for :func:`smt_dist.picture.write_pictures`."""
+    tables = _tables(selection, scores)
+    marks = {module: _marks(selection, module, table.shape) for module, table in tables.items()}
+    kinds = short_kinds(tables)
+    pooled = _pooling([table.shape for table in tables.values()])
+    sheets: dict[str, list[Tile]] = {}
+    blocks: Counter[str] = Counter()
+    chosen: Counter[str] = Counter()
+    by_layer: Counter[tuple[str, str]] = Counter()
+    chosen_by_layer: Counter[tuple[str, str]] = Counter()
+    for module, table in tables.items():
+        kind, layer = kinds[module], layer_key(module)
+        tile = Tile(module, _numbers(module), _pool(table, pooled, np.fmax), _pool(marks[module], pooled, np.add))
+        sheets.setdefault(kind, []).append(tile)
+        blocks[kind] += table.size
+        by_layer[layer, kind] += table.size
+        chosen[kind] += int(marks[module].sum())
+        chosen_by_layer[layer, kind] += int(marks[module].sum())
+    every = np.concatenate([table.ravel() for table in tables.values()])
+    taken = np.concatenate([mark.ravel() for mark in marks.values()]) > 0
+    known = ~np.isnan(every)
+    logarithmic = bool(known.any() and (every[known] >= 0).all() and (every[known] > 0).any())
+    summary = Summary(
+        sheets=sheets,
+        pooled=pooled,
+        block_size=selection.block_size,
+        has_scores=scores is not None,
+        logarithmic=logarithmic,
+        blocks=dict(blocks),
+        chosen_by_kind=dict(chosen),
+        layers=list(dict.fromkeys(layer for layer, _ in by_layer)),
+        chosen_by_layer=dict(chosen_by_layer),
+        blocks_by_layer=dict(by_layer),
+        edges=np.zeros(0),
+        all_counts=np.zeros(0),
+        chosen_counts=np.zeros(0),
+        cut_offs={},
+        losses=learning_curves(log_history),
+        facts=_facts(selection, scores) | dict(facts),
+    )
+    return _with_distribution(summary, every, taken & known, selection, tables, marks) if known.any() else summary
+
+
+def _with_distribution(
+    summary: Summary,
+    every: np.ndarray,
+    taken: np.ndarray,
+    selection: BlockSelection,
+    tables: Mapping[str, np.ndarray],
+    marks: Mapping[str, np.ndarray],
+) -> Summary:
+    shown = summary.shown(every)
+    counts, edges = np.histogram(shown[~np.isnan(shown)], bins=BINS)
+    least: dict[str, float] = {}
+    for module, table in tables.items():
+        own = table[(marks[module] > 0) & ~np.isnan(table)]
+        if own.size:
+            group = selection.groups.get(module, "selected")
+            least[group] = min(least.get(group, math.inf), float(own.min()))
+    at = {group: float(summary.shown(np.append(every, value))[-1]) for group, value in least.items()}
+    chosen_counts, _ = np.histogram(shown[taken], bins=edges)
+    return Summary(
+        **{**vars(summary), "edges": edges, "all_counts": counts, "chosen_counts": chosen_counts, "cut_offs": at}
+    )
+
+
+def learning_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
+    """The training and evaluation losses that Trainer logged, where there are any; what isn't finite is left out."""
+    curves = {}
+    for key, name in (("loss", "training"), ("eval_loss", "evaluation")):
+        points = [(float(entry["step"]), float(entry[key])) for entry in log_history if key in entry]
+        if finite := [point for point in points if math.isfinite(point[1])]:
+            curves[name] = finite
+    return curves
+
+
+def short_kinds(modules: Mapping[str, Any]) -> dict[str, str]:
+    """Module -> its kind: ``q_proj``; ``self_attn.q_proj`` where another kind ends the same; experts together."""
+    kinds = {module: _kind(module) for module in modules}
+    leaves: dict[str, set[str]] = {}
+    for kind in kinds.values():
+        leaves.setdefault(kind.rpartition(".")[2], set()).add(kind)
+    unique = {kind: leaf if len(found) == 1 else kind for leaf, found in leaves.items() for kind in found}
+    return {module: unique[kind] for module, kind in kinds.items()}
+
+
+def _kind(module: str) -> str:
+    """``self_attn.q_proj`` of ``model.layers.3.self_attn.q_proj``; further numbers become ``*``."""
+    inside = module.removeprefix(layer_key(module)).lstrip(".")
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", inside or module)
+
+
+def _numbers(module: str) -> str:
+    return ".".join(part for part in module.split(".") if part.isdigit())
+
+
+def _tables(selection: BlockSelection, scores: BlockScores | None) -> dict[str, np.ndarray]:
+    """Scores by module; NaN where nothing may be chosen; all NaN where no scores are known."""
+    if scores is not None:
+        tables = {module: table.numpy() for module, table in scores.tables.items()}
+        return {module: np.where(np.isfinite(table), table, np.nan) for module, table in tables.items()}
+    rows, cols = selection.block_size
+    found = {}
+    for module, blocks in selection.blocks.items():
+        shape = selection.shapes.get(module)
+        last = max(row for row, _ in blocks) + 1, max(col for _, col in blocks) + 1
+        found[module] = np.full((shape[0] // rows, shape[1] // cols) if shape else last, np.nan)
+    return found
+
+
+def _marks(selection: BlockSelection, module: str, shape: tuple[int, ...]) -> np.ndarray:
+    marks = np.zeros(shape, dtype=np.int64)
+    for block in selection.blocks.get(module, ()):
+        marks[block] = 1
+    return marks
+
+
+def _pooling(shapes: list[tuple[int, ...]]) -> int:
+    """The least number of blocks down and across for one cell that keeps all maps within :data:`MAX_CELLS`."""
+    largest = max(max(shape) for shape in shapes)
+    for pooled in range(1, largest + 1):
+        if sum(math.ceil(rows / pooled) * math.ceil(cols / pooled) for rows, cols in shapes) <= MAX_CELLS:
+            return pooled
+    return largest
+
+
+def _pool(table: np.ndarray, size: int, combine: np.ufunc) -> np.ndarray:
+    """Combine ``size x size`` cells into one; the last ones may be smaller."""
+    if size == 1:
+        return table
+    by_row = combine.reduceat(table, np.arange(0, table.shape[0], size), axis=0)
+    return combine.reduceat(by_row, np.arange(0, table.shape[1], size), axis=1)
+
+
+def _facts(selection: BlockSelection, scores: BlockScores | None) -> dict[str, str]:
+    rows, cols = selection.block_size
+    facts = {
+        "blocks": f"{len(selection):,} of {rows} x {cols}, in {len(selection.blocks)} weights",
+        "trained parameters": f"{selection.parameters:,}",
+    }
+    if scores is None:
+        return facts | {"score": "not known: the selection was read from a file without its scores"}
+    available = sum(table.numel() for table in scores.tables.values())
+    return facts | {
+        "share of all 2-D parameters": f"{selection.parameters / scores.parameters_2d:.2%}",
+        "share of the targets' blocks": f"{len(selection) / available:.2%} of {available:,}",
+        "score": f"{scores.score}, {scores.steps} warm-up steps" if scores.steps else scores.score,
+    }

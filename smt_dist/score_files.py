@@ -1,0 +1,68 @@
+"""Scores on disk: one fp64 table a module, with what a ranking needs to know beside them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from smt_dist.blocks import BlockSelection
+from smt_dist.errors import SMTError
+from smt_dist.files import parse_json_object, read_tensors, replace_file
+from smt_dist.scores import BlockScores
+
+SCORES_FILE = "smt_scores.safetensors"
+
+
+def scores_path(selection_file: str | Path) -> Path:
+    """Where the scores of a selection file lie: beside it."""
+    path = Path(selection_file)
+    return path.with_name(f"{path.stem}_scores.safetensors")
+
+
+def save_scores(scores: BlockScores, path: Path) -> None:
+    """Write scores; equal scores are equal files. Call it on one rank."""
+    about = {
+        "block_size": scores.block_size,
+        "modules": list(scores.tables),  # safetensors keeps no order
+        "shapes": scores.shapes,
+        "groups": scores.groups,
+        "parameters_2d": scores.parameters_2d,
+        "score": scores.score,
+        "steps": scores.steps,
+    }
+    tables = {name: table.contiguous() for name, table in scores.tables.items()}
+    # One key only: safetensors orders several at random.
+    replace_file(path, lambda beside: save_file(tables, beside, {"scores": json.dumps(about)}))
+
+
+def load_scores(path: str | Path) -> BlockScores:
+    """Read scores.
+
+    Raises:
+        SMTError: the file is missing, damaged or no file of scores; names it.
+    """
+    tables, metadata = read_tensors(Path(path))
+    about = parse_json_object(metadata.get("scores", ""), f"{path}: scores")
+    try:
+        return BlockScores(
+            block_size=tuple(about["block_size"]),
+            tables={name: tables[name].to(torch.float64) for name in about["modules"]},
+            shapes={name: tuple(shape) for name, shape in about["shapes"].items()},
+            groups=about["groups"],
+            parameters_2d=about["parameters_2d"],
+            score=about["score"],
+            steps=about["steps"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise SMTError(f"{path}: not a file of scores ({error!r})") from None
+
+
+def belongs_to(scores: BlockScores, selection: BlockSelection) -> bool:
+    """Whether a selection may have been made of these scores: the same blocks of the same weights."""
+    return scores.block_size == selection.block_size and all(
+        module in scores.tables and selection.shapes.get(module, shape) == shape
+        for module, shape in ((name, scores.shapes.get(name, (0, 0))) for name in selection.blocks)
+    )

@@ -1,0 +1,82 @@
+"""``SparseEmbedding``: a frozen embedding plus trainable blocks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from smt_dist.blocks import Block, BlockGrid
+from smt_dist.sparse_linear import SparseLayer
+
+
+class SparseEmbedding(SparseLayer):
+    """``y = base(ids)``, plus row ``id`` of every block that covers it, in the block's columns.
+
+    The weight is ``[vocabulary, hidden]``: block rows are ranges of token ids, block columns ranges of hidden features.
+    Gradients of ``delta`` are those of the weight's blocks; the base's ``padding_idx`` gets neither block nor gradient,
+    as in PyTorch. ``[...]`` ids -> ``[..., hidden]``.
+
+    Arguments and attributes: :class:`SparseLayer`.
+    """
+
+    def __init__(
+        self,
+        base: nn.Module,
+        grid: BlockGrid,
+        blocks: list[Block],
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(base, grid, blocks, dtype, device)
+        self._columns = sorted({col for _, col in self.blocks})
+        # For each column: block row -> index of its block, -1 for none.
+        places = torch.full((len(self._columns), grid.shape[0]), -1)
+        for index, (row, col) in enumerate(self.blocks):
+            places[self._columns.index(col), row] = index
+        self.register_buffer("places", places.to(self.delta.device), persistent=False)
+
+    def add_blocks(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        height = self.grid.block_rows
+        out = y.clone()
+        for col, places in zip(self._columns, self.places, strict=True):
+            block = places[torch.div(x, height, rounding_mode="floor")]
+            hit = block >= 0
+            if self.padding_idx is not None:
+                hit &= x != self.padding_idx
+            rows = (block * height + x % height)[hit]
+            found = _Rows.apply(self.delta, rows).to(y.dtype)
+            out[..., self.grid.col_slice(col)].index_put_((hit,), found, accumulate=True)
+        return out
+
+    @property
+    def padding_idx(self) -> int | None:
+        """The id that takes no gradient."""
+        return self.base.padding_idx
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the weight."""
+        return self.grid.rows
+
+    @property
+    def embedding_dim(self) -> int:
+        """Columns of the weight."""
+        return self.grid.cols
+
+
+class _Rows(torch.autograd.Function):
+    """``delta[rows]``, whose gradient adds up in fp32: a frequent token has thousands of them."""
+
+    @staticmethod
+    def forward(ctx: Any, delta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(rows)
+        ctx.shape, ctx.dtype = delta.shape, delta.dtype
+        return delta[rows]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        whole = torch.zeros(ctx.shape, dtype=torch.float32, device=grad.device).index_add_(0, rows, grad.float())
+        return whole.to(ctx.dtype), None

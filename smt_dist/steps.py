@@ -1,0 +1,173 @@
+"""Running a warm-up's batches: global steps, their label tokens, losses and the state of the model meanwhile."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from smt_dist.distributed import all_reduce_sum, collective_device, get_rank, is_distributed
+from smt_dist.engines import Tuning
+from smt_dist.errors import SMTError
+from smt_dist.scores import ScoreAccumulator
+
+Batch = Mapping[str, torch.Tensor]
+GlobalStep = list[Batch]
+# Told the accumulator and the steps done so far, before the first step and after each; once more for every pass.
+Observer = Callable[[ScoreAccumulator, int], None]
+
+
+def run_steps(
+    model: nn.Module,
+    tuning: Tuning,
+    batches: Iterable[Batch | list[Batch]],
+    steps: int,
+    accumulator: ScoreAccumulator,
+    progress: str | None,
+    observe: Observer | None = None,
+) -> int:
+    """Run up to ``steps`` global steps of forwards and backwards; returns how many there were.
+
+    Args:
+        model: the bare model, with the accumulator's hooks.
+        tuning: how a forward, a backward and the end of a micro-batch go.
+        batches: as for :func:`collect_scores`.
+        steps: the most to run.
+        accumulator: is told where micro-batches and steps end.
+        progress: the bar's label; None for no bar.
+        observe: looks on from the beginning.
+    """
+    iterator = iter(batches)
+    names = list(dict(model.named_modules()))
+    bar = tqdm(total=steps, desc=progress, unit="step", disable=progress is None or get_rank() != 0)
+    done = 0
+    if observe is not None:
+        observe(accumulator, done)
+    with bar:
+        while done < steps and (step := next_step(iterator, done)) is not None:
+            micro_batches, tokens = step
+            for batch in micro_batches:
+                tuning.backward(_loss(model, tuning, batch, tokens))
+                accumulator.end_micro_batch()
+                tuning.step()
+            accumulator.end_step()
+            _refuse_non_finite(accumulator, names, done)
+            done += 1
+            bar.update()
+            if observe is not None:
+                observe(accumulator, done)
+    return done
+
+
+def next_step(iterator: Iterator[Batch | list[Batch]], index: int) -> tuple[GlobalStep, int] | None:
+    """This rank's micro-batches of the next global step and all ranks' label tokens; None at the common end."""
+    item = next(iterator, None)
+    micro_batches = [] if item is None else list(item) if isinstance(item, list) else [item]
+    unlabelled = sum("labels" not in batch for batch in micro_batches)
+    tokens = 0 if unlabelled else sum(count_label_tokens(batch) for batch in micro_batches)
+    count = len(micro_batches)
+    # Equal counts on all ranks: sum(n)^2 == W * sum(n^2). Checked, for a rank that runs out makes the others hang.
+    totals = torch.tensor([tokens, count, count * count, 1, unlabelled], dtype=torch.float64)
+    tokens, counts, squares, ranks, unlabelled = all_reduce_sum(totals.to(collective_device())).tolist()
+    if unlabelled:
+        raise SMTError(f"warm-up step {index + 1}: a batch has no 'labels'")
+    if counts**2 != ranks * squares:
+        raise SMTError(f"warm-up step {index + 1}: the ranks have different numbers of micro-batches")
+    if counts == 0:
+        if index == 0:
+            raise SMTError("warm-up: there is no batch")
+        return None
+    if tokens == 0:
+        raise SMTError(f"warm-up step {index + 1}: every label of the global batch is masked (-100)")
+    return micro_batches, int(tokens)
+
+
+def count_label_tokens(batch: Batch) -> int:
+    """The number of predicted tokens: a causal model predicts the labels from the second on."""
+    return int((batch["labels"][..., 1:] != -100).sum())
+
+
+def _loss(model: nn.Module, tuning: Tuning, batch: Batch, tokens: int) -> torch.Tensor:
+    """The batch's sum of token losses over the global step's number of label tokens."""
+    device = device_of(model)
+    inputs = {name: value.to(device) for name, value in batch.items()}
+    if _takes_token_count(model):
+        return tuning.forward(**inputs, num_items_in_batch=tokens).loss
+    outputs, own = tuning.forward(**inputs), count_label_tokens(batch)
+    # The mean over no token is NaN: such a batch still runs, for the other ranks' collectives, and adds zero.
+    return outputs.loss * (own / tokens) if own else outputs.logits.sum() * 0
+
+
+def _takes_token_count(model: nn.Module) -> bool:
+    # The same question, asked the same way, as transformers.Trainer asks.
+    if hasattr(model, "accepts_loss_kwargs"):
+        return bool(model.accepts_loss_kwargs)
+    parameters = inspect.signature(model.forward).parameters
+    return "num_items_in_batch" in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _refuse_non_finite(accumulator: ScoreAccumulator, names: list[str], step: int) -> None:
+    problem = f"warm-up step {step + 1}: the gradient of {{}} is not finite (NaN or infinity)"
+    refuse_module(accumulator.non_finite_module(), names, problem)
+
+
+def refuse_module(found: str | None, names: list[str], problem: str) -> None:
+    """Raise SMTError on all ranks if any found a module wrong; collective.
+
+    Args:
+        found: the module that this rank found, if any.
+        names: of all modules, in the model's order.
+        problem: the message, with ``{}`` for the module's name.
+    """
+    bad = -1 if found is None else names.index(found)
+    if is_distributed():
+        found = torch.tensor([bad], device=collective_device())
+        torch.distributed.all_reduce(found, op=torch.distributed.ReduceOp.MAX)
+        bad = int(found.item())
+    if bad >= 0:
+        raise SMTError(problem.format(names[bad]))
+
+
+@contextmanager
+def frozen(model: nn.Module, training: bool = True) -> Iterator[None]:
+    """No parameter requires a gradient inside; all restored after.
+
+    Args:
+        model: no cache is filled inside.
+        training: the mode inside; gradient checkpointing needs it.
+    """
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    was_training = model.training
+    config = getattr(model, "config", None)
+    used_cache = getattr(config, "use_cache", None)
+    for parameter in trainable:
+        parameter.requires_grad_(False)
+    if used_cache is not None:
+        config.use_cache = False
+    model.train(training)
+    try:
+        yield
+    finally:
+        for parameter in trainable:
+            parameter.requires_grad_(True)
+        if used_cache is not None:
+            config.use_cache = used_cache
+        model.train(was_training)
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Every pass sees the same dropout masks; the caller's random state is left alone."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where the model's first parameter lies."""
+    return next(model.parameters()).device

@@ -1,0 +1,200 @@
+"""Starts the ranks of a job, on this machine or on two nodes, with a fault or without, and tells what came of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from harness import rank_environment
+from programs import command_line
+from two_nodes import Node, free_port, this_machine
+
+from faults.server import OUTPUT, PHASES
+
+LIMIT = 60.0  # seconds from a fault to the end of all ranks: the promise
+CHECKPOINT_STATE = "trainer_state.json"
+
+
+@dataclass
+class Fault:
+    """What is done to one rank, or to all.
+
+    Attributes:
+        signal: its number.
+        ranks: to whom.
+        phase: in which, by how its name begins.
+        delay: seconds from there.
+        pause: seconds after which a stopped rank is continued; None: never.
+    """
+
+    signal: int
+    ranks: tuple[int, ...]
+    phase: str
+    delay: float = 0.0
+    pause: float | None = None
+
+    def told(self) -> dict[str, Any]:
+        """What the ranks are told."""
+        return {"signal": self.signal, "phase": self.phase, "delay": self.delay, "pause": self.pause}
+
+
+@dataclass
+class Outcome:
+    """What came of a job.
+
+    Attributes:
+        codes: by rank: the exit code, minus the signal's number where it died of one; None: it hung or was stopped.
+        seconds: by rank: from the first fault (from the start, without one) to its end.
+        struck: rank -> the phase in which the fault struck; empty if it came too late.
+        outputs: by rank.
+        phases: by rank: (time, phase).
+    """
+
+    codes: dict[int, int | None]
+    seconds: dict[int, float]
+    struck: dict[int, str]
+    outputs: dict[int, str]
+    phases: dict[int, list[tuple[float, str]]] = field(repr=False)
+
+    def first_step(self) -> int:
+        """The first training step that rank 0 began; 0 for none."""
+        steps = (phase for _, phase in self.phases[0] if phase.startswith("training, step "))
+        return int(next(steps, "training, step 0:").removeprefix("training, step ").partition(":")[0])
+
+    def described(self) -> str:
+        """For messages."""
+        return "\n".join(
+            f"--- rank {rank}: exit code {code} after {self.seconds[rank]:.1f} s, struck: {self.struck.get(rank)} ---\n"
+            + "\n".join(self.outputs[rank].splitlines()[-40:])
+            for rank, code in self.codes.items()
+        )
+
+
+class Fleet:
+    """Prepared parents, one on each node, from which jobs are forked.
+
+    Args:
+        nodes: where; each runs as many ranks of a job as the others.
+    """
+
+    def __init__(self, nodes: Sequence[Node] | None = None) -> None:
+        self.nodes = list(nodes or [this_machine()])
+        self._logs = [tempfile.TemporaryFile() for _ in self.nodes]  # noqa: SIM115 (closed in __exit__)
+        self._servers = [self._start(node, log) for node, log in zip(self.nodes, self._logs, strict=True)]
+        for server, log in zip(self._servers, self._logs, strict=True):
+            if (said := server.stdout.readline()) != "ready\n":
+                log.seek(0)
+                raise AssertionError(f"no parent: {said} {log.read().decode(errors='replace')}")
+
+    def __enter__(self) -> Fleet:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for server in self._servers:
+            server.stdin.close()
+        for server, log in zip(self._servers, self._logs, strict=True):
+            server.wait(60)
+            server.stdout.close()
+            log.close()
+
+    def run(
+        self,
+        flags: dict[str, object],
+        folder: Path,
+        fault: Fault | None = None,
+        world_size: int = 2,
+        limit: float = LIMIT,
+        meanwhile: Callable[[Path], None] | None = None,
+    ) -> Outcome:
+        """Run launch/train.py once.
+
+        Args:
+            flags: its command line.
+            folder: for outputs; created.
+            fault: if any.
+            world_size: ranks, spread evenly over the nodes, in their order.
+            limit: seconds from a fault until a rank counts as hanging.
+            meanwhile: called with the folder while the ranks run.
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        port, per_node = free_port(), world_size // len(self.nodes)
+        for index, server in enumerate(self._servers):
+            ranks = {}
+            for rank in range(index * per_node, (index + 1) * per_node):
+                hurt = fault is not None and rank in fault.ranks
+                environment = self._environment(rank, world_size, per_node, port, self.nodes[index])
+                ranks[rank] = {"environment": environment, "fault": fault.told() if hurt else None}
+            job = {
+                "folder": str(folder),
+                "flags": command_line(flags),
+                "limit": limit,
+                "ranks": ranks,
+                "world_size": world_size,
+            }
+            server.stdin.write(json.dumps(job) + "\n")
+            server.stdin.flush()
+        if meanwhile is not None:
+            meanwhile(folder)
+        found = [json.loads(server.stdout.readline()) for server in self._servers]
+        return self._outcome(folder, found, world_size)
+
+    def _outcome(self, folder: Path, found: list[dict[str, Any]], world_size: int) -> Outcome:
+        ended = {int(rank): end for part in found for rank, end in part["ended"].items()}
+        faults = {int(rank): fault for part in found for rank, fault in part["faults"].items()}
+        phases = {rank: phases_of(folder, rank) for rank in range(world_size)}
+        starts = [fault["time"] for fault in faults.values()] or [p[0][0] for p in phases.values() if p] or [0.0]
+        return Outcome(
+            codes={rank: ended[rank][0] for rank in range(world_size)},
+            seconds={rank: ended[rank][1] - min(starts) for rank in range(world_size)},
+            struck={rank: fault["phase"] for rank, fault in faults.items()},
+            outputs={rank: (folder / OUTPUT.format(rank)).read_text(errors="replace") for rank in range(world_size)},
+            phases=phases,
+        )
+
+    @staticmethod
+    def _environment(rank: int, world_size: int, per_node: int, port: int, node: Node) -> dict[str, str]:
+        return {
+            **{name: rank_environment(rank, world_size)[name] for name in ("RANK", "WORLD_SIZE")},
+            "LOCAL_RANK": str(rank % per_node),
+            "LOCAL_WORLD_SIZE": str(per_node),
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": node.interface,
+            "TP_SOCKET_IFNAME": node.interface,
+        }
+
+    def _start(self, node: Node, log: Any) -> subprocess.Popen:
+        environment = {**rank_environment(0, 1), "MASTER_ADDR": self.nodes[0].address}
+        return subprocess.Popen(
+            [*node.enter(), sys.executable, "-m", "faults.server"],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            start_new_session=True,
+        )
+
+
+def phases_of(folder: Path, rank: int) -> list[tuple[float, str]]:
+    """What a rank has begun so far, with the times."""
+    path = folder / PHASES.format(rank)
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [tuple(json.loads(line)) for line in lines if line.endswith("]")]
+
+
+def newest_checkpoint(output: Path) -> int:
+    """The step of the newest complete checkpoint; 0 for none."""
+    states = output.glob(f"checkpoint-*/{CHECKPOINT_STATE}")
+    return max((int(path.parent.name.rpartition("-")[2]) for path in states), default=0)
+
+
+def memory_folder() -> str | None:
+    """Where small files need no disk."""
+    return "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
