@@ -110,9 +110,9 @@ def write_blocks_of(
     model: nn.Module, folder: Path, deltas: Iterable[tuple[str, torch.Tensor]] | None = None, card: str = ""
 ) -> None:
     """The files of :func:`save_adapter`, into a folder that is a part of something larger and saved with it."""
-    touched, active = touched_selection(model), model.smt_selection
+    touched, active, layers = touched_selection(model), model.smt_selection, sparse_layers(model)
     if deltas is None:
-        deltas = ((name, layer.delta) for name, layer in sparse_layers(model).items())
+        deltas = ((name, layer.delta) for name, layer in layers.items())
     step = getattr(model, "smt_reselected_at", None)
     adapter = Adapter(
         config=model.smt_config or config_of(touched),
@@ -121,23 +121,29 @@ def write_blocks_of(
         base_fingerprint=model.smt_base_fingerprint,
         active=None if step is None else ActiveBlocks(step=step, selection=active),
     )
-    all_deltas = _with_frozen(model, touched, active, deltas) if frozen_layers(model) else deltas
-    write_adapter(folder, adapter, all_deltas, model_card(model, adapter.config, touched, card))
+    # A selection that was read from a file may list its modules in another order than the model has them.
+    order = list(layers)
+    if frozen_layers(model):
+        order, deltas = list(touched.blocks), _with_frozen(model, touched, active, deltas)
+    write_adapter(folder, adapter, order, deltas, model_card(model, adapter.config, touched, card))
 
 
-def write_adapter(folder: Path, adapter: Adapter, deltas: Iterable[tuple[str, torch.Tensor]], card: str) -> None:
+def write_adapter(
+    folder: Path, adapter: Adapter, order: Iterable[str], deltas: Iterable[tuple[str, torch.Tensor]], card: str
+) -> None:
     """Write an adapter's files, into a folder that is a part of something larger and saved with it.
 
     Args:
         folder: empty, or without an :data:`ACTIVE_FILE`.
         adapter: all but its ``deltas``.
-        deltas: (module, fp32 values) in the selection's order, written one at a time.
+        order: the selection's modules, as ``deltas`` brings them.
+        deltas: (module, fp32 values), written one at a time.
         card: the model card's text.
     """
     selection, active = adapter.selection, adapter.active
     # One key only: safetensors writes several in a random order, and equal adapters should be equal files.
     metadata = {"base_fingerprint": adapter.base_fingerprint}
-    shapes = {name: delta_shape(selection, name) for name in selection.blocks}
+    shapes = {name: delta_shape(selection, name) for name in order}
     write_tensors(folder / BLOCKS_FILE, shapes, deltas, metadata)
     (folder / SELECTION_FILE).write_text(selection.to_json())
     if active is not None:

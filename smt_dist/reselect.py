@@ -217,7 +217,7 @@ def _rewrite(folder: Path, model: nn.Module, old: Adapter, new: Adapter) -> None
             (module, rearrange(old.deltas.get(module), old.selection, new.selection, module))
             for module in new.selection.blocks
         )
-        write_adapter(beside, new, deltas, model_card(model, new.config, new.selection, ""))
+        write_adapter(beside, new, new.selection.blocks, deltas, model_card(model, new.config, new.selection, ""))
         _rewrite_moments(folder, beside, old, new.trained)
 
 

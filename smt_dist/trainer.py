@@ -83,15 +83,21 @@ class SMTTrainer(GuardedTrainer, SavingTrainer):
 
     # -- phases ------------------------------------------------------------------------------------------------
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> TrainOutput:
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
         """As ``Trainer.train``; with ``reselect`` in the config, in phases between which blocks are exchanged."""
+        options = {"trial": trial, "ignore_keys_for_eval": ignore_keys_for_eval}
         if self.phase_end is None:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+            return super().train(resume_from_checkpoint, **options)
         return train_in_phases(self, self.model.smt_config.reselect, resume_from_checkpoint, options)
 
     def train_phase(self, resume_from_checkpoint: str | bool | None, options: dict[str, Any]) -> TrainOutput:
         """Train to the end, or to the next re-selection."""
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **options)
+        return super().train(resume_from_checkpoint, **options)
 
     def take_down(self) -> None:
         """Let go of engine and optimizer, so that the model is as before the training; :meth:`train` makes new ones."""
