@@ -10,7 +10,7 @@ from typing import Any
 from unittest import mock
 
 from damage import reseal
-from transformers import TrainerCallback
+from transformers import AutoConfig, TrainerCallback
 
 from smt_dist.distributed import agree, barrier, get_rank
 from smt_dist.engines import make_engine
@@ -122,7 +122,8 @@ def _load(folder: Path, model: str, engine: str) -> str:
         try:
             # Without this check ZeRO-3 hangs on another shape: rank 0 ends up in a collective of its own.
             agree(lambda: check_model_folder(model), "reading the model's config")
-            load_causal_lm(model, args.base_dtype, **make_engine(args).load_options())
+            config = AutoConfig.from_pretrained(model)
+            load_causal_lm(model, args.base_dtype, **make_engine(args).load_options(config, args.base_dtype))
         except SMTError as error:
             return str(error)
     return "nothing"
