@@ -127,7 +127,7 @@ def test_a_backward_inside_is_as_near_to_the_truth():
     def run(dtype: torch.dtype) -> list[torch.Tensor]:
         copy = torch.nn.Linear(96, 64).requires_grad_(False)
         copy.load_state_dict(layer.state_dict())
-        inputs = x.to(dtype).requires_grad_()
+        inputs = x.detach().clone().to(dtype).requires_grad_()
         output = copy.to(dtype)(inputs)
         output.sum().backward()
         return [output.detach().float(), inputs.grad.float()]
