@@ -34,9 +34,9 @@ class SinglePrecisionProducts(TorchDispatchMode):
         if func is torch.ops.aten.mm.default and _is_ours(*args):
             return product(*args, self._piece)
         if func is torch.ops.aten.addmm.default and _is_ours(*args[1:]) and not kwargs:
-            return product(*args[1:], self._piece).add_(args[0])
+            return product(*args[1:], self._piece, bias=args[0])
         if func is torch.ops.aten.addmm_.default and _is_ours(*args[1:]) and not kwargs:
-            return args[0].add_(product(*args[1:], self._piece))
+            return args[0].copy_(product(*args[1:], self._piece, bias=args[0]))
         return func(*args, **(kwargs or {}))
 
 
@@ -44,17 +44,23 @@ def _is_ours(*matrices: torch.Tensor) -> bool:
     return all(matrix.dtype == torch.bfloat16 and matrix.device.type == "cpu" for matrix in matrices)
 
 
-def product(left: torch.Tensor, right: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
-    """``left @ right`` of bf16 matrices ``[m, k]`` and ``[k, n]``: summed in fp32, rounded to bf16.
+def product(
+    left: torch.Tensor, right: torch.Tensor, piece: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """``left @ right + bias`` of bf16 matrices ``[m, k]`` and ``[k, n]``: summed in fp32, rounded to bf16 once.
 
     ``piece`` is where parts of ``right`` are converted to: fp32, flat.
     """
-    wide = left.float()
+    total = _sum(left.float(), right, piece)
+    return (total if bias is None else total.add_(bias)).bfloat16()
+
+
+def _sum(wide: torch.Tensor, right: torch.Tensor, piece: torch.Tensor) -> torch.Tensor:
     lines = right.t() if right.stride(0) == 1 else right  # as they lie in memory
     step = len(piece) // lines.shape[1]
     if len(lines) <= step or step == 0:
-        return (wide @ right.float()).bfloat16()
-    total = wide.new_zeros(left.shape[0], right.shape[1])
+        return wide @ right.float()
+    total = wide.new_zeros(wide.shape[0], right.shape[1])
     for first in range(0, len(lines), step):
         part = lines[first : first + step]
         converted = piece[: part.numel()].view_as(part).copy_(part)
@@ -62,4 +68,4 @@ def product(left: torch.Tensor, right: torch.Tensor, piece: torch.Tensor) -> tor
             total.addmm_(wide[:, first : first + step], converted)
         else:  # a transposed weight: its parts are columns of the result
             total[:, first : first + step] = wide @ converted.t()
-    return total.bfloat16()
+    return total
