@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -110,7 +111,7 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         self._flat.check()
-        self.overflow = self._norm is not None and not bool(self._norm.isfinite())
+        self.overflow = self._norm is not None and not _is_finite(self._norm)
         if self.overflow:
             self.zero_grad()
             return loss
@@ -298,6 +299,11 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         part = place.within(self._flat.own)
         if len(part):
             part.of(own, self._group_ranges[group].start).copy_(part.of(whole.reshape(-1), place.start))
+
+
+def _is_finite(norm: torch.Tensor) -> bool:
+    # A plan's tensors have no values to look at.
+    return isinstance(norm, FakeTensor) or bool(norm.isfinite())
 
 
 def release_gradients(parameters: Iterable[nn.Parameter]) -> None:
