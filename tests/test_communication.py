@@ -222,8 +222,11 @@ def test_a_large_model_on_the_fake_group_moves_as_a_small_one_on_real_ranks(engi
     assert smt["kinds"]["all_reduce"]["bytes"] == 8
     gathers = full["kinds"].get("all_gather", {"calls": 0, "bytes": 0})
     assert (gathers["calls"] > 0) == (engine == "fsdp2")
-    assert smt["kinds"]["all_gather"]["calls"] == gathers["calls"] + 1
-    assert smt["kinds"]["all_gather"]["bytes"] == gathers["bytes"] + 2 * smt["trained"]
+    # Nothing below the lowest blocks learns, so the embedding and its layer's q and k, units of their own, have no
+    # backward. FSDP2 fetches v ahead for a backward that doesn't come.
+    spared = [32000 * 4096, 4096**2, 4096**2] if engine == "fsdp2" else []
+    assert smt["kinds"]["all_gather"]["calls"] == gathers["calls"] + 1 - len(spared)
+    assert smt["kinds"]["all_gather"]["bytes"] == gathers["bytes"] + 2 * smt["trained"] - 2 * sum(spared)
 
 
 def test_the_program_prints_and_writes_every_row(tmp_path):
