@@ -23,7 +23,7 @@ from tqdm import tqdm, trange
 
 from smt_dist import BlockScores, BlockSelection, SMTConfig, SMTError, apply_selection, select_blocks
 from smt_dist.blocks import resolve_block_size
-from smt_dist.cli import positive_int, raise_usage_error, run_program
+from smt_dist.cli import natural, positive_int, raise_usage_error, run_program
 from smt_dist.config import parse_model
 from smt_dist.targets import count_parameters_2d, find_targets, weight_shape
 
@@ -55,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--fraction", type=float, default=0.0265, help="share of the 2-D parameters that SMT trains, in (0, 1]")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the model's weights")
     add("--threads", type=positive_int, help="CPU threads; None leaves the choice to torch")
-    add("--seed", type=int, default=0, help="of weights, tokens, blocks and bootstrap")
+    add("--seed", type=natural, default=0, help="of weights, tokens, blocks and bootstrap")
     add("--skip_memory", action="store_true", help="measure times only; peak memory needs Linux")
     add("--output", type=Path, help="JSON file to write: arguments, all times, ratios and peaks in bytes")
     add("--communication", action="store_true", help="count collectives instead; see --communication --help")

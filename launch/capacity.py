@@ -3,7 +3,7 @@
 python launch/capacity.py --ranks 2 --score mean_abs --folder outputs/capacity      (launch/capacity.sh: all runs)
 
 The model is a Llama with random weights (Llama-2-7B's shape unless told otherwise), written layer by layer: it never
-lies in memory whole. Every step trains on one and the same batch, so its loss must fall. Ends with 1 if it doesn't, or
+lies in memory whole. Every step trains on one and the same batch, so its loss must fall. Ends with 2 if it doesn't, or
 if the memory passes --limit. Linux only.
 """
 
@@ -171,12 +171,11 @@ def read_losses(output: Path, steps: int) -> list[float]:
 
 def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
     """The files of a run; a model of this shape that is there already is kept."""
-    from smt_dist.config import SMTConfig
+    from smt_dist.config import SMTConfig, parse_model
     from smt_dist.random_model import write_random_llama
 
     shape = {name: getattr(arguments, name) for name in SHAPE}
     model = folder / ("model_" + "_".join(map(str, shape.values())))
-    write_random_llama(model, **shape, progress=True)
     smt = {
         "block_size": arguments.block_size,
         "groups": [{"name": "attention", "fraction": arguments.fraction}],
@@ -184,7 +183,11 @@ def prepare(folder: Path, arguments: argparse.Namespace) -> dict[str, Path]:
         "warmup": {"steps": arguments.warmup_steps, "passes": arguments.passes},
     }
     files = {"model": model, "smt": folder / "smt.json", "train": folder / "train.json"}
-    files["smt"].write_text(SMTConfig.model_validate(smt).to_json())
+    config: SMTConfig = parse_model(
+        SMTConfig, json.dumps(smt), "--block_size, --fraction, --score, --warmup_steps, --passes"
+    )
+    write_random_llama(model, **shape, progress=True)
+    files["smt"].write_text(config.to_json())
     rows = [
         {"text": " ".join(f"t{(31 * place + 7 * row) % (arguments.vocab_size - 3) + 3}" for place in range(4096))}
         for row in range(arguments.ranks)

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from smt_dist import apply_selection
+from smt_dist.chunked_loss import chunk_loss
 from smt_dist.communication import CollectiveCounter
 from smt_dist.engines.fsdp2 import FSDP2Engine
 from smt_dist.engines.replicated import ReplicatedBlocks, adamw_step
@@ -84,7 +85,7 @@ def count(name: str, engine: str, method: str, layers: int | None = None) -> dic
             model = shard(LlamaForCausalLM._from_config(config)).train()
             parameters = sum(parameter.numel() for parameter in model.parameters())
             embedding = model.get_input_embeddings().weight.numel()
-            step = smt_step(model) if method == "smt" else full_step(model, engine)
+            step = smt_step(model, engine) if method == "smt" else full_step(model, engine)
             step()
             with CollectiveCounter() as counter:
                 step()
@@ -100,13 +101,18 @@ def sizes(name: str) -> tuple[int, int]:
     return sum(parameter.numel() for parameter in model.parameters()), spread_blocks(model, FRACTION, BLOCK).parameters
 
 
-def smt_step(model: PreTrainedModel) -> Callable[[], None]:
+def smt_step(model: PreTrainedModel, engine: str) -> Callable[[], None]:
     """A step of the blocks as SMTTrainer's is, with clipping, without its counts of tokens and its logs."""
     selection = spread_blocks(model, FRACTION, BLOCK)
+    sharded = engine != "ddp"
+    if sharded:
+        FSDP2Engine(torch.float32).prepare_base(model)
+    chunk_loss(model, targets=selection.blocks)
     # The fingerprint would read the weights, which have no values.
     device = torch.device("cpu")
     apply_selection(model, selection, dtype=torch.bfloat16, fingerprint="fake", device=device)
-    optimizer = ReplicatedBlocks().make_optimizer(block_parameter_groups(model, 1e-4, 0.0), torch.optim.AdamW, {})
+    blocks = ReplicatedBlocks(micro_batches=1 if sharded else None)
+    optimizer = blocks.make_optimizer(block_parameter_groups(model, 1e-4, 0.0), torch.optim.AdamW, {})
 
     def step() -> None:
         _loss(model).backward()

@@ -20,6 +20,8 @@ from smt_dist.cli import HelpFormatter, configure_logging, raise_usage_error, ru
 from smt_dist.errors import SMTError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` should not wait for torch
+    from smt_dist.blocks import BlockSelection
+    from smt_dist.config import SMTConfig
     from smt_dist.memory.plan import Plan
     from smt_dist.memory.request import Request
 
@@ -52,6 +54,7 @@ def _add_plan_flags(add: Any) -> None:
     add("--method", default="smt", help="smt, full (fp32 weights and AdamW), or lora (as many parameters as smt)")
     add("--gradient_checkpointing", action="store_true", help="recompute activations in the backward")
     add("--per_device_train_batch_size", type=int, default=1, help="rows a rank in a micro-batch")
+    add("--gradient_accumulation_steps", type=int, default=1, help="micro-batches a step")
     add("--max_seq_length", type=int, default=1024, help="tokens a row")
     add("--dtype", default="bfloat16", help="bfloat16 or float32: of the base; for full: of the computation")
     add("--fsdp2_units", default="auto", help="smt with fsdp2: layer, weight or auto, as for train.py")
@@ -77,33 +80,34 @@ def _add_validate_flags(add: Any) -> None:
     add("--methods", nargs="+", help="of smt, full, lora; None: all")
     add("--dtypes", nargs="+", help="of float32, bfloat16; None: both")
     add("--ranks", nargs="+", type=int, help="of 1, 2: real gloo processes; None: both")
-    add("--small", action="store_true", help="a twentieth of the weights, for a quick check")
+    add("--small", action="store_true", help="about a twentieth of the weights, for a quick check")
     add("--output", type=Path, help="JSON file to write, cell by cell; cells that it holds already aren't run again")
 
 
 def make_request(arguments: argparse.Namespace) -> Request:
     """What the flags ask for. Raises SMTError for what is wrong with them."""
     from smt_dist.blocks import BlockSelection
-    from smt_dist.config import SMTConfig
     from smt_dist.memory.categories import parse_size
     from smt_dist.memory.request import Request, read_model_config
 
     if (arguments.model_config is None) == (arguments.model_name_or_path is None):
         raise SMTError("give --model_config or --model_name_or_path, one of them")
     flag = "--model_config" if arguments.model_config is not None else "--model_name_or_path"
+    selection = BlockSelection.from_json_file(arguments.selection) if arguments.selection else None
     path = arguments.model_config if arguments.model_config is not None else arguments.model_name_or_path
     return Request(
         model=read_model_config(path, flag, arguments.trust_remote_code),
-        smt=SMTConfig.from_json_file(arguments.smt_config) if arguments.smt_config else SMTConfig(),
+        smt=_config(arguments.smt_config, selection),
         engine=arguments.engine,
         world_size=arguments.world_size,
         replicas=arguments.dp_replicate_size,
         method=arguments.method,
         checkpointing=arguments.gradient_checkpointing,
         batch=arguments.per_device_train_batch_size,
+        accumulation=arguments.gradient_accumulation_steps,
         sequence=arguments.max_seq_length,
         dtype=arguments.dtype,
-        selection=BlockSelection.from_json_file(arguments.selection) if arguments.selection else None,
+        selection=selection,
         ranks_per_node=arguments.gpus_per_node,
         device_memory=parse_size(arguments.device_memory) if arguments.device_memory else None,
         units=arguments.fsdp2_units,
@@ -111,6 +115,16 @@ def make_request(arguments: argparse.Namespace) -> Request:
         loss_chunk=arguments.loss_chunk_size,
         zero=_read_zero(arguments.deepspeed, arguments.engine),
     )
+
+
+def _config(path: str | None, selection: BlockSelection | None) -> SMTConfig:
+    """The SMT config, or what a selection without one amounts to, as train.py has it."""
+    from smt_dist.adapter import config_of
+    from smt_dist.config import SMTConfig
+
+    if path is not None:
+        return SMTConfig.from_json_file(path)
+    return SMTConfig() if selection is None else config_of(selection)
 
 
 def _read_zero(path: str | None, engine: str) -> dict[str, Any]:
@@ -123,6 +137,8 @@ def _read_zero(path: str | None, engine: str) -> dict[str, Any]:
     section = parse_json_object(read_text(path), f"--deepspeed: {path}").get("zero_optimization", {})
     if not isinstance(section, dict):
         raise SMTError(f"--deepspeed: {path}: zero_optimization is no object")
+    if str(section.get("stage", engine[-1])) != engine[-1]:
+        raise SMTError(f"--deepspeed: {path} is of stage {section['stage']}, --engine is {engine}")
     return section
 
 

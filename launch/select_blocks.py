@@ -63,6 +63,8 @@ def main() -> None:
         raise SMTError("--selection and --adapter belong to train.py: this program makes the selection")
     if run.eval_file:
         raise SMTError("--eval_file: this program evaluates nothing")
+    if run.profile_memory:
+        raise SMTError("--profile_memory belongs to train.py")
     initialize_process_group(args)
     supervise(args)
     set_seed(args.seed)

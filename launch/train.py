@@ -21,7 +21,7 @@ from smt_dist.blocks import BlockSelection
 from smt_dist.cli import parse_arguments, run_program
 from smt_dist.config import SMTConfig
 from smt_dist.cpu_products import SinglePrecisionProducts
-from smt_dist.distributed import agree, get_rank
+from smt_dist.distributed import agree, from_main_process, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.full_ft import save_moved_base
 from smt_dist.loading import initialize_process_group, load_tokenizer_and_model
@@ -78,8 +78,11 @@ def tune(run: RunArguments, args: SMTTrainingArguments) -> None:
     resume_from = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     selection, adapter = agree(lambda: find_selection(run, resume_from), "the selection")
     config = agree(lambda: load_config(run, selection, adapter, resume_from), "the SMT config")
-    if resume_from is not None and config.warmup.mode == "full_ft":  # the checkpoint's blocks belong to that base
-        run.model_name_or_path, run.gguf_file = str(Path(resume_from).parent / MOVED_BASE), None
+    if resume_from is not None and config.warmup.mode == "full_ft":
+        moved = Path(resume_from).parent / MOVED_BASE
+        # The checkpoint's blocks belong to that base; a run that continued an adapter was given it.
+        if from_main_process(moved.is_dir, "the moved base"):
+            run.model_name_or_path, run.gguf_file = str(moved), None
 
     enter_phase("load")
     with recorder.phase("load"):

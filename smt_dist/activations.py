@@ -14,7 +14,7 @@ from smt_dist.blocks import BlockGrid
 from smt_dist.distributed import all_reduce_sum, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.model import reshard
-from smt_dist.steps import Batch, device_of, frozen, next_step, refuse_module
+from smt_dist.steps import Batch, Observer, device_of, frozen, next_step, refuse_module
 from smt_dist.targets import is_embedding
 
 IGNORED = -100
@@ -26,6 +26,7 @@ def collect_input_rms(
     batches: Iterable[Batch | list[Batch]],
     steps: int,
     progress: bool = False,
+    observe: Observer | None = None,
 ) -> tuple[dict[str, torch.Tensor], int]:
     """The root mean square of each input column of each module, over all real tokens of all ranks.
 
@@ -37,6 +38,7 @@ def collect_input_rms(
         batches: as for :func:`smt_dist.collect_scores`.
         steps: the most global steps to run.
         progress: show a progress bar on rank 0.
+        observe: looks on from the beginning; there is no accumulator to see.
 
     Returns:
         Module -> fp64 ``[in]`` on the CPU, equal on all ranks; zeros where no token came by. And the steps run.
@@ -55,6 +57,8 @@ def collect_input_rms(
     sums = _InputSums(model, modules)
     iterator, done, names = iter(batches), 0, list(dict(model.named_modules()))
     bar = tqdm(total=steps, desc="warm-up (forwards)", unit="step", disable=not progress or get_rank() != 0)
+    if observe is not None:
+        observe(None, done)
     with bar, frozen(model, training=False), torch.no_grad(), sums.watching():
         while done < steps and (step := next_step(iterator, done)) is not None:
             for batch in step[0]:
@@ -64,6 +68,8 @@ def collect_input_rms(
             refuse_module(sums.unmatched, names, f"warm-up step {done + 1}: {{}} {reason}")
             done += 1
             bar.update()
+            if observe is not None:
+                observe(None, done)
         reshard(model)
     return sums.root_mean_squares(), done
 

@@ -47,13 +47,13 @@ class ActiveBlocks(BaseModel):
     """Which of an adapter's blocks are trained; the others are frozen.
 
     Attributes:
-        step: the optimizer step of the last re-selection.
+        step: the optimizer step of the last re-selection; 0: of an earlier run, whose adapter this one continues.
         selection: the trained blocks.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    step: Annotated[int, Field(strict=True, ge=1)]
+    step: Annotated[int, Field(strict=True, ge=0)]
     selection: BlockSelection
 
 

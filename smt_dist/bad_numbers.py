@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.optimization import GreedyLR
 
 from smt_dist.config import BadNumbersConfig
 from smt_dist.distributed import get_world_size, is_distributed
@@ -87,7 +89,7 @@ class BadNumbers(TrainerCallback):
             if skipped:
                 self._skip(state)
                 # The step counts: data and schedule go on. Trainer's rule for DeepSpeed is to hold the schedule.
-                if args.deepspeed:
+                if args.deepspeed and not isinstance(lr_scheduler, ReduceLROnPlateau | GreedyLR):
                     lr_scheduler.step()
         finally:
             self.in_a_row = self.in_a_row if skipped else 0

@@ -33,6 +33,7 @@ from smt_dist.files import (
 OPTIMIZER_FILE = "smt_optimizer.safetensors"
 SCHEDULE_FILE = "smt_schedule.json"
 GLOBAL_BATCH = "global_batch_size"
+MULTIPLIERS = "smt_lr_multipliers"
 MAX_COUNTER = 2**53  # beyond it a float doesn't count
 NUMPY_STATE = 624  # words of a Mersenne Twister
 
@@ -80,7 +81,8 @@ def load_states(
     counters = parse_json_object(metadata["counters"], f"{path}: counters")
     if not all(type(value) in (int, float) and 0 <= value <= MAX_COUNTER for value in counters.values()):
         raise SMTError(f"{path}: counters are {shorten(str(counters))}, not numbers from 0 to {MAX_COUNTER}")
-    if kept is not None and kept != (keys, sorted(counters)):
+    # Without a step that was applied there is nothing, and nothing to go on from.
+    if kept is not None and (keys or counters) and kept != (keys, sorted(counters)):
         saved, given = ", ".join(keys + sorted(counters)), ", ".join(kept[0] + kept[1])
         raise SMTError(
             f"{path}: holds {saved or 'nothing'}, but --optim keeps {given or 'nothing'}; give the optimizer that it "
@@ -96,21 +98,53 @@ def load_states(
     return states, counters
 
 
-def save_schedule(folder: Path, schedule: dict[str, Any], global_batch: int) -> None:
-    """Write the learning-rate schedule's state and the rows of a step. JSON keeps every bit of a float."""
-    (folder / SCHEDULE_FILE).write_text(json.dumps({**schedule, GLOBAL_BATCH: global_batch}))
+def save_schedule(folder: Path, schedule: dict[str, Any], global_batch: int, multipliers: list[float]) -> None:
+    """Write the learning-rate schedule's state. JSON keeps every bit of a float.
+
+    Args:
+        folder: of the checkpoint.
+        schedule: its ``state_dict()``.
+        global_batch: rows of a step.
+        multipliers: of the parameter groups' learning rates.
+    """
+    content = {**schedule, GLOBAL_BATCH: global_batch, MULTIPLIERS: multipliers}
+    (folder / SCHEDULE_FILE).write_text(json.dumps(content))
 
 
-def load_schedule(folder: Path, groups: int) -> dict[str, Any]:
-    """Read the schedule's state, for ``groups`` parameter groups. Raises SMTError if it is missing or malformed."""
+def load_schedule(folder: Path, multipliers: list[float]) -> dict[str, Any]:
+    """Read the schedule's state, for parameter groups of these learning-rate multipliers.
+
+    A re-selection may leave a group without blocks, or give one its first: rates go by multiplier, not by place.
+
+    Raises:
+        SMTError: it is missing or malformed.
+    """
     path = folder / SCHEDULE_FILE
     schedule = parse_json_object(read_text(path), str(path))
     rates = schedule.get("_last_lr")
-    if not isinstance(rates, list) or not all(_is_rate(rate) for rate in rates) or len(rates) != groups:
-        raise SMTError(f"{path}: has no learning rates (_last_lr) of {groups} parameter groups")
+    saved = schedule.pop(MULTIPLIERS, multipliers)
+    if not isinstance(saved, list) or not saved or not all(_is_rate(value) and value > 0 for value in saved):
+        raise SMTError(f"{path}: {MULTIPLIERS} is {shorten(repr(saved))}, not a list of multipliers")
+    if not isinstance(rates, list) or not all(_is_rate(rate) for rate in rates) or len(rates) != len(saved):
+        raise SMTError(f"{path}: has no learning rates (_last_lr) of {len(saved)} parameter groups")
     if type(schedule.get(GLOBAL_BATCH, 1)) is not int:
         raise SMTError(f"{path}: {GLOBAL_BATCH} is {shorten(repr(schedule[GLOBAL_BATCH]))}, not a number of rows")
-    return schedule
+    return schedule if saved == multipliers else _regrouped(schedule, saved, multipliers)
+
+
+def _regrouped(schedule: dict[str, Any], saved: list[float], multipliers: list[float]) -> dict[str, Any]:
+    """The schedule's state with what it keeps for each parameter group in the order of ``multipliers``."""
+
+    def regrouped(values: list[Any]) -> list[Any]:
+        by_multiplier = dict(zip(saved, values, strict=True))
+        # A group that is new gets another's rate, scaled; other values (functions that JSON can't hold) are all alike.
+        first = values[0] / saved[0] if _is_rate(values[0]) else None
+        return [by_multiplier.get(m, values[0] if first is None else first * m) for m in multipliers]
+
+    return {
+        key: regrouped(value) if isinstance(value, list) and len(value) == len(saved) else value
+        for key, value in schedule.items()
+    }
 
 
 def _is_rate(value: Any) -> bool:

@@ -68,7 +68,10 @@ def load_score_function(name: str) -> ScoreFunction:
         raise SMTError(f"smt config selection.score: {name} can't be imported ({first_line(error)})") from None
     if not callable(function):
         raise SMTError(f"smt config selection.score: {name} is no function")
-    parameters = inspect.signature(function).parameters.values()
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (ValueError, TypeError):  # a builtin
+        raise SMTError(f"smt config selection.score: {name} doesn't say which arguments it takes") from None
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     if unknown := sorted(required - set(ARGUMENTS)):

@@ -138,6 +138,8 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 @contextmanager
 def _open_tensors(path: Path) -> Iterator[Any]:
+    if path.exists() and not path.is_file():  # opening a pipe would wait for somebody who writes into it
+        raise SMTError(f"{path}: not a regular file")
     try:
         with safe_open(path, framework="pt") as file:
             yield file

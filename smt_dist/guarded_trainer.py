@@ -77,9 +77,10 @@ class GuardedTrainer(Trainer):
         return prepared
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        if self.state.global_step >= self.state.max_steps:
+        if self.state.global_step >= self.state.max_steps or self.preempted:
             # Trainer looks only after a step whether that was the last: a run that was ended between its last
-            # checkpoint and its adapter would be trained one step too far when it is started again.
+            # checkpoint and its adapter would be trained one step too far when it is started again. And one that was
+            # asked to end while it prepared to go on has nothing to do.
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -105,6 +106,20 @@ class GuardedTrainer(Trainer):
         """The next class's, after the checks; collective."""
         self.check_before_save()
         super().save_model(output_dir, _internal_call)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
+        limit = self.args.save_total_limit
+        if self.preempted:  # with a limit of 1 Trainer would delete what was just saved, as it isn't the best
+            self.args.save_total_limit = None
+        try:
+            return super()._finalize_training(trial, num_train_samples, start_time)
+        finally:
+            self.args.save_total_limit = limit
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # With --save_strategy best it decides alone whether the step is saved.
+        is_new_best = super()._determine_best_metric(metrics, trial)
+        return is_new_best or bool(self.preempted)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
@@ -166,7 +181,8 @@ class GuardedTrainer(Trainer):
         refuse_different_blocks(self.model, "before training")
         if (signals := preemption()) is not None:
             signals.defer()
-            if self.asked_to_end():
+            # After a first step there is a checkpoint to go on from: the run ends as one that was asked in a step.
+            if self.asked_to_end() and self.state.global_step == 0:
                 raise Preempted(self.preempted)
 
     def asked_to_end(self) -> bool:
@@ -211,13 +227,17 @@ class _Guards(TrainerCallback):
     def on_epoch_end(
         self,
         args: TrainingArguments,  # noqa: ARG002
-        state: TrainerState,  # noqa: ARG002
+        state: TrainerState,
         control: TrainerControl,
         **_: Any,
     ) -> TrainerControl:
-        if self.trainer.preempted:  # an epoch that was cut short is no occasion for what is done at its end
-            control.should_save = False
+        if (
+            self.trainer.preempted and (state.epoch or 0) % 1
+        ):  # cut short: no occasion for what is done at an epoch's end
+            control.should_save = control.should_evaluate = False
+        elif self.trainer.preempted:
             self._spare_evaluation(control)
+            control.should_save = control.should_evaluate  # with its score, which the next launch won't ask for
         return control
 
     def _spare_evaluation(self, control: TrainerControl) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hmac
 import json
 import os
@@ -102,7 +103,9 @@ def _accept(listener: socket.socket, world_size: int, secret: str, peers: list[P
     """Wait for every other rank. Who doesn't know the secret is shown the door."""
     deadline, missing = time.monotonic() + CONNECT_SECONDS, set(range(1, world_size))
     while missing:
-        listener.settimeout(max(0.01, deadline - time.monotonic()))
+        if (left := deadline - time.monotonic()) <= 0:
+            raise TimeoutError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT))
+        listener.settimeout(left)
         connection, _ = listener.accept()
         caller = _caller(connection, secret)
         if caller in missing:
@@ -114,10 +117,10 @@ def _accept(listener: socket.socket, world_size: int, secret: str, peers: list[P
 
 def _caller(connection: socket.socket, secret: str) -> int | None:
     """The rank that speaks first on a connection; None for a stranger."""
-    connection.settimeout(HELLO_SECONDS)
-    line = b""
+    deadline, line = time.monotonic() + HELLO_SECONDS, b""
     try:
         while not line.endswith(b"\n") and len(line) < HELLO_BYTES:
+            connection.settimeout(max(0.01, deadline - time.monotonic()))  # for the line: a byte now and then won't do
             byte = connection.recv(1)  # nothing of the messages that may follow
             if not byte:
                 return None

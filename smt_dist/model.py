@@ -113,6 +113,18 @@ def frozen_layers(model: nn.Module) -> dict[str, FrozenBlocks]:
     return {name: layer for name, layer in inner.items() if isinstance(layer, FrozenBlocks)}
 
 
+def multiplier_of(model: nn.Module, module: str) -> float:
+    """The learning-rate multiplier of a module's group in the SMT config; 1 where it has none."""
+    group = model.smt_selection.groups.get(module)
+    multipliers = {g.name: g.lr_multiplier for g in model.smt_config.groups} if model.smt_config else {}
+    return multipliers.get(group, 1.0)
+
+
+def group_multipliers(model: nn.Module) -> list[float]:
+    """Those of all modules with blocks, once each, from the smallest on: one parameter group each."""
+    return sorted({multiplier_of(model, name) for name in sparse_layers(model)})
+
+
 def touched_selection(model: nn.Module) -> BlockSelection:
     """All blocks that differ from the base: the trainable ones, and those that re-selection has frozen."""
     active, frozen = model.smt_selection, frozen_layers(model)

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
+from smt_dist.errors import SMTError
 from smt_dist.files import replace_file
 from smt_dist.layers import layer_key
 
@@ -44,7 +45,14 @@ def write_random_llama(
         dtype: of the weights.
         seed: of the weights.
         progress: show a progress bar.
+
+    Raises:
+        SMTError: too few tokens, or heads that don't divide the hidden size.
     """
+    if vocab_size <= len(SPECIAL):
+        raise SMTError(f"vocab_size {vocab_size}: must be above {len(SPECIAL)}, for the special tokens")
+    if hidden_size % heads or hidden_size // heads % 2:
+        raise SMTError(f"heads {heads}: must cut the hidden size {hidden_size} into equal, even parts")
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.exists():  # written last
         return

@@ -118,6 +118,8 @@ def train_in_phases(trainer: SMTTrainer, plan: ReselectConfig, resume: str | boo
     check_arguments(trainer)
     outputs: list[TrainOutput] = []
     folder = find_checkpoint(resume or None, trainer.args.output_dir)
+    if folder is None and getattr(trainer.model, "smt_reselected_at", None):
+        trainer.model.smt_reselected_at = 0  # of another run, whose adapter this one continues
     if folder is not None and agree(lambda: _is_due(trainer, plan, Path(folder)), "the checkpoint"):
         reselect(trainer, plan, Path(folder))
     while True:

@@ -250,10 +250,16 @@ PAGE_FILE = "selection.html"
 
 
 def known_scores(run: RunArguments, output_dir: Path, selection: BlockSelection) -> BlockScores | None:
-    """The scores of a selection that was made earlier: beside its file, or in the folder of its run."""
+    """The scores of a selection that was made earlier, for its picture: beside its file, or in its run's folder."""
+    if not run.picture:
+        return None
     folder = Path(run.adapter) if run.adapter is not None else output_dir
     path = scores_path(run.selection) if run.selection is not None else folder / SCORES_FILE
-    scores = load_scores(path) if path.is_file() else None
+    try:
+        scores = load_scores(path) if path.is_file() else None
+    except SMTError as error:  # a picture isn't worth a run
+        logger.warning("the picture goes without scores: %s", error)
+        return None
     return scores if scores is not None and belongs_to(scores, selection) else None
 
 

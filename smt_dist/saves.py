@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
@@ -135,10 +136,12 @@ def verify(folder: Path, manifest: Manifest, names: Iterable[str] | None = None,
         if name not in manifest.files:
             raise SMTError(f"{path}: is not in {MANIFEST_FILE}: it doesn't belong to this save")
         try:
-            size = path.stat().st_size
+            found = path.stat()
         except OSError as error:
             raise SMTError(f"{path}: damaged: {error.strerror}") from None
-        if size != (expected := manifest.files[name].size):
+        if not stat.S_ISREG(found.st_mode):  # a pipe or a device may never end
+            raise SMTError(f"{path}: damaged: not a regular file")
+        if (size := found.st_size) != (expected := manifest.files[name].size):
             raise SMTError(f"{path}: damaged: {size:,} bytes, but {expected:,} were saved")
     for name in sorted(names) if checksums else ():
         if _digest(folder / name) != manifest.files[name].sha256:
@@ -170,15 +173,12 @@ class Save:
 
     def commit(self) -> None:
         """Write the manifest and put everything in place."""
-        manifest = write_manifest(self.folder)
+        write_manifest(self.folder)
         if self.folder.parent != self.target:
             os.rename(self.folder, self.target)
             _sync_folder(self.target.parent)
         else:
-            old = _old_files(self.target)
             _finish(self.target)
-            for name in old - set(manifest.files):  # no longer a part of it
-                (self.target / name).unlink(missing_ok=True)
         self._begun = False
 
     def close(self) -> None:
@@ -204,6 +204,7 @@ def _finish(folder: Path) -> None:
     """Finish a move that was cut short. Several processes may do so at once."""
     inside = folder / _INSIDE
     try:
+        _refuse_outside(inside, folder)
         manifest = _read(inside)
     except SMTError:
         if (inside / MANIFEST_FILE).exists():
@@ -211,13 +212,16 @@ def _finish(folder: Path) -> None:
         manifest = None  # another process has just finished
     if manifest is None:
         return
+    old = _old_files(folder) - set(manifest.files)  # no longer a part of it
     try:
         for name in manifest.files:
-            parent = (folder / name).parent
-            if not parent.resolve().is_relative_to(folder.resolve()):  # a link, in a folder that came from elsewhere
-                raise SMTError(f"{parent}: leads out of the folder")
-            parent.mkdir(parents=True, exist_ok=True)
+            _refuse_outside((inside / name).parent, folder)
+            _refuse_outside((folder / name).parent, folder)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
             _move(inside / name, folder / name)
+        for name in old:
+            _refuse_outside((folder / name).parent, folder)
+            (folder / name).unlink(missing_ok=True)
         _sync_folder(folder)
         _move(inside / MANIFEST_FILE, folder / MANIFEST_FILE)  # last: until then there is something to finish
         _sync_folder(folder)
@@ -227,6 +231,12 @@ def _finish(folder: Path) -> None:
             "once where the folder is writable"
         ) from None
     shutil.rmtree(inside, ignore_errors=True)
+
+
+def _refuse_outside(path: Path, folder: Path) -> None:
+    """A link, in a folder that came from elsewhere: nothing is moved from or to where it leads."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise SMTError(f"{path}: leads out of the folder")
 
 
 def _move(source: Path, target: Path) -> None:

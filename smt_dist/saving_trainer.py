@@ -17,11 +17,11 @@ from transformers import Trainer
 
 from smt_dist.adapter import delta_shape, write_blocks_of
 from smt_dist.checkpoint import random_state, save_moments, save_random_states, save_schedule
-from smt_dist.distributed import agree, gather_objects, get_world_size
+from smt_dist.distributed import agree, from_main_process, gather_objects, get_world_size
 from smt_dist.engines import Engine
 from smt_dist.errors import SMTError
 from smt_dist.files import save_tokenizer
-from smt_dist.model import sparse_layers
+from smt_dist.model import group_multipliers, sparse_layers
 from smt_dist.rotation import (
     checkpoint_folder,
     find_checkpoint,
@@ -71,8 +71,8 @@ class SavingTrainer(Trainer):
                 self._save_rng_state(str(beside))
             exportable = [*self.callback_handler.callbacks, self.control]
             self._write_on_one_rank(lambda: save_trainer_state(beside, state, exportable), (), folder)
-        if state.best_global_step and (best := checkpoint_folder(run, state.best_global_step)).is_dir():
-            state.best_model_checkpoint = str(best)
+        if state.best_global_step and (best := self._best_checkpoint(run)) is not None:
+            state.best_model_checkpoint = best
         if self.args.should_save:
             keep = {folder} | ({Path(state.best_model_checkpoint)} if state.best_model_checkpoint else set())
             prune_checkpoints(run, self.args.save_total_limit, keep)
@@ -84,7 +84,8 @@ class SavingTrainer(Trainer):
             selection = self.model.smt_selection
             shapes = {name: delta_shape(selection, name) for name in sparse_layers(self.model)}
             save_moments(folder, shapes, moments)
-            save_schedule(folder, self.lr_scheduler.state_dict(), self._global_batch_size())
+            multipliers = group_multipliers(self.model)
+            save_schedule(folder, self.lr_scheduler.state_dict(), self._global_batch_size(), multipliers)
 
         self._write_on_one_rank(write, moments.tensors, folder)
 
@@ -160,9 +161,13 @@ class SavingTrainer(Trainer):
         )
         if resume_from_checkpoint is not None and self.state.best_global_step:
             # By its step, beside this one: a path that stands in a file could be anybody's.
-            best = checkpoint_folder(Path(resume_from_checkpoint).parent, self.state.best_global_step)
-            self.state.best_model_checkpoint = str(best) if best.is_dir() else None
+            self.state.best_model_checkpoint = self._best_checkpoint(Path(resume_from_checkpoint).parent)
         return progress
+
+    def _best_checkpoint(self, run: Path) -> str | None:
+        """The best checkpoint among those in ``run``, if it is there: as rank 0 sees the disk, for all. Collective."""
+        best = checkpoint_folder(run, self.state.best_global_step)
+        return from_main_process(lambda: str(best) if best.is_dir() else None, "the best checkpoint")
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> Any:
         best = self.state.best_model_checkpoint

@@ -298,8 +298,8 @@ class GradientAccumulator(ElementwiseAccumulator):
 
 def _add_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
     """``[count, columns]``: each of ``values [tokens, columns]`` added to the row that ``rows`` names; -1: to none."""
-    real = rows >= 0
-    return values.new_zeros(count, values.shape[1]).index_add_(0, rows[real], values[real])
+    # One row more, for those that belong to none: picking the others out would wait for the device to count them.
+    return values.new_zeros(count + 1, values.shape[1]).index_add_(0, rows.where(rows >= 0, count), values)[:count]
 
 
 class _Tables:

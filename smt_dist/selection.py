@@ -202,18 +202,20 @@ def _smallest_gap(
 ) -> float:
     """The smallest relative gap between a block and one that would take its place if their order were the other.
 
-    Layers at a bound are closed: their blocks compete among themselves. All others compete with one another.
+    Blocks of one layer may always change places; of two layers, where one may lose a block and the other may get one.
     """
     taken = Counter(layer for layer, is_in in zip(layers, chosen, strict=True) if is_in)
     last: dict[str, float] = {}
     first_out: dict[str, float] = {}
     for (score, _), layer, is_in in zip(ranked, layers, chosen, strict=True):
-        closed = taken[layer] in (floor, ceiling)
-        for scope in (layer,) if closed else (layer, "all"):
-            if is_in:
-                last[scope] = score
-            else:
-                first_out.setdefault(scope, score)
+        if is_in:
+            last[layer] = score
+            if taken[layer] > floor:
+                last["all"] = score
+        else:
+            first_out.setdefault(layer, score)
+            if taken[layer] < ceiling:
+                first_out.setdefault("all", score)
     return min((_gap(last[scope], first_out[scope]) for scope in last if scope in first_out), default=math.inf)
 
 

@@ -45,9 +45,9 @@ class SparseEmbedding(SparseLayer):
             hit = block >= 0
             if self.padding_idx is not None:
                 hit &= x != self.padding_idx
-            rows = (block * height + x % height)[hit]
-            found = _Rows.apply(self.delta, rows).to(y.dtype)
-            out[..., self.grid.col_slice(col)].index_put_((hit,), found, accumulate=True)
+            # Every token looks a row up, and those without a block drop it: counting them would wait for the device.
+            found = _Rows.apply(self.delta, (block.clamp(min=0) * height + x % height).flatten()).to(y.dtype)
+            out[..., self.grid.col_slice(col)] += torch.where(hit.unsqueeze(-1), found.view(*x.shape, -1), 0)
         return out
 
     @property

@@ -7,6 +7,7 @@ warm-up), ``halves`` (of the rows), ``files`` (tasks) and ``block_sizes`` (at an
 from __future__ import annotations
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.config import SMTConfig, parse_model
+from smt_dist.custom_scores import load_score_function
 from smt_dist.distributed import broadcast_first, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.phases import enter_phase
@@ -201,7 +203,7 @@ def _shown(value: float | None) -> str:
 
 
 def _whole(axis: str, text: str, least: int = 1) -> int:
-    if not text.isdigit() or int(text) < least:
+    if not (text.isascii() and text.isdecimal()) or int(text) < least:
         raise SMTError(f"--stability: {axis}: {text!r} is not a whole number of at least {least}")
     return int(text)
 
@@ -255,6 +257,7 @@ def _key(cell: Cell, run: RunArguments, args: SMTTrainingArguments) -> str:
         "seed": cell.seed,
         "half": cell.half,
         "config": json.loads(cell.config.to_json()),
+        "function": _source_mark(cell.config),
         "rows": _file_mark(cell.train_file) if cell.config.selection.needs_batches else None,
         "dataset": [run.dataset_name, run.dataset_config],
         "model": [run.model_name_or_path, run.gguf_file, _folder_mark(run.model_name_or_path), args.dtype],
@@ -272,6 +275,14 @@ def _file_mark(path: str | None) -> str | None:
         return hashlib.sha256(Path(path).read_bytes()).hexdigest()
     except OSError as error:
         raise SMTError(f"{path}: {error.strerror}") from None
+
+
+def _source_mark(config: SMTConfig) -> str | None:
+    """A score function that was edited is another one."""
+    if not config.selection.is_custom:
+        return None
+    source = inspect.getsourcefile(inspect.unwrap(load_score_function(config.selection.score).function))
+    return _file_mark(source)
 
 
 def _folder_mark(name: str | None) -> list[tuple[str, int, int]]:

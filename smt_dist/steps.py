@@ -17,8 +17,9 @@ from smt_dist.scores import ScoreAccumulator
 
 Batch = Mapping[str, torch.Tensor]
 GlobalStep = list[Batch]
-# Told the accumulator and the steps done so far, before the first step and after each; once more for every pass.
-Observer = Callable[[ScoreAccumulator, int], None]
+# Told the accumulator, if there is one, and the steps done so far, before the first step and after each; once more for
+# every pass.
+Observer = Callable[[ScoreAccumulator | None, int], None]
 
 
 def run_steps(

@@ -32,7 +32,7 @@ from smt_dist.engines import BlockState, Engine, make_engine, unwrapped
 from smt_dist.errors import SMTError
 from smt_dist.frozen_blocks import rearrange
 from smt_dist.guarded_trainer import GuardedTrainer
-from smt_dist.model import frozen_layers, sparse_layers, touched_selection
+from smt_dist.model import frozen_layers, group_multipliers, multiplier_of, sparse_layers, touched_selection
 from smt_dist.optimizer import ShardedBlockOptimizer, release_gradients
 from smt_dist.reselect import PhaseEnd, train_in_phases
 from smt_dist.saving_trainer import SavingTrainer
@@ -187,7 +187,7 @@ class SMTTrainer(GuardedTrainer, SavingTrainer):
                 raise SMTError(f"{folder}: its selection isn't the model's")
             verify_fingerprint(adapter, self.model.smt_base_fingerprint, str(folder))
             states, counters = load_states(folder, trained_deltas(adapter), self._state_names())
-            schedule = load_schedule(folder, len(self.optimizer.param_groups))
+            schedule = load_schedule(folder, group_multipliers(self.model))
             saved_batch = schedule.pop(GLOBAL_BATCH, None)
             restore_schedule(self.lr_scheduler, schedule, folder)
             return states, counters, saved_batch, schedule["_last_lr"]
@@ -239,10 +239,10 @@ def _saving_only_the_model(args: SMTTrainingArguments) -> Iterator[None]:
 
 
 def block_parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The blocks by learning-rate multiplier, in the model's order."""
-    by_multiplier: dict[float, list[nn.Parameter]] = {}
+    """The blocks by learning-rate multiplier, from the smallest on, and in the model's order."""
+    by_multiplier: dict[float, list[nn.Parameter]] = {multiplier: [] for multiplier in group_multipliers(model)}
     for name, layer in sparse_layers(model).items():
-        by_multiplier.setdefault(_multiplier(model, name), []).append(layer.delta)
+        by_multiplier[multiplier_of(model, name)].append(layer.delta)
     return [
         {"params": parameters, "lr": learning_rate * multiplier, "weight_decay": weight_decay}
         for multiplier, parameters in by_multiplier.items()
@@ -254,15 +254,9 @@ def state_bytes_per_rank(model: nn.Module) -> int:
     return STATE_BYTES * -(-model.smt_selection.parameters // get_world_size())
 
 
-def _multiplier(model: nn.Module, module: str) -> float:
-    group = model.smt_selection.groups.get(module)
-    multipliers = {g.name: g.lr_multiplier for g in model.smt_config.groups} if model.smt_config else {}
-    return multipliers.get(group, 1.0)
-
-
 def _refuse_dropped_multipliers(model: nn.Module, args: SMTTrainingArguments) -> None:
     config = args.filled_deepspeed_config() or {}
-    if "optimizer" in config and any(_multiplier(model, name) != 1.0 for name in sparse_layers(model)):
+    if "optimizer" in config and any(multiplier_of(model, name) != 1.0 for name in sparse_layers(model)):
         raise SMTError(
             "--deepspeed: an 'optimizer' section drops lr_multiplier; remove the section or set all multipliers to 1"
         )

@@ -21,6 +21,7 @@ from smt_dist.config import ACTIVATION, DATA_FREE_SCORES, SMTConfig
 from smt_dist.custom_scores import ScoreFunction, custom_tables, load_score_function
 from smt_dist.distributed import agree
 from smt_dist.engines import Tuning
+from smt_dist.errors import SMTError
 from smt_dist.layers import layer_key
 from smt_dist.model import gathered
 from smt_dist.scores import BlockScores, GradientAccumulator, ScoreAccumulator, WeightReader, make_accumulator
@@ -53,7 +54,7 @@ def collect_scores(
             All ranks need as many.
         config: its score, targets, steps and passes. More than one pass reads ``batches`` into a list.
         progress: show a progress bar on rank 0.
-        observe: looks on from the beginning, where gradients are accumulated.
+        observe: looks on from the beginning, where batches are run.
 
     Returns:
         Scores of all targets, equal on all ranks.
@@ -71,7 +72,7 @@ def collect_scores(
         function = agree(lambda: load_score_function(chosen.score), "the score function")
         tables, steps = _custom_scores(model, batches, config, grids, function, progress, observe)
     elif chosen.score == ACTIVATION:
-        columns, steps = collect_input_rms(model, grids, batches, config.warmup.steps, progress)
+        columns, steps = collect_input_rms(model, grids, batches, config.warmup.steps, progress, observe)
         tables = {name: block_rms(columns[name], grid) for name, grid in grids.items()}
     else:
 
@@ -134,7 +135,7 @@ def _custom_scores(
     if function.takes >= {"gradient", "input_rms"}:
         batches = list(batches)
     if "input_rms" in function.takes:
-        columns, steps = collect_input_rms(model, grids, batches, config.warmup.steps, progress)
+        columns, steps = collect_input_rms(model, grids, batches, config.warmup.steps, progress, observe)
     if "gradient" not in function.takes:
         return custom_tables(function, grids, weights, None, columns), steps
 
@@ -164,7 +165,10 @@ def build_scores(
     tables: Mapping[str, torch.Tensor],
     steps: int,
 ) -> BlockScores:
-    """Put what the accumulators found into one value on the CPU."""
+    """Put what the accumulators found into one value on the CPU. Raises SMTError where a score is NaN or infinity."""
+    for name in grids:
+        if tables[name].isnan().any() or tables[name].isposinf().any():  # minus infinity: never to be chosen
+            raise SMTError(f"warm-up: the score of {name} is not finite (NaN or infinity)")
     first = next(iter(grids.values()))
     return BlockScores(
         block_size=(first.block_rows, first.block_cols),

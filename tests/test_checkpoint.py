@@ -239,6 +239,7 @@ OVERRIDDEN = [
     "training_step",
     "evaluate",
     "_run_epoch",
+    "_determine_best_metric",
 ]
 
 

@@ -86,4 +86,4 @@ def test_malformed_schedule_is_named(tmp_path, content):
     """A damaged checkpoint gives one line with the file's name, no traceback."""
     (tmp_path / SCHEDULE_FILE).write_text(content)
     with pytest.raises(SMTError, match=SCHEDULE_FILE):
-        load_schedule(tmp_path, groups=1)
+        load_schedule(tmp_path, [1.0])

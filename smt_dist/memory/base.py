@@ -10,11 +10,13 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from smt_dist.arguments import DTYPES
 from smt_dist.chunked_loss import chunk_loss
 from smt_dist.distributed import is_distributed
 from smt_dist.engines.fsdp2 import FSDP2Engine
 from smt_dist.errors import SMTError
 from smt_dist.memory.request import Request
+from smt_dist.targets import find_targets
 
 
 class Sharding(NamedTuple):
@@ -39,7 +41,7 @@ def make_sharding(request: Request, config: PreTrainedConfig) -> Sharding | None
         wanted = DistributedConfig(
             fsdp_size=request.shards,
             dp_replicate_size=request.replicas,
-            fsdp_mixed_precision=request.method == "full" and request.dtype == "bfloat16",
+            fsdp_mixed_precision=request.base_dtype != DTYPES[request.dtype],
         )
     wanted, _, mesh = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].prepare_distribute_model(wanted)
     return Sharding(wanted, mesh)
@@ -58,7 +60,7 @@ def build_base(request: Request, config: PreTrainedConfig, sharding: Sharding | 
         if request.method == "smt":
             _engine(request).prepare_base(model)
     if request.method == "smt":
-        chunk_loss(model, request.loss_chunk)
+        chunk_loss(model, request.loss_chunk, _modules_with_blocks(model, request))
     if request.checkpointing:
         if not model.supports_gradient_checkpointing:
             raise SMTError(f"--gradient_checkpointing: {type(model).__name__} can't")
@@ -67,5 +69,16 @@ def build_base(request: Request, config: PreTrainedConfig, sharding: Sharding | 
     return model
 
 
+def _modules_with_blocks(model: PreTrainedModel, request: Request) -> set[str]:
+    chosen = request.selection.blocks if request.selection is not None else ()
+    return {*chosen, *(name for names in find_targets(model, request.smt).values() for name in names)}
+
+
 def _engine(request: Request) -> FSDP2Engine:
-    return FSDP2Engine(torch.float32, request.replicas, units=request.units, prefetch=request.prefetch, micro_batches=1)
+    return FSDP2Engine(
+        torch.float32,
+        request.replicas,
+        units=request.units,
+        prefetch=request.prefetch,
+        micro_batches=request.accumulation,
+    )

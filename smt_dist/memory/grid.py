@@ -50,7 +50,7 @@ class Cell:
         dtype: of the base, or of full fine-tuning's computation.
         checkpointing: recompute activations in the backward.
         ranks: real processes.
-        small: a sixteenth of the weights, for a quick check: the percentages mean more then, 16 MiB nothing.
+        small: about a twentieth of the weights, for a quick check: the percentages mean more then, 16 MiB nothing.
     """
 
     engine: str

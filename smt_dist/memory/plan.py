@@ -72,7 +72,8 @@ class Plan:
     def to_json(self) -> dict[str, Any]:
         """Plain values; bytes are whole numbers."""
         request = self.request
-        names = ("engine", "world_size", "method", "batch", "sequence", "dtype", "ranks_per_node", "device_memory")
+        names = ("engine", "world_size", "method", "batch", "accumulation", "sequence", "dtype")
+        names += ("ranks_per_node", "device_memory")
         return {
             "model_type": request.model.model_type,
             "layers": request.layers,
@@ -133,7 +134,7 @@ def _phase(moments: Mapping[str, Memory]) -> Phase:
 
 def _warmup(request: Request, shape: Shape, exact: bool) -> dict[str, Memory]:
     if request.smt.warmup.mode == "full_ft":
-        full = replace(request, method="full")
+        full = replace(request, method="full", masters=False)
         moments = _training(full, shape, {}, shape.parameters, exact)
         targets = sum(len(grid) * grid.block_elements for grid in shape.grids.values())
         mean = request.score.startswith("mean_abs")

@@ -83,6 +83,10 @@ def requests_of_run(
             selection=model.smt_selection if phase == "training" else None,
             ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             zero=section,
+            units=args.fsdp2_units,
+            prefetch=args.fsdp2_prefetch,
+            loss_chunk=args.loss_chunk_size,
+            accumulation=args.gradient_accumulation_steps,
         )
 
     return {phase: request(phase) for phase in ("warmup", "training") if largest_batch(ranks, phase) != (0, 0)}

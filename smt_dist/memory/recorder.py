@@ -77,13 +77,14 @@ class Recorder:
             steps: that the warm-up will have.
         """
 
-        def observe(accumulator: ScoreAccumulator, done: int) -> None:
+        def observe(accumulator: ScoreAccumulator | None, done: int) -> None:
             if done == steps - 1 and self._window is None:
                 self._note_resident("warmup")
                 self._open("warmup", f"step {steps}", model)
             if self._window is None:
                 return
-            self._window.register([("statistics", tensors_of(accumulator))])
+            if accumulator is not None:
+                self._window.register([("statistics", tensors_of(accumulator))])
             if done == steps:
                 self._window.mark("selection", "tables")
             elif done == self._steps and done < steps - 1:

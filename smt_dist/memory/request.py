@@ -44,6 +44,9 @@ class Request:
         units: ``smt`` under ``fsdp2``: what is gathered at once.
         prefetch: ``smt`` under ``fsdp2``: gather the next unit of the backward while one computes.
         loss_chunk: ``smt``: vocabulary entries for which logits exist at once; 0: whole logits.
+        accumulation: micro-batches a step; the last one is planned, which finds the sums of those before.
+        masters: ``full``: weights are fp32 and compute in ``dtype``; False: they, their gradients and Adam's moments
+            are in ``dtype``, as in a warm-up of mode ``full_ft``.
 
     Raises:
         SMTError: a value is out of range, or the mesh can't be built; names the flag.
@@ -66,6 +69,8 @@ class Request:
     units: str = "auto"
     prefetch: bool = True
     loss_chunk: int = CHUNK
+    accumulation: int = 1
+    masters: bool = True
 
     def __post_init__(self) -> None:
         for flag, value, known in (
@@ -80,6 +85,7 @@ class Request:
             "world_size": self.world_size,
             "dp_replicate_size": self.replicas,
             "per_device_train_batch_size": self.batch,
+            "gradient_accumulation_steps": self.accumulation,
             "max_seq_length": self.sequence,
             "gpus_per_node": self.ranks_per_node,
         }
@@ -105,7 +111,10 @@ class Request:
 
     @property
     def score(self) -> str:
-        """The gradient score whose warm-up is planned; where the config's isn't one, one that needs as much or more."""
+        """The gradient score whose warm-up is planned; where the config's isn't one, one that accumulates as it does.
+
+        What ``grad_x_weight`` and a function of the user's read at the end, a whole weight or gradient, isn't in it.
+        """
         chosen = self.smt.selection
         if chosen.score in GRADIENT_SCORES:
             return chosen.score
@@ -119,7 +128,7 @@ class Request:
     @property
     def base_dtype(self) -> torch.dtype:
         """In which the base is stored: full fine-tuning keeps fp32 weights, except that DeepSpeed splits them."""
-        if self.method == "full" and not self.engine.startswith("zero"):
+        if self.method == "full" and self.masters and not self.engine.startswith("zero"):
             return torch.float32
         return DTYPES[self.dtype]
 

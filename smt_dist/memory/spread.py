@@ -29,8 +29,8 @@ class Shape:
         largest: elements of the largest one.
         largest_in_layers: elements of the largest one of a layer.
         grids: target module -> grid, in the model's order.
-        groups: config group -> its target modules.
-        budgets: config group -> blocks.
+        groups: config group, or all of them if their budget is joint -> its target modules.
+        budgets: the same -> blocks.
         uniform: all layers are alike, so that two small depths tell the others.
     """
 
@@ -67,6 +67,9 @@ def measure_shape(request: Request) -> Shape:
         in_layers = max(parameter.numel() for layer in layers for parameter in layer.parameters())
     elements = next(iter(grids.values())).block_elements
     budgets = {group.name: group.budget(parameters_2d, elements) for group in request.smt.groups}
+    if request.smt.selection.budget == "joint":
+        together = " + ".join(groups)
+        groups, budgets = {together: list(grids)}, {together: sum(budgets.values())}
     for name, budget in budgets.items():
         available = sum(len(grids[module]) for module in groups[name])
         if budget > available:

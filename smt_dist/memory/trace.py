@@ -157,8 +157,8 @@ def _watch_layer(layer: nn.Module, tracker: MemoryTracker, place: str, last: boo
 
 def _fill(accumulator: Any, grids: Mapping[str, BlockGrid], request: Request) -> None:
     """What earlier steps left: this rank's rows of each gradient."""
-    per_step = request.score.endswith("_per_step")
-    if isinstance(accumulator, ElementwiseAccumulator) and not per_step:
+    starts_empty = request.score.endswith("_per_step") and request.accumulation == 1
+    if isinstance(accumulator, ElementwiseAccumulator) and not starts_empty:
         ranks = get_world_size()
         for name, grid in grids.items():
             accumulator._add_shard(name, torch.zeros(-(-grid.rows // ranks), grid.cols))

@@ -68,7 +68,7 @@ def _prepare_smt(task: Task) -> Step:
         tracker.register([layer.delta for layer in sparse_layers(model).values()], "blocks")
         return _no_step
     groups = block_parameter_groups(model, 1e-4, 0.0)
-    engine = ReplicatedBlocks(micro_batches=1 if request.engine == "fsdp2" else None)
+    engine = ReplicatedBlocks(micro_batches=request.accumulation if request.engine == "fsdp2" else None)
     optimizer = engine.make_optimizer(groups, torch.optim.AdamW, {"fused": True})
     tracker.register(optimizer.gradients.tensors(), "gradients")
     for layer in sparse_layers(model).values():  # sums that appear while the backward runs
@@ -84,6 +84,10 @@ def _prepare_smt(task: Task) -> Step:
     states = [list(state.values()) for state in optimizer.inner.state.values()]
     tracker.register([optimizer._masters, states], "optimizer_state")
     tracker.register(optimizer._flat.values, "blocks")  # in fp32 the masters are a part of them
+    for layer in list(sparse_layers(model).values()) * (request.accumulation - 1):  # what earlier micro-batches left
+        layer.delta.grad = torch.zeros_like(layer.delta)
+        optimizer.add_gradient(layer.delta)
+    tracker.register(optimizer.gradients.tensors(), "gradients")
     return step
 
 
@@ -151,6 +155,10 @@ def _plain_adamw(parameters: list[nn.Parameter], task: Task) -> Step:
         parameter.grad = torch.zeros_like(parameter)
     step()
     task.tracker.register([list(state.values()) for state in optimizer.state.values()], "optimizer_state")
+    if task.request.accumulation > 1:
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        task.tracker.register([parameter.grad for parameter in parameters], "gradients")
     return step
 
 

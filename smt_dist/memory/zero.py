@@ -6,6 +6,7 @@ Read in DeepSpeed 0.19.8 (``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -36,14 +37,15 @@ class ZeroSettings:
             SMTError: it offloads, or a size is no number.
         """
         for key in ("offload_optimizer", "offload_param"):
-            if (section.get(key) or {}).get("device", "none") != "none":
+            offload = section.get(key) or {}
+            if not isinstance(offload, dict) or offload.get("device", "none") != "none":
                 raise SMTError(f"--deepspeed: {key}: offloading isn't planned yet")
         values: dict[str, Any] = {}
         for name in ZeroSettings.__dataclass_fields__:
             given = section.get(name, section.get(f"stage3_{name}", "auto"))
             if name == "stage" or given == "auto":
                 continue
-            if not isinstance(given, int | float):
+            if not isinstance(given, int | float) or not math.isfinite(given):
                 raise SMTError(f"--deepspeed: zero_optimization.{name}: {given!r} is no number")
             values[name] = bool(given) if name == "overlap_comm" else int(given)
         return ZeroSettings(stage, **values)

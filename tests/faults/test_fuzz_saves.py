@@ -55,7 +55,7 @@ def checkpoint(tmp_path_factory) -> Path:
     smt_dist.save_adapter(model, folder)
     moments = {name: {"exp_avg": torch.ones(shape)} for name, shape in SHAPES.items()}
     save_moments(folder, SHAPES, Moments(["exp_avg"], {"step": 2.0}, iter(moments.items())))
-    save_schedule(folder, schedule_of().state_dict(), 8)
+    save_schedule(folder, schedule_of().state_dict(), 8, [1.0])
     save_random_states(folder, [random_state()])
     state = {"global_step": 2, "max_steps": 4, "num_train_epochs": 1, "train_batch_size": 2, "log_history": [{"a": 1}]}
     write_json(folder / "trainer_state.json", state)
@@ -68,7 +68,7 @@ def read_all(folder: Path) -> None:
     adapter = smt_dist.read_adapter(folder)
     states, _ = load_states(folder, adapter.deltas)
     assert all(tensor.shape == s.delta.shape for s in states for tensor in s.moments.values())
-    schedule = load_schedule(folder, 1)
+    schedule = load_schedule(folder, [1.0])
     schedule.pop(GLOBAL_BATCH, None)
     restore_schedule(schedule_of(), schedule, folder)
     load_random_state(folder, 0)

@@ -187,11 +187,16 @@ def _whole(delta: torch.nn.Parameter) -> torch.Tensor:
 def _tensors_alive(trainer: SMTTrainer, folder: Path) -> dict[str, int]:
     """The most tensors that the engine read and that were alive at once, while a checkpoint is written."""
     engine, model, optimizer = trainer.engine, trainer.model, trainer.optimizer
-    blocks = _Watched(engine.read_blocks(model, optimizer))
+    read_blocks, readings = engine.read_blocks, []
+
+    def watched(*_: Any) -> _Watched:
+        readings.append(_Watched(read_blocks(model, optimizer)))
+        return readings[-1]
+
     read = engine.read_moments(model, optimizer)
     moments = _Watched(read.tensors)
     folder.mkdir(parents=True, exist_ok=True)
-    engine.read_blocks = lambda *_: blocks
+    engine.read_blocks = watched
     engine.read_moments = lambda *_: read._replace(tensors=moments)
     try:
         trainer.save_model(str(folder))
@@ -200,4 +205,5 @@ def _tensors_alive(trainer: SMTTrainer, folder: Path) -> dict[str, int]:
         del engine.read_blocks, engine.read_moments
     hoarded = _Watched(engine.read_blocks(model, optimizer), grace=0)
     assert list(hoarded)
-    return {"masters": blocks.peak, "moments": moments.peak, "hoarded": hoarded.peak}
+    masters = max(reading.peak for reading in readings)
+    return {"masters": masters, "moments": moments.peak, "hoarded": hoarded.peak}
