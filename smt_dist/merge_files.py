@@ -23,7 +23,7 @@ from smt_dist.errors import SMTError, first_line
 from smt_dist.merge import summed_blocks
 from smt_dist.model import Fingerprint
 from smt_dist.model_folder import INDEX_FILE, SINGLE_FILE, check_model_folder, empty_model, read_config, weight_files
-from smt_dist.targets import is_linear, tied_parameter_names, weight_shape
+from smt_dist.targets import takes_blocks, tied_parameter_names, weight_shape
 
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".bin.index.json")
 
@@ -135,8 +135,8 @@ class _Plan:
             layer = model.get_submodule(module)
         except AttributeError:
             raise SMTError(f"{self.base.folder}: {type(model).__name__} has no module {module}") from None
-        if not is_linear(layer):
-            raise SMTError(f"{self.base.folder}: {module} is a {type(layer).__name__}, not a linear layer")
+        if not takes_blocks(layer):
+            raise SMTError(f"{self.base.folder}: {module} is a {type(layer).__name__}, which has no blocks")
         self.adapter.selection.grid(module, weight_shape(layer))
         prefix = f"{model.base_model_prefix}."
         names = [f"{module}.weight", f"{module}.weight".removeprefix(prefix)]

@@ -46,8 +46,9 @@ class SparseEmbedding(SparseLayer):
             if self.padding_idx is not None:
                 hit &= x != self.padding_idx
             # Every token looks a row up, and those without a block drop it: counting them would wait for the device.
-            found = _Rows.apply(self.delta, (block.clamp(min=0) * height + x % height).flatten()).to(y.dtype)
-            out[..., self.grid.col_slice(col)] += torch.where(hit.unsqueeze(-1), found.view(*x.shape, -1), 0)
+            rows = block.clamp(min=0) * height + x % height
+            found = _Rows.apply(self.delta, rows.flatten()).to(y.dtype).view(*x.shape, self.grid.block_cols)
+            out[..., self.grid.col_slice(col)] += torch.where(hit.unsqueeze(-1), found, 0)
         return out
 
     @property

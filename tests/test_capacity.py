@@ -53,6 +53,25 @@ def test_two_ranks_with_the_papers_score_in_passes(tmp_path):
     assert max(sample["resident"] for sample in report["samples"]) == peak["resident"]
 
 
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        ({"score": "nonsense"}, "nonsense"),
+        ({"fraction": 2}, "fraction"),
+        ({"heads": 3}, "heads 3"),
+        ({"vocab_size": 3}, "vocab_size 3"),
+    ],
+)
+def test_bad_flags_are_named_before_any_weight_is_written(tmp_path, flags, named):
+    """A traceback after 13 GB of weights."""
+    finished = run_capacity(tmp_path, **flags)
+    assert finished.returncode == 2
+    last = finished.stderr.rstrip().splitlines()[-1]
+    assert last.startswith("capacity.py: error: ")
+    assert named in last
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_memory_beyond_the_limit_is_an_error(tmp_path):
     """Else the claim to stay below it could not fail."""
     finished = run_capacity(tmp_path, steps=2, warmup_steps=1, limit="10MiB")

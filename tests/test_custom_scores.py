@@ -135,3 +135,20 @@ def test_padding_of_packed_rows_is_the_segment_without_labels():
     labels = torch.tensor([[-100, 5, 6, -100, 7, -100, -100], [-100, 8, -100, -100, -100, -100, 9]])
     expected = torch.tensor([[True] * 5 + [False] * 2, [True] * 7])
     assert torch.equal(real_tokens({"position_ids": positions, "labels": labels}), expected)
+
+
+def test_a_builtin_that_does_not_name_its_arguments_is_refused():
+    """Python can't say what it takes; a traceback wouldn't either."""
+    with pytest.raises(SMTError, match=r"math\.hypot doesn't say which arguments"):
+        collect_scores(RoutedModel(), make_batches(), make_config("math.hypot"))
+
+
+@pytest.mark.parametrize("score", ["activation", "custom_functions.inputs_only"])
+def test_a_profiler_sees_every_step_of_forwards_too(score):
+    """It records some first steps: told of none, it would record them all, and a long warm-up would fill the memory."""
+    told: list[int] = []
+    config = make_config("inputs_only").model_copy(
+        update={"selection": make_config("inputs_only").selection.model_copy(update={"score": score})}
+    )
+    collect_scores(RoutedModel(), make_batches(), config, observe=lambda _, done: told.append(done))
+    assert told == [0, 1, 2]

@@ -19,7 +19,7 @@ from smt_dist.picture import summary as picture_summary
 from smt_dist.picture import write_pictures
 from smt_dist.picture.page import write_page
 from smt_dist.picture.summary import MAX_CELLS, short_kinds, summarise
-from smt_dist.score_files import belongs_to, load_scores, save_scores
+from smt_dist.score_files import SCORES_FILE, belongs_to, load_scores, save_scores
 
 SIDE = 8
 # Names that would be markup if they weren't escaped.
@@ -265,20 +265,31 @@ def test_scores_survive_a_file(tmp_path):
 
 def test_programs_write_the_picture_beside_what_they_make(train, tmp_path):
     """The selection's picture and scores first; a run with that selection finds the scores and adds its curve."""
-    made = train(program="select_blocks.py", output=tmp_path / "made" / "chosen.json", output_dir=tmp_path / "unused")
+    chosen = tmp_path / "made" / "chosen.json"
+    made = train(program="select_blocks.py", picture=True, output=chosen, output_dir=tmp_path / "unused")
     assert made.code == 0, made.err
     names = {"chosen.json", "chosen.html", "chosen.png", "chosen_blocks.png", "chosen_scores.safetensors"}
     assert {path.name for path in (tmp_path / "made").iterdir()} == names
     assert "Learning curve" not in (tmp_path / "made" / "chosen.html").read_text()
 
-    trained = train(selection=tmp_path / "made" / "chosen.json", max_steps=2)
+    trained = train(picture=True, selection=chosen, max_steps=2)
     assert trained.code == 0, trained.err
     page = (tmp_path / "out" / "selection.html").read_text()
     assert "Learning curve" in page
     assert "abs_mean, 2 warm-up steps" in page
-    without = train(picture="false", output_dir=tmp_path / "bare", max_steps=1)
+    without = train(picture=False, output_dir=tmp_path / "bare", max_steps=1)
     assert without.code == 0, without.err
     assert not list((tmp_path / "bare").glob("selection*"))
+
+
+@pytest.mark.parametrize("picture", [True, False])
+def test_damaged_scores_cost_no_more_than_the_picture(train, tmp_path, caplog, picture):
+    """They are there for the picture alone: a run that has been saved well would never be resumed."""
+    assert train(save_strategy="steps", save_steps=1, max_steps=1).code == 0
+    (tmp_path / "out" / SCORES_FILE).write_bytes(b"damaged")
+    again = train(picture=picture, max_steps=2, resume_from_checkpoint="auto")
+    assert again.code == 0, again.err
+    assert ("the picture goes without scores" in caplog.text) == picture
 
 
 def test_scores_of_another_selection_are_not_shown():

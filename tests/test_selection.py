@@ -267,3 +267,24 @@ def test_under_bounds_no_other_choice_has_a_larger_sum(tables, data):
     assert is_allowed(chosen)
     assert len(chosen) == budget
     assert sum(cell[3] for cell in chosen) == max(sum(cell[3] for cell in subset) for subset in allowed)
+
+
+@pytest.mark.parametrize(
+    ("tables", "bounds", "gap"),
+    [
+        ({"a": [[3]], "b": [[1]], "c": [[1 - 1e-9]]}, {"ceiling": 1}, 1e-9),
+        ({"a": [[3, 1, 1 - 1e-9]], "b": [[0.5]]}, {"ceiling": 2}, 1e-9),
+        ({"a": [[3, 1]], "b": [[1, 0.5]]}, {"floor": 1}, 0.5),
+        ({"a": [[3]], "b": [[1]]}, {"floor": 1}, float("inf")),
+    ],
+)
+def test_the_gap_that_is_logged_is_that_of_the_nearest_other_choice(caplog, tables, bounds, gap):
+    """Who reads a wide gap relies on equal choices; a layer that has none yet, or all it may have, competes too."""
+    config = SMTConfig(
+        block_size=SIDE,
+        groups=[{"name": "g", "blocks": 2}],
+        selection={"score": "l1", "bounds_per": "weight", **bounds},
+    )
+    with caplog.at_level("INFO"):
+        select_blocks(make_scores(tables), config)
+    assert f"gap at the cut-off {gap:.2e}" in caplog.text

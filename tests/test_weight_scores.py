@@ -140,3 +140,13 @@ def test_the_program_needs_no_data_where_the_score_needs_none(train, tmp_path):
 def test_memory_is_planned_for_a_warm_up_that_needs_as_much(score, planned):
     """The planner knows the gradient scores; for the others it may promise too much, never too little."""
     assert Request(LlamaConfig(), make_config(score)).score == planned
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_is_refused_by_its_module(value):
+    """A NaN compares with nothing, so its block would never be chosen, and an infinite one always."""
+    model = RoutedModel()
+    with torch.no_grad():
+        model.head.weight[0, 0] = value
+    with pytest.raises(SMTError, match="the score of head is not finite"):
+        collect_scores(model, [], make_config("magnitude"))

@@ -14,6 +14,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from smt_dist import saves
 from smt_dist.errors import SMTError
+from smt_dist.files import read_header
 from smt_dist.rotation import checkpoint_folders, last_checkpoint, prune_checkpoints, remove_leftovers
 from smt_dist.saves import MANIFEST_FILE, read_manifest, saving, verify
 
@@ -151,6 +152,48 @@ def test_link_in_an_unfinished_save_does_not_lead_outside(tmp_path):
     with pytest.raises(SMTError, match="leads out"):
         read_manifest(folder)
     assert not list(outside.iterdir())
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_link_in_an_unfinished_save_takes_nothing_from_outside(tmp_path, whole):
+    """The other way round: reading a folder from elsewhere would move the reader's own files into it."""
+    mine, folder = tmp_path / "mine", tmp_path / "s"
+    save(mine, {"id.json": "secret"})
+    folder.mkdir()
+    if whole:
+        (folder / ".smt_saving").symlink_to(mine)
+    else:
+        (folder / ".smt_saving").mkdir()
+        write(folder / ".smt_saving", {"sub/id.json": "planted"})
+        saves.write_manifest(folder / ".smt_saving")
+        shutil.rmtree(folder / ".smt_saving" / "sub")
+        (folder / ".smt_saving" / "sub").symlink_to(mine)
+    with pytest.raises(SMTError, match="leads out"):
+        read_manifest(folder)
+    assert content(mine) == {"id.json": "secret"}
+
+
+def test_reader_that_finishes_a_save_leaves_nothing_of_the_old_one(tmp_path, monkeypatch):
+    """What the new save doesn't have would be taken for a part of it."""
+    folder = tmp_path / "s"
+    save(folder, OLD)
+    with monkeypatch.context() as patch:
+        patch.setattr(saves, "_finish", lambda _: None)  # killed when its own manifest was written
+        save(folder, NEW)
+    assert content(folder) == NEW
+    assert not (folder / "gone.json").exists()
+
+
+def test_pipe_in_place_of_a_file_is_refused(tmp_path):
+    """Opening one waits until somebody writes into it: a folder from elsewhere would hang its reader."""
+    save(tmp_path / "s", {"a.safetensors": ""})
+    manifest, path = read_manifest(tmp_path / "s"), tmp_path / "s" / "a.safetensors"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(SMTError, match="not a regular file"):
+        verify(tmp_path / "s", manifest)
+    with pytest.raises(SMTError, match="not a regular file"):
+        read_header(path)
 
 
 # -- the checkpoints of a run ------------------------------------------------------------------------------------
