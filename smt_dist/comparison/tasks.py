@@ -100,7 +100,7 @@ def draw(task: str, counts: Counts, seed: int) -> dict[str, list[Row]]:
     drawn = reasoning_gym.create_dataset(task, seed=seed, size=DRAWS * wanted, **GYM_TASKS[task])
     rows = list(islice(_distinct(_as_row(item) for item in drawn), wanted))
     if len(rows) < wanted:
-        raise SMTError(f"--task {task}: has {len(rows):,} different questions, {wanted:,} are asked for: take fewer rows")
+        raise SMTError(f"--task {task}: has {len(rows):,} different questions, {wanted:,} are wanted: take fewer")
     stream = iter(rows)
     sets = {split: list(islice(stream, size)) for split, size in sizes.items()}
     return {**sets, "held_out": sets["test"]}
