@@ -100,7 +100,11 @@ def main() -> None:
         print(write_report(plan, arguments.output))
         return
     limits = Limits(arguments.max_cells, arguments.hours, arguments.keep_artefacts)
-    outcome = run_missing(plan, limits, lambda line: print(line, flush=True))
+    try:
+        outcome = run_missing(plan, limits, lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on", file=sys.stderr)
+        sys.exit(130)
     print(f"\n{write_report(plan, arguments.output)}\nwritten to {arguments.output}")
     if outcome.stopped:
         print(f"ended early by {outcome.stopped}; the same command goes on")

@@ -11,7 +11,6 @@ import math
 import shutil
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +42,7 @@ def main() -> None:
     configure_logging()
     content = parse_json_object(read_text(source), str(source))
     run = {"train": train, "test": test}[content["kind"]]
-    start = time.perf_counter()
-    figures = run(content["request"], content["paths"])
-    figures["seconds"] = time.perf_counter() - start
-    text = json.dumps(figures)
+    text = json.dumps(run(content["request"], content["paths"]))
     replace_file(target, lambda path: path.write_text(text))
 
 

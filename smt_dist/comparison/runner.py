@@ -88,10 +88,15 @@ def run_cell(plan: Plan, cell: Cell) -> str | None:
         request, figures = Path(folder, "request.json"), Path(folder, "figures.json")
         request.write_text(json.dumps({"kind": cell.kind, "request": cell.request, "paths": cell.paths}))
         command = [sys.executable, "-m", "smt_dist.comparison.cell_run", str(request), str(figures)]
-        with open(store.log(cell), "w") as log:
-            code = _run(command, log)
+        start = time.monotonic()
+        try:
+            with open(store.log(cell), "w") as log:
+                code = _run(command, log)
+        except KeyboardInterrupt:
+            store.log(cell).unlink()
+            raise
         if code == 0 and figures.is_file():
-            store.write(cell, json.loads(figures.read_text()))
+            store.write(cell, {**json.loads(figures.read_text()), "seconds": time.monotonic() - start})
             store.log(cell).unlink()
             return None
     if code < 0:  # killed, by the kernel for want of memory perhaps: it couldn't say anything
@@ -153,7 +158,7 @@ def remaining_seconds(plan: Plan) -> float:
     seconds = 0.0
     for kind, count in plan.count().items():
         left = count - sum(cell.kind == kind for cell, _ in finished)
-        seconds += left * means.get((kind, ""), 0.0)
+        seconds += left * means.get((kind, ""), means.get(("train", ""), 0.0))
     return seconds
 
 
