@@ -18,7 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from smt_dist.config import BadNumbersConfig
 from smt_dist.distributed import get_world_size, is_distributed
 from smt_dist.engines import unwrapped
-from smt_dist.errors import BadNumbersError
+from smt_dist.errors import SMTError
 from smt_dist.model import sparse_layers
 
 logger = logging.getLogger(__name__)
@@ -106,12 +106,12 @@ class BadNumbers(TrainerCallback):
         state.log_history.append({SKIPPED: self.skipped, "step": step})
         found = f"step {step}: {self._whose()}"
         if self.config.policy == "stop":
-            raise BadNumbersError(
+            raise SMTError(
                 f"{found}; nothing of this step was applied. bad_numbers.policy in the SMT config is 'stop'; 'skip' "
                 "goes on without such steps"
             )
         if self.in_a_row > self.config.limit:
-            raise BadNumbersError(
+            raise SMTError(
                 f"{found}; {self.in_a_row} steps in a row were bad, more than bad_numbers.limit ({self.config.limit}) "
                 "in the SMT config; nothing of them was applied"
             )

@@ -34,7 +34,3 @@ def _one_line(message: str) -> str:
 
 class RankError(SMTError):
     """An :class:`SMTError` that perhaps only this rank has seen: each rank that has it prints it."""
-
-
-class BadNumbersError(SMTError):
-    """Training met NaN or infinity, and is told to stop then."""

@@ -26,7 +26,7 @@ from smt_dist.cli import configure_logging, run_program
 from smt_dist.comparison.methods import PEFT_FAMILIES, Method, parse_method
 from smt_dist.comparison.training import base_dtype, prepare
 from smt_dist.data import IGNORED, CausalLMCollator, build_dataset, get_pad_token_id
-from smt_dist.errors import BadNumbersError
+from smt_dist.errors import SMTError
 from smt_dist.evaluation import EvaluationResult, evaluate, make_items
 from smt_dist.files import parse_json_object, read_text, replace_file
 from smt_dist.memory.resident import own_bytes
@@ -76,12 +76,11 @@ def train(request: Figures, paths: dict[str, str]) -> Figures:
         set_seed(request["seed"])
         try:
             trained.trainer.train()
-        except BadNumbersError:  # the other methods' trainer goes on with NaN; the loss will say so
-            diverged = True
-        else:
-            diverged = False
+        except SMTError:  # SMT stops at NaN; the other methods' trainer goes on with it, and the loss will say so
+            if not trained.met_bad_numbers:
+                raise
         figures |= {"step_seconds": timer.median() if timer.seconds else None, "peak_bytes": own_bytes("VmHWM")}
-    if not diverged:
+    if not trained.met_bad_numbers:
         loss = token_loss(trained.trainer.model, validation, tokenizer, request["eval_batch_size"])
         figures |= {"validation_loss": loss if math.isfinite(loss) else None, "batches": collator.digest}
     if figures["validation_loss"] is not None:

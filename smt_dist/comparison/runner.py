@@ -57,7 +57,7 @@ def run_missing(plan: Plan, limits: Limits, say: Callable[[str], None]) -> Outco
     Args:
         plan: the grid.
         limits: when to stop.
-        say: gets a line a cell.
+        say: gets a line when a cell begins and one when it ends.
 
     Raises:
         SMTError: another launch runs in this folder.
@@ -70,6 +70,7 @@ def run_missing(plan: Plan, limits: Limits, say: Callable[[str], None]) -> Outco
             if (reason := _must_stop(plan, cell, limits, done, time.monotonic() - begin)) is not None:
                 return Outcome(done, failed, reason)
             start = time.monotonic()
+            say(f"{cell.label} begins; its log: {plan.store.log(cell)}")
             problem = run_cell(plan, cell)
             done += 1
             if problem is not None:

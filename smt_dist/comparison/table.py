@@ -69,6 +69,8 @@ def _columns(row: Row, reference: str) -> list[str]:
         return [name, trainable, rate, f"missing: {_plain(row['state'])}", *[NOTHING] * (len(HEAD) - 4)]
     state = "" if row["state"] == "done" else f" ({_plain(row['state'])})"
     step = NOTHING if row["step_seconds"] is None else f"{row['step_seconds']:.3g} s"
+    if row["selection_seconds"]:
+        step += f" (once: selection, {row['selection_seconds']:.3g} s)"
     losses = [_mean(row["validation_loss"], "{:.4f}") + state, _mean(row["test_loss"], "{:.4f}")]
     accuracy = _mean(row["accuracy"], "{:.1%}")
     sizes = [_size(row["peak_bytes"]), _size(row["artefact_bytes"])]

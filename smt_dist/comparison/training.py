@@ -89,6 +89,11 @@ class Trained:
     trainable: int
     selection_seconds: float = 0.0
 
+    @property
+    def met_bad_numbers(self) -> bool:
+        """Whether SMT's trainer has met NaN or infinity; the others don't look."""
+        return isinstance(self.trainer, SMTTrainer) and self.trainer.bad_numbers.skipped > 0
+
     def save(self, folder: Path) -> None:
         """The adapter, or the whole model."""
         model = self.trainer.model
