@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import ask, write_folder
 from programs import Outcome, write_json
-from test_comparison import ask, write_folder
 
 from smt_dist import SMTError
 from smt_dist.comparison import cell_run, runner, training

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from smt_dist.comparison.plan import WHOLE
 from smt_dist.files import replace_file
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ def write_plots(report: dict[str, Any], page: Path) -> bool:
 
 def _png(report: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import ScalarFormatter
 
+    ticks = [100 * budget for budget in (*report["settings"]["budgets"], WHOLE)]
     figure = Figure(figsize=(11, 4.8), layout="constrained")
     for index, (measure, title, factor) in enumerate(PANELS):
         axis = figure.add_subplot(1, 2, index + 1)
@@ -85,7 +86,8 @@ def _png(report: dict[str, Any]) -> Any:
                 continue
             axis.errorbar(line.shares, line.means, line.spreads, marker="o", ms=4, capsize=3, color=colour, label=label)
         axis.set_xscale("log")
-        axis.xaxis.set_major_formatter(ScalarFormatter())
+        axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+        axis.minorticks_off()
         axis.set_xlabel("trainable parameters, % of all (log)")
         axis.set_title(title, fontsize=10)
         axis.grid(alpha=0.3)
