@@ -30,7 +30,7 @@ def test_drawn_sets_share_no_question(task, tmp_path):
     data = prepare(task, None, Counts(200, 40, 60), 0, tmp_path)
     sets = {split: json.loads(data.files[split].read_text()) for split in SPLITS}
     assert {split: len(rows) for split, rows in sets.items()} == data.rows
-    assert data.rows == {"train": 200, "validation": 40, "test": 60, "held_out": 60}
+    assert data.rows == {"train": 200, "validation": 40, "test": 60, "held_out": 40}
     asked = [question(row) for split in ("train", "validation", "test") for row in sets[split]]
     assert len(asked) == len(set(asked)) == 300
     assert prepare(task, None, Counts(200, 40, 60), 0, tmp_path).digests == data.digests

@@ -103,7 +103,7 @@ def draw(task: str, counts: Counts, seed: int) -> dict[str, list[Row]]:
         raise SMTError(f"--task {task}: has {len(rows):,} different questions, {wanted:,} are wanted: take fewer")
     stream = iter(rows)
     sets = {split: list(islice(stream, size)) for split, size in sizes.items()}
-    return {**sets, "held_out": sets["test"]}
+    return {**sets, "held_out": sets["test"][: counts.validation]}  # a loss takes fewer rows than an accuracy
 
 
 def split_folder(source: Path, counts: Counts, seed: int) -> dict[str, list[Row]]:
@@ -138,13 +138,14 @@ def split_folder(source: Path, counts: Counts, seed: int) -> dict[str, list[Row]
 
 
 def refuse_overlap(sets: Mapping[str, Iterable[Row]]) -> None:
-    """Raise SMTError for a question that stands in two sets; ``held_out`` may be the test set itself."""
+    """Raise SMTError for a question that stands in two sets; ``held_out`` may hold the test set's own rows."""
     owner: dict[str, str] = {}
     for split in ("test", "validation", "train"):
         for row in sets[split]:
             _claim(owner, split, row)
-    if sets["held_out"] is not sets["test"]:
-        for row in sets["held_out"]:
+    own = {id(row) for row in sets["test"]}
+    for row in sets["held_out"]:
+        if id(row) not in own:
             _claim(owner, "held_out", row)
 
 
