@@ -25,6 +25,8 @@ from smt_dist import BlockScores, BlockSelection, SMTConfig, SMTError, apply_sel
 from smt_dist.blocks import resolve_block_size
 from smt_dist.cli import natural, positive_int, raise_usage_error, run_program
 from smt_dist.config import parse_model
+from smt_dist.extras import require_peft
+from smt_dist.memory.resident import own_bytes
 from smt_dist.targets import count_parameters_2d, find_targets, weight_shape
 
 if TYPE_CHECKING:  # transformers and PEFT are imported where they are used: `--help` should not wait for them
@@ -90,10 +92,9 @@ def _random_selection(model: PreTrainedModel, arguments: argparse.Namespace, lay
 
 def add_lora(model: PreTrainedModel, arguments: argparse.Namespace, autocast: bool) -> None:
     """LoRA on the projections that :func:`add_blocks` trains, with the rank nearest to its trainable parameters."""
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise SMTError('--methods lora: PEFT is not installed; pip install "smt_dist[benchmark]"') from None
+    require_peft("--methods lora")
+    from peft import LoraConfig, get_peft_model
+
     selection = _random_selection(model, arguments, range(arguments.layers))
     rank = max(1, round(selection.parameters / sum(sum(shape) for shape in selection.shapes.values())))
     config = LoraConfig(r=rank, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=0.0)
@@ -182,18 +183,13 @@ def time_steps(runs: dict[str, Run], warmup_steps: int, repetitions: int) -> dic
 def measure_peak(method: str, arguments: argparse.Namespace, steps: int = 3) -> int:
     """Bytes of this process's peak resident memory over a few steps, above the loaded model (Linux)."""
     model = build_model(arguments)
-    loaded = _resident_bytes("VmRSS")
+    loaded = own_bytes("VmRSS")
     with contextlib.suppress(OSError):  # where it is forbidden, the mark includes loading, which the steps outgrow
         Path("/proc/self/clear_refs").write_text("5")  # sets the high-water mark to what is resident now
     run = Run(method, arguments, model)
     for _ in range(steps):
         run.step()
-    return _resident_bytes("VmHWM") - loaded
-
-
-def _resident_bytes(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+    return own_bytes("VmHWM") - loaded
 
 
 def measure_peaks(methods: Iterable[str]) -> dict[str, int]:

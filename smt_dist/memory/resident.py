@@ -34,6 +34,12 @@ class Resident:
         )
 
 
+def own_bytes(field: str) -> int:
+    """A size of this process in Linux's ``/proc/self/status``: ``VmRSS``, or ``VmHWM``, the most that it ever was."""
+    lines = (_PROC / "self" / "status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
 def resident_of(process: int) -> Resident:
     """One process; nothing if it has ended, or isn't ours to read."""
     try:

@@ -15,6 +15,7 @@ from smt_dist.blocks import BlockSelection
 from smt_dist.distributed import is_distributed
 from smt_dist.engines.replicated import ReplicatedBlocks
 from smt_dist.errors import SMTError
+from smt_dist.extras import require_peft
 from smt_dist.memory.request import Request
 from smt_dist.memory.tracker import MemoryTracker
 from smt_dist.model import apply_selection, sparse_layers
@@ -117,10 +118,9 @@ def attach_lora(model: nn.Module, request: Request, rank: int) -> None:
 
     They are in fp32, PEFT's default; DeepSpeed would cast them, so under ZeRO they are in the base's dtype at once.
     """
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ImportError:
-        raise SMTError('--method lora: PEFT is not installed; pip install "smt_dist[benchmark]"') from None
+    require_peft("--method lora")
+    from peft import LoraConfig, get_peft_model
+
     groups, _ = plan_grids(model, request.smt)
     targets = [name for names in groups.values() for name in names]
     config = LoraConfig(r=rank, target_modules=targets, lora_dropout=0.0)
