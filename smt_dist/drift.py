@@ -118,6 +118,7 @@ def check_masters(
             problem = problem or f"the blocks of {module} are not finite (NaN or infinity)"
         elif delta.numel() and not torch.equal(bits(master.to(delta.dtype)), bits(delta).cpu().view(master.shape)):
             problem = problem or wrong.format(module)
+        del master  # before the next is read
     for module, layer in frozen_layers(model).items():
         if not torch.equal(bits(layer.master.to(layer.delta.dtype)), bits(layer.delta).cpu()):
             problem = problem or f"the frozen block values of {module} aren't those of their fp32 masters"

@@ -24,6 +24,14 @@ def model_config(tmp_path) -> Path:
     return tmp_path / "model" / "config.json"
 
 
+@pytest.mark.parametrize("method", ["smt", "full", "lora"])
+def test_tied_weights_are_planned_when_they_are_sharded(method):
+    """Small models tie their head to the embedding, and FSDP2 refuses to shard what is tied."""
+    request = small_request(dtype="float32", engine="fsdp2", world_size=2, method=method, smt=FEW)
+    request = replace(request, model=LlamaConfig(**SHAPE, tie_word_embeddings=True))
+    assert make_plan(request).phases["training"].peak.total > 0
+
+
 @pytest.mark.parametrize("target", ["lm_head", "embed_tokens"])
 def test_targets_outside_the_layers_are_planned(target):
     """The head and the embedding may have blocks like any other weight; a plan is what says whether they fit."""

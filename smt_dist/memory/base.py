@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.distributed import DistributedConfig
+from transformers.initialization import no_tie_weights
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from smt_dist.arguments import DTYPES
@@ -54,9 +56,12 @@ def build_base(request: Request, config: PreTrainedConfig, sharding: Sharding | 
         SMTError: the model can't checkpoint activations.
     """
     kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    model = kind._from_config(config, dtype=request.base_dtype).train()
+    # As transformers loads a model: weights are tied when they are sharded, not before.
+    with nullcontext() if sharding is None else no_tie_weights():
+        model = kind._from_config(config, dtype=request.base_dtype).train()
     if sharding is not None:
         model = kind.maybe_distribute_model(model, *sharding)
+        model.tie_weights()
         if request.method == "smt":
             _engine(request).prepare_base(model)
     if request.method == "smt":

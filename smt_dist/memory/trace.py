@@ -88,7 +88,7 @@ def _traced(request: Request, layers: int) -> Iterator[tuple[PreTrainedModel, Me
             tracker.moment(_IGNORED)
             tracker.register([list(model.parameters()), list(model.buffers())], "base_weights")
             yield model, tracker
-    except (RuntimeError, NotImplementedError) as error:
+    except (RuntimeError, NotImplementedError, ValueError) as error:
         if isinstance(error, SMTError):
             raise
         raise SMTError(f"{type(request.model).__name__}: this model can't be traced ({first_line(error)})") from error
