@@ -147,7 +147,7 @@ def test_torchrun_restarts_a_killed_rank_and_ends_as_if_nothing_had_happened(fle
     whole = fleet.run(job_flags(files, "ddp", tmp_path / "whole") | steps, tmp_path / "launch")
     assert whole.codes == {0: 0, 1: 0}, whole.described()
     output = tmp_path / "hurt"
-    # gloo may stall while it connects restarted ranks (seen once, torch 2.13): then they time out and are restarted too.
+    # gloo may stall while it connects restarted ranks (seen once, torch 2.13): they time out and are restarted again.
     launcher = ["torchrun", "--nproc_per_node", "2", "--max-restarts", "3", "--master_port", str(free_port())]
     flags = job_flags(files, "ddp", output) | steps | {"ddp_timeout": 30}
     command = [*launcher, str(LAUNCH / "train.py"), *command_line(flags)]
