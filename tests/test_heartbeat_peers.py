@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -18,10 +19,11 @@ def call(line: bytes, pause: float = 0.0) -> int | None:
     ended = threading.Event()
 
     def speak() -> None:
-        for byte in line:
-            if ended.wait(pause):
-                return
-            theirs.send(bytes([byte]))
+        with contextlib.suppress(OSError):  # hung up on
+            for byte in line:
+                if ended.wait(pause):
+                    return
+                theirs.send(bytes([byte]))
 
     speaker = threading.Thread(target=speak)
     speaker.start()
@@ -29,8 +31,8 @@ def call(line: bytes, pause: float = 0.0) -> int | None:
         return heartbeat_peers._caller(ours, "secret")
     finally:
         ended.set()
-        speaker.join()
         ours.close()
+        speaker.join()
         theirs.close()
 
 
