@@ -14,7 +14,7 @@ from smt_dist.memory import pictures
 from smt_dist.memory.allocations import Allocation, CpuAllocations, CudaStatistics, forget_resident_peak
 from smt_dist.memory.categories import CATEGORIES, Memory
 from smt_dist.memory.grid import Deviation, deviations, make_grid, summarize
-from smt_dist.memory.real_tracker import Mark, Place
+from smt_dist.memory.real_tracker import Mark, Place, RealTracker
 from smt_dist.memory.recording import Recording
 from smt_dist.memory.report import BARS, JSON_FILE, PAGE, fullest, render_page
 from smt_dist.memory.request import ENGINES, METHODS
@@ -136,6 +136,19 @@ def test_where_the_mark_of_resident_memory_cannot_be_reset_it_is_said():
         raise PermissionError
 
     assert forget_resident_peak(forbidden) is False
+
+
+def test_a_weight_that_is_filled_in_place_is_a_gathered_one():
+    """FSDP2's are there from the beginning, empty, when all that is there counts as temporary until it is named."""
+    weight = torch.empty(8)
+    weight.untyped_storage().resize_(0)
+    with RealTracker() as tracker:
+        tracker.register([weight], "temporary")
+        tracker.moment("forward")
+        weight.untyped_storage().resize_(32)
+        weight.untyped_storage().resize_(0)
+        tracker.moment("end")
+        assert tracker.peaks()["forward"].gathered_weights == 32
 
 
 # -- a run -----------------------------------------------------------------------------------------------------------

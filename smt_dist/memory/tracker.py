@@ -159,7 +159,8 @@ class MemoryTracker(TorchDispatchMode):
         if found is None:
             return
         record, size = found[1], storage.nbytes()
-        record.category = record.category or "gathered_weights"
+        if record.category in (None, "temporary"):  # all that was there at the beginning counts as temporary at first
+            record.category = "gathered_weights"
         change, record.bytes = size - record.bytes, size
         self._changed(record, change, storage)
 
