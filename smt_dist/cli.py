@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from smt_dist.errors import RankError, SMTError
 from smt_dist.preemption import Preempted
-from smt_dist.supervision import end_supervision
+from smt_dist.supervision import await_explanation, end_supervision
 
 
 def run_program(main: Callable[[], None]) -> None:
@@ -30,8 +30,10 @@ def run_program(main: Callable[[], None]) -> None:
         end_supervision(error)
         raise
     except SMTError as error:
-        rank = int(os.environ.get("RANK", "0"))
-        if rank == 0 or isinstance(error, RankError):
+        alone = isinstance(error, RankError)
+        if alone:  # what looks like a bad file may be another rank's end, in a library's collective
+            await_explanation()
+        if alone or int(os.environ.get("RANK", "0")) == 0:
             _print_line(str(error), error=True)
         end_supervision(error)
         _leave_process_group()

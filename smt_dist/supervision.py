@@ -65,6 +65,12 @@ def preemption() -> Preemption | None:
     return _active.preemption
 
 
+def await_explanation() -> None:
+    """Before an error of this rank alone is believed: if another rank's end is its cause, end here and say so."""
+    if _active.heartbeat is not None:
+        _active.heartbeat.await_verdict(EXPLANATION_SECONDS)
+
+
 def end_supervision(error: BaseException | None = None) -> None:
     """End it; after an ``error`` the other ranks are told, unless one of them is its cause, which ends the process."""
     heartbeat, _active.heartbeat = _active.heartbeat, None
