@@ -32,8 +32,8 @@ ONE_RANK = [
     {"method": "full", "dtype": "float32", "checkpointing": True},
     {"method": "lora", **SHORT},
 ]
-# In fp32: without bf16 instructions a product of bf16 matrices copies one of them inside the operator, and the head's would
-# be the peak here.
+# In fp32: without bf16 instructions a product of bf16 matrices copies one of them inside the operator; here the head's
+# copy would be the peak.
 TWO_RANKS = [
     {"method": "smt", "engine": "fsdp2", "world_size": 2, "smt": {"selection": {"score": score}}, **options}
     for score, options in (
