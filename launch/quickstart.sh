@@ -13,6 +13,8 @@ items="${EVAL_ITEMS:-289}"
 ranks="${RANKS:-2}"
 output="${OUTPUT:-outputs/quickstart}"
 cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
+products=false
+if smt_lacks_bf16; then products=true; fi
 export TOKENIZERS_PARALLELISM=false
 started=$SECONDS
 
@@ -30,7 +32,7 @@ OMP_NUM_THREADS=$(( cores > ranks ? cores / ranks : 1 )) deepspeed --num_gpus "$
   --model_name_or_path "$output/data/model" --train_file "$output/data/train.json" --prompt_style chat \
   --max_seq_length 128 --output_dir "$output/adapter" --per_device_train_batch_size 16 --max_steps "$steps" \
   --learning_rate 1e-3 --lr_scheduler_type linear --warmup_steps 10 --logging_steps 10 --save_strategy no \
-  --report_to tensorboard
+  --report_to tensorboard --cpu_fp32_products "$products"
 
 echo "== 4/4 after"
 OMP_NUM_THREADS="$cores" python launch/evaluate_model.py --model_name_or_path "$output/data/model" \
