@@ -49,10 +49,7 @@ def write_random_llama(
     Raises:
         SMTError: too few tokens, or heads that don't divide the hidden size.
     """
-    if vocab_size <= len(SPECIAL):
-        raise SMTError(f"vocab_size {vocab_size}: must be above {len(SPECIAL)}, for the special tokens")
-    if hidden_size % heads or hidden_size // heads % 2:
-        raise SMTError(f"heads {heads}: must cut the hidden size {hidden_size} into equal, even parts")
+    _refuse_shape(vocab_size, hidden_size, heads)
     index = folder / SAFE_WEIGHTS_INDEX_NAME
     if index.exists():  # written last
         return
@@ -82,6 +79,13 @@ def write_random_llama(
         save_file(weights, folder / file, metadata={"format": "pt"})
     content = {"metadata": {}, "weight_map": {name: file for file, names in files.items() for name in names}}
     replace_file(index, lambda path: path.write_text(json.dumps(content)))
+
+
+def _refuse_shape(vocab_size: int, hidden_size: int, heads: int) -> None:
+    if vocab_size <= len(SPECIAL):
+        raise SMTError(f"vocab_size {vocab_size}: must be above {len(SPECIAL)}, for the special tokens")
+    if hidden_size % heads or hidden_size // heads % 2:
+        raise SMTError(f"heads {heads}: must cut the hidden size {hidden_size} into equal, even parts")
 
 
 def _weight(shape: torch.Size, deviation: float, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
