@@ -60,6 +60,7 @@ def _add_plan_flags(add: Any) -> None:
     add("--fsdp2_units", default="auto", help="smt with fsdp2: layer, weight or auto, as for train.py")
     add("--fsdp2_prefetch", type=yes_or_no, default=True, help="smt with fsdp2: yes or no, as for train.py")
     add("--loss_chunk_size", type=int, default=4096, help="smt: vocabulary entries whose logits exist at once; 0: all")
+    add("--backend", default="nccl", help="of the collectives: nccl, or gloo, which copies what it gathers once more")
     add("--selection", help="chosen blocks, JSON; None: spread evenly, and the worst case beside it")
     add("--gpus_per_node", type=int, default=8, help="ranks that share a node's host memory")
     add("--device_memory", help="such as 80GiB (2^30 bytes each) or 40GB (10^9)")
@@ -114,6 +115,7 @@ def make_request(arguments: argparse.Namespace) -> Request:
         prefetch=arguments.fsdp2_prefetch,
         loss_chunk=arguments.loss_chunk_size,
         zero=_read_zero(arguments.deepspeed, arguments.engine),
+        backend=arguments.backend,
     )
 
 

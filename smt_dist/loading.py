@@ -60,13 +60,21 @@ def warn_of_abandoned_builds(minutes: float = 5) -> None:
     """
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
-        if time.time() - lock.stat().st_mtime > 60 * minutes:
+        if _age(lock) > 60 * minutes:
             logger.warning(
                 "%s is over %g minutes old: if no process compiles DeepSpeed's ops now, one was killed while it did, "
                 "and this run may wait for it without end; then delete that file",
                 lock,
                 minutes,
             )
+
+
+def _age(path: Path) -> float:
+    """In seconds; 0 for a lock that another node's build took away while we looked."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
 
 
 def _single_rank() -> dict[str, str]:

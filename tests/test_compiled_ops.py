@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import compiled_ops
 import pytest
@@ -37,5 +38,13 @@ def test_old_lock_is_named(lock, caplog):
 
 def test_lock_of_a_build_under_way_is_not(lock, caplog):
     """Ranks wait for the one that compiles: that is no fault."""
+    warn_of_abandoned_builds()
+    assert str(lock) not in caplog.text
+
+
+def test_lock_that_goes_while_it_is_looked_at_is_none(lock, caplog, monkeypatch):
+    """Two nodes that share a folder of builds: the one that looked while the other's build ended died of it."""
+    monkeypatch.setattr(Path, "glob", lambda *_: iter([lock]))
+    lock.unlink()
     warn_of_abandoned_builds()
     assert str(lock) not in caplog.text

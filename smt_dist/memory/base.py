@@ -64,14 +64,18 @@ def build_base(request: Request, config: PreTrainedConfig, sharding: Sharding | 
         model.tie_weights()
         if request.method == "smt":
             _engine(request).prepare_base(model)
-    if request.method == "smt":
-        chunk_loss(model, request.loss_chunk, _modules_with_blocks(model, request))
+    chunk_base_loss(model, request)
     if request.checkpointing:
         if not model.supports_gradient_checkpointing:
             raise SMTError(f"--gradient_checkpointing: {type(model).__name__} can't")
         model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         model.disable_input_require_grads()  # as train.py does
     return model
+
+
+def chunk_base_loss(model: PreTrainedModel, request: Request) -> bool:
+    """Chunk the loss where ``train.py`` would, and say whether it is."""
+    return request.method == "smt" and chunk_loss(model, request.loss_chunk, _modules_with_blocks(model, request))
 
 
 def _modules_with_blocks(model: PreTrainedModel, request: Request) -> set[str]:

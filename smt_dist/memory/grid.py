@@ -83,6 +83,7 @@ class Cell:
             sequence=tokens,
             dtype=self.dtype,
             zero=zero if self.engine.startswith("zero") else {},
+            backend="gloo",
         )
 
     def to_json(self) -> dict[str, Any]:

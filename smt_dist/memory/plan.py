@@ -146,13 +146,9 @@ def _warmup(request: Request, shape: Shape, exact: bool) -> dict[str, Memory]:
     if not request.engine.startswith("zero"):
         return moments
     zero = _zero(request, shape, [])
-    resident = zero.resident(training=False)
+    base = zero.resident(training=False).base_weights
     return {
-        name: memory.with_(
-            base_weights=resident.base_weights,
-            gathered_weights=zero.gathered(name, training=False),
-        )
-        for name, memory in moments.items()
+        name: memory.with_(base_weights=base) for name, memory in zero.with_gathered(moments, training=False).items()
     }
 
 
@@ -207,8 +203,11 @@ def _zero(request: Request, shape: Shape, trained: list[int]) -> ZeroModel:
     if request.method == "smt":  # as DeepSpeedEngine.make_optimizer tells DeepSpeed
         settings = replace(settings, reduce_bucket_size=min(settings.reduce_bucket_size, sum(trained)))
     frozen, width = [] if full else shape.sizes, request.base_dtype.itemsize
-    logits = FP32 * request.batch * request.sequence * text_config(request.model).vocab_size
-    return ZeroModel(settings, request.world_size, width, frozen, trained, full, shape.largest_in_layers, logits)
+    logits = 0 if shape.chunked else request.batch * request.sequence * text_config(request.model).vocab_size
+    copies = request.backend == "gloo"
+    return ZeroModel(
+        settings, request.world_size, width, frozen, trained, full, shape.largest_in_layers, logits, copies
+    )
 
 
 def _with_zero(request: Request, shape: Shape, trained: int, moments: dict[str, Memory]) -> dict[str, Memory]:

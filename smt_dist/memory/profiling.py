@@ -87,6 +87,7 @@ def requests_of_run(
             prefetch=args.fsdp2_prefetch,
             loss_chunk=args.loss_chunk_size,
             accumulation=args.gradient_accumulation_steps,
+            backend="gloo" if ranks[0]["device"] == "cpu" else "nccl",
         )
 
     return {phase: request(phase) for phase in ("warmup", "training") if largest_batch(ranks, phase) != (0, 0)}

@@ -20,6 +20,7 @@ from smt_dist.errors import SMTError, first_line
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 METHODS = ("smt", "full", "lora")
+BACKENDS = ("nccl", "gloo")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class Request:
         accumulation: micro-batches a step; the last one is planned, which finds the sums of those before.
         masters: ``full``: weights are fp32 and compute in ``dtype``; False: they, their gradients and Adam's moments
             are in ``dtype``, as in a warm-up of mode ``full_ft``.
+        backend: of the collectives, one of :data:`BACKENDS`: ``gloo`` copies once more what it gathers, and what it
+            reduces and scatters.
 
     Raises:
         SMTError: a value is out of range, or the mesh can't be built; names the flag.
@@ -71,6 +74,7 @@ class Request:
     loss_chunk: int = CHUNK
     accumulation: int = 1
     masters: bool = True
+    backend: str = "nccl"
 
     def __post_init__(self) -> None:
         for flag, value, known in (
@@ -78,6 +82,7 @@ class Request:
             ("method", self.method, METHODS),
             ("dtype", self.dtype, tuple(DTYPES)),
             ("fsdp2_units", self.units, UNITS),
+            ("backend", self.backend, BACKENDS),
         ):
             if value not in known:
                 raise SMTError(f"--{flag}: {value!r} is not one of {', '.join(known)}")

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from smt_dist.blocks import BlockGrid, BlockSelection
 from smt_dist.errors import SMTError
 from smt_dist.layers import layer_key
+from smt_dist.memory.base import chunk_base_loss
 from smt_dist.memory.fake import decoder_layers
 from smt_dist.memory.request import Request, text_config
 from smt_dist.targets import count_parameters_2d
@@ -32,6 +33,7 @@ class Shape:
         groups: config group, or all of them if their budget is joint -> its target modules.
         budgets: the same -> blocks.
         uniform: all layers are alike, so that two small depths tell the others.
+        chunked: the loss is worked out over chunks of the vocabulary.
     """
 
     parameters: int
@@ -42,6 +44,7 @@ class Shape:
     groups: dict[str, list[str]]
     budgets: dict[str, int]
     uniform: bool
+    chunked: bool
 
     @property
     def blocks(self) -> int:
@@ -64,6 +67,7 @@ def measure_shape(request: Request) -> Shape:
         parameters_2d = count_parameters_2d(model)
         uniform = _is_uniform(model, request)
         layers = decoder_layers(model, request.layers)
+        chunked = chunk_base_loss(model, request)
         in_layers = max(parameter.numel() for layer in layers for parameter in layer.parameters())
     elements = next(iter(grids.values())).block_elements
     budgets = {group.name: group.budget(parameters_2d, elements) for group in request.smt.groups}
@@ -74,7 +78,7 @@ def measure_shape(request: Request) -> Shape:
         available = sum(len(grids[module]) for module in groups[name])
         if budget > available:
             raise SMTError(f"smt config groups[{name}]: {budget} blocks are asked for, its targets have {available}")
-    return Shape(sum(sizes), sizes, max(sizes), in_layers, grids, groups, budgets, uniform)
+    return Shape(sum(sizes), sizes, max(sizes), in_layers, grids, groups, budgets, uniform, chunked)
 
 
 def _is_uniform(model: nn.Module, request: Request) -> bool:

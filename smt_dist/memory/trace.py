@@ -83,8 +83,9 @@ def trace_warmup(request: Request, layers: int) -> dict[str, Memory]:
 
 @contextmanager
 def _traced(request: Request, layers: int) -> Iterator[tuple[PreTrainedModel, MemoryTracker]]:
+    tracker = MemoryTracker(copies=request.backend == "gloo")
     try:
-        with linear_of(request.engine), fake_model(request, layers) as model, MemoryTracker() as tracker:
+        with linear_of(request.engine), fake_model(request, layers) as model, tracker:
             tracker.moment(_IGNORED)
             tracker.register([list(model.parameters()), list(model.buffers())], "base_weights")
             yield model, tracker

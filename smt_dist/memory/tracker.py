@@ -22,6 +22,9 @@ from torch.utils._pytree import tree_leaves
 from smt_dist.communication import NAMESPACES
 from smt_dist.memory.categories import Memory
 
+# What gloo copies whole (torch 2.13.0, ProcessGroupGloo.cpp: it flattens outputs, or inputs, once more).
+_COPYING = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
+
 FORWARD, RECOMPUTE, BACKWARD, OTHER = "forward", "recompute", "backward", "other"
 
 
@@ -54,11 +57,13 @@ class MemoryTracker(TorchDispatchMode):
 
     Args:
         device_type: whose storages are followed; all others are ignored.
+        copies: count a copy of the whole where ranks gather it, or reduce and scatter it: what gloo does inside.
     """
 
-    def __init__(self, device_type: str = "cpu") -> None:
+    def __init__(self, device_type: str = "cpu", copies: bool = False) -> None:
         super().__init__()
         self.device_type = device_type
+        self._copies = copies
         self._log = _Log()
         self._records: dict[int, tuple[weakref.ref, Record]] = {}
         self._stage, self._span, self._spans = OTHER, 0, 0
@@ -104,6 +109,8 @@ class MemoryTracker(TorchDispatchMode):
                 self._record_of(value)
         if isinstance(func, torch._ops.OpOverload):
             self._mark(func, args, kwargs or {})
+            if self._copies and func._schema.name in _COPYING:
+                self._copy(args)
         return result
 
     def __enter__(self) -> MemoryTracker:
@@ -135,6 +142,12 @@ class MemoryTracker(TorchDispatchMode):
             if isinstance(value, torch.Tensor) and self._follows(value):
                 record = self._record_of(value)
                 record.category = record.category or category
+
+    def _copy(self, args: tuple) -> None:
+        """For a moment there is the whole once more; of a collective's tensors it is the largest."""
+        size = max(value.nbytes for value in tree_leaves(args) if isinstance(value, torch.Tensor))
+        record = Record(size, self._stage, self._span, "communication")
+        self._log.events += [(record, size), (record, -size)]
 
     def _record_of(self, tensor: torch.Tensor) -> Record:
         storage = tensor.untyped_storage()

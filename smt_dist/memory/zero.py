@@ -63,7 +63,8 @@ class ZeroModel:
         trained: sizes of those that are.
         base_is_trained: full fine-tuning.
         largest_in_layers: elements of the largest weight of a layer, beside embedding and head.
-        logits: bytes of a micro-batch's logits in fp32.
+        logits: elements of a micro-batch's logits; 0: they are never whole, as the loss is chunked.
+        copies: gloo's: what is gathered is there once more for that moment.
     """
 
     settings: ZeroSettings
@@ -74,6 +75,7 @@ class ZeroModel:
     base_is_trained: bool
     largest_in_layers: int = 0
     logits: int = 0
+    copies: bool = False
 
     def moments(self, traced: Mapping[str, Memory], gradient_width: int) -> dict[str, Memory]:
         """The moments of a training step under ZeRO.
@@ -83,12 +85,15 @@ class ZeroModel:
             gradient_width: bytes of an element of these gradients.
         """
         moments = {}
-        for name, memory in traced.items():
+        for name, memory in self.with_gathered(traced).items():
             done = memory.gradients // gradient_width
             own = self._step() if name == "step" else self._backward(done) if name.startswith("backward") else Memory()
-            held = self.resident().plus(**own.as_dict())
-            moments[name] = held.plus(
-                gathered_weights=self.gathered(name), activations=memory.activations, temporary=memory.temporary
+            moments[name] = (
+                self.resident()
+                .plus(**own.as_dict())
+                .plus(
+                    gathered_weights=memory.gathered_weights, activations=memory.activations, temporary=memory.temporary
+                )
             )
         # What is left in the bucket is reduced when the backward is done.
         moments["reduction"] = self.resident().plus(**self._end_of_backward().as_dict())
@@ -198,20 +203,68 @@ class ZeroModel:
         whole = sum(size for size in sizes if size < limit) if persists else 0
         return self.width * (shards + whole)
 
-    def gathered(self, moment: str, training: bool = True) -> int:
-        """ZeRO-3's whole weights: those used again within the reuse distance at the turn from forward to backward.
+    def with_gathered(self, traced: Mapping[str, Memory], training: bool = True) -> dict[str, Memory]:
+        """The moments with the weights that are whole in them, and that in which the head is gathered.
 
-        At the turn a weight n elements before the end comes back after 2 n elements; so half of the distance is kept,
-        and what is fetched ahead, but never more than all. One rank has nothing to gather.
+        Args:
+            traced: the moments of one plain rank.
+            training: with the blocks, not as in the warm-up.
         """
-        if self.settings.stage < 3 or self.ranks == 1 or moment == "step":
+        if self.settings.stage < 3:
+            return dict(traced)
+        moments = {}
+        for name, memory in traced.items():
+            used = self._used(name)
+            # The copy is gone when the weight is used.
+            temporary = max(memory.temporary, used if self.copies else 0)
+            moments[name] = memory.with_(gathered_weights=self._window(name, used, training), temporary=temporary)
+        # Of the loss there is nothing yet, or in the backward of whole logits their gradient.
+        name = "backward head" if self.logits else "forward head"
+        head = 0 if self.ranks == 1 and self.logits else self._largest
+        moments[f"{name}, gathering"] = traced[name].with_(
+            gathered_weights=self._window(name, head, training),
+            gradients=0,
+            activations=max(0, traced[name].activations - FP32 * self.logits),
+            temporary=self.width * self.logits + (head if self.copies else 0),
+        )
+        return moments
+
+    @property
+    def _largest(self) -> int:
+        """Bytes of the largest weight that is gathered: the head or the embedding."""
+        return self.width * max(self._gathers(self.trained + self.frozen), default=0)
+
+    def _gathers(self, sizes: list[int]) -> list[int]:
+        """Of those that don't stay whole."""
+        return [size for size in sizes if size >= self.settings.param_persistence_threshold]
+
+    def _used(self, moment: str) -> int:
+        """Bytes of the largest weight that a moment computes with, beside what is kept.
+
+        One rank gathers nothing, except for the chunked loss, which asks for the head itself.
+        """
+        if moment == "forward head" and not self.logits:
+            return self._largest
+        if self.ranks == 1 or not moment.startswith(("forward", "backward")):
             return 0
-        limit = self.settings.param_persistence_threshold
-        large = [size for size in [*self.frozen, *(self.trained if training else [])] if size >= limit]
-        used = self.width * (self.largest_in_layers if " layer" in moment else max(large, default=0))
         if moment.endswith("head"):
+            if not self.logits:
+                return 0  # the forward has worked the gradient out
             # The peak is in the loss, for which the head's weight isn't needed; where it is, there is a copy less.
-            used = max(0, used - self.logits)
+            return max(0, self._largest - FP32 * self.logits)
+        if "embedding" in moment or (self.base_is_trained and moment == "backward layer 0"):
+            return self._largest  # a trained embedding's backward gathers it, too
+        return self.width * self.largest_in_layers
+
+    def _window(self, moment: str, used: int, training: bool) -> int:
+        """Bytes of whole weights: ``used``, and beside it those that are kept as they are soon used again.
+
+        That is within the reuse distance. Where the forward turns into the backward a weight n elements before the end
+        comes back after 2 n elements; so half of the distance is kept, and what is fetched ahead, but never more than
+        all.
+        """
+        if self.ranks == 1 or not moment.startswith(("forward", "backward")):
+            return used
         kept = min(self.settings.max_reuse_distance, self.settings.max_live_parameters) // 2
         window = self.width * (kept + self.settings.prefetch_bucket_size) + used
-        return min(self.width * sum(large), window)
+        return min(self.width * sum(self._gathers([*self.frozen, *(self.trained if training else [])])), window)
