@@ -40,6 +40,8 @@ def initialize_process_group(args: SMTTrainingArguments) -> None:
     if args.engine == "deepspeed" and "RANK" not in os.environ:
         os.environ |= _single_rank()  # without a launcher DeepSpeed would ask MPI
     _ = args.device  # sets the process group up
+    if args.process_index == 0:
+        warn_of_a_shared_store()
     if args.n_gpu > 1:  # one process that sees several GPUs: Trainer would use nn.DataParallel
         args._n_gpu = 1
     if args.engine == "deepspeed":
@@ -50,6 +52,21 @@ def initialize_process_group(args: SMTTrainingArguments) -> None:
             warn_of_abandoned_builds()
         # Before from_pretrained: without it zero.Init would reckon with one rank.
         deepspeed.init_distributed(timeout=timedelta(seconds=args.ddp_timeout))
+
+
+def warn_of_a_shared_store() -> None:
+    """Say how torchrun restarts ranks safely, where it will restart them.
+
+    In torch 2.13.0 its agent keeps one store for all tries: restarted ranks may read the addresses of those that are
+    gone, and then wait for one another until the time-out.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        logger.warning(
+            "torchrun --max-restarts %d: restarted ranks may read addresses of those that are gone, and hang. Launch "
+            "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv_backend c10d (or --standalone)",
+            restarts,
+        )
 
 
 def warn_of_abandoned_builds(minutes: float = 5) -> None:
