@@ -250,7 +250,14 @@ SLURM = {
     "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "x", "SLURM_JOB_NUM_NODES": "3", "SLURM_GPUS_ON_NODE": "4",
     "SLURM_CPUS_PER_TASK": "32",
 }  # fmt: skip
-NODES = {"NODES": "3", "GPUS_PER_NODE": "4", "HEAD_NODE": "first", "NODE_RANK": "2", "PORT": "20007"}
+NODES = {
+    "MAX_RESTARTS": "5",
+    "NODES": "3",
+    "GPUS_PER_NODE": "4",
+    "HEAD_NODE": "first",
+    "NODE_RANK": "2",
+    "PORT": "20007",
+}
 
 
 def start(name: str, folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -282,6 +289,7 @@ def test_a_node_script_starts_train_py_on_the_nodes_that_it_is_told(tmp_path, na
         known = torchrun_parser().parse_args(call)
         assert (known.nnodes, known.nproc_per_node, known.rdzv_endpoint) == ("3", "4", "first:20007")
         assert known.rdzv_backend == "c10d"
+        assert known.max_restarts == (5 if name == "torchrun.sh" else 0)
         started, passed_on = known.training_script, known.training_script_args
     assert Path(started) == ROOT / "launch" / "train.py"
     assert passed_on == arguments

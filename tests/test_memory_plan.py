@@ -97,7 +97,7 @@ def test_two_small_depths_tell_the_whole_depth(engine, method, checkpointing):
         world_size=4,
         method=method,
         checkpointing=checkpointing,
-        shape={"num_hidden_layers": 11},
+        shape={"num_hidden_layers": 8},
         smt=FEW,
     )
     near, whole = make_plan(request), make_plan(request, exact=True)
@@ -208,7 +208,8 @@ def test_more_tokens_never_take_less(what):
 @pytest.mark.parametrize(("what", "values"), [("batch", (2, 5)), ("world_size", (8, 1))])
 def test_what_a_search_finds_fits_and_the_next_does_not(what, values):
     """A failure means devices stand half empty, or the run fails on the largest batch that was promised."""
-    request = small_request(engine="fsdp2", batch=1, sequence=32, smt=FEW)
+    engine = "fsdp2" if what == "world_size" else "ddp"
+    request = small_request(engine=engine, batch=1, sequence=32, smt=FEW)
     fitting, too_much = (make_plan(_changed(request, what, value)).peak_bytes for value in values)
     found = search(replace(request, device_memory=(fitting + too_much) // 2), what)
     assert found.value is not None
