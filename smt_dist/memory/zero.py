@@ -174,11 +174,11 @@ class ZeroModel:
     def _copies(self, elements: int) -> int:
         """Bytes while so many elements are reduced: flattened once more, and where they are narrower also in fp32.
 
-        ZeRO-3's bucket is in fp32 already; a weight too large for it isn't.
+        ZeRO-3's bucket is in fp32 already; a weight too large for it is brought there first.
         """
         narrow = self.width < FP32
         if self.settings.stage == 3:
-            return FP32 * elements + (self.width * elements if narrow and elements == self._oversized else 0)
+            return FP32 * elements * (2 if narrow and elements == self._oversized else 1)
         return (self.width + FP32 if narrow else FP32) * elements
 
     def _step(self) -> Memory:
