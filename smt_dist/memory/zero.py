@@ -88,12 +88,9 @@ class ZeroModel:
         for name, memory in self.with_gathered(traced).items():
             done = memory.gradients // gradient_width
             own = self._step() if name == "step" else self._backward(done) if name.startswith("backward") else Memory()
-            moments[name] = (
-                self.resident()
-                .plus(**own.as_dict())
-                .plus(
-                    gathered_weights=memory.gathered_weights, activations=memory.activations, temporary=memory.temporary
-                )
+            held = self.resident().plus(**own.as_dict())
+            moments[name] = held.plus(
+                gathered_weights=memory.gathered_weights, activations=memory.activations, temporary=memory.temporary
             )
         # What is left in the bucket is reduced when the backward is done.
         moments["reduction"] = self.resident().plus(**self._end_of_backward().as_dict())
@@ -231,8 +228,8 @@ class ZeroModel:
 
     @property
     def _largest(self) -> int:
-        """Bytes of the largest weight that is gathered: the head or the embedding."""
-        return self.width * max(self._gathers(self.trained + self.frozen), default=0)
+        """Bytes of the base's largest weight that is gathered: the head or the embedding."""
+        return self.width * max(self._gathers(self.trained if self.base_is_trained else self.frozen), default=0)
 
     def _gathers(self, sizes: list[int]) -> list[int]:
         """Of those that don't stay whole."""
