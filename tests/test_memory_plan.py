@@ -138,7 +138,8 @@ def test_zero_partitions_what_its_stage_says(stage, base, gradients, blocks, buc
     """Bytes an element on 4 ranks in bf16 at the end of a backward, from DeepSpeed's description of each stage."""
     settings = ZeroSettings(stage, reduce_bucket_size=10, param_persistence_threshold=0)
     zero = ZeroModel(settings, 4, 2, frozen=[4000, 8000], trained=[400], base_is_trained=False)
-    memory = zero.moments({"backward layer 0": Memory(gradients=2 * 400)}, gradient_width=2)["reduction"]
+    traced = {"forward head": Memory(), "backward layer 0": Memory(gradients=2 * 400)}
+    memory = zero.moments(traced, gradient_width=2)["reduction"]
     assert memory.base_weights == base * 12000
     assert memory.gradients == gradients * 400
     assert memory.blocks == blocks * 400
