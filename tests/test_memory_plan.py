@@ -14,6 +14,7 @@ from workers.memory import SHAPE, small_request
 
 from smt_dist import SMTConfig, SMTError
 from smt_dist.memory.categories import CATEGORIES, GIB, Memory, parse_size
+from smt_dist.memory.grid import GATHERED
 from smt_dist.memory.plan import make_plan
 from smt_dist.memory.request import Request
 from smt_dist.memory.search import _changed, _largest, search
@@ -25,14 +26,7 @@ MIB = 2**20
 # The cells that are run for real. Targets: 5 % or 16 MiB; these models are small, so the percentage is what counts.
 # CPUs without bf16 instructions are many times slower in it, so it gets few tokens.
 SHORT = {"batch": 1, "sequence": 24}
-# Several buckets, and every weight gathered for each use, as in large models with DeepSpeed's defaults.
-BUCKETS = {"reduce_bucket_size": 300_000}
-GATHERED = {
-    "stage3_max_reuse_distance": 0,
-    "stage3_prefetch_bucket_size": 0,
-    "stage3_max_live_parameters": 0,
-    "stage3_param_persistence_threshold": 0,
-}
+BUCKETS = {"reduce_bucket_size": 300_000}  # several, as in large models with DeepSpeed's defaults
 ONE_RANK = [
     {"method": "smt", "smt": {"selection": {"score": "abs_mean"}}, **SHORT},
     {"method": "smt", "checkpointing": True, "dtype": "float32", "smt": {"selection": {"score": "mean_abs"}}},
@@ -97,7 +91,7 @@ def test_two_small_depths_tell_the_whole_depth(engine, method, checkpointing):
         world_size=4,
         method=method,
         checkpointing=checkpointing,
-        shape={"num_hidden_layers": 8},
+        shape={"num_hidden_layers": 11},
         smt=FEW,
     )
     near, whole = make_plan(request), make_plan(request, exact=True)
@@ -173,11 +167,11 @@ def test_blocks_and_state_are_what_the_real_optimizer_holds(dtype):
 
 def test_a_given_selection_is_planned_layer_by_layer():
     """All blocks in the top layer: layers below need no backward, so they keep nothing."""
-    request = small_request(shape={"num_hidden_layers": 8})
+    request = small_request(shape={"num_hidden_layers": 11})
     shape = measure_shape(request)
     top, bottom = ({f"model.layers.{layer}.self_attn.q_proj": 20} for layer in (7, 0))
     peaks = [
-        make_plan(small_request(shape={"num_hidden_layers": 8}, selection=selection_of(counts, shape.grids, 8)))
+        make_plan(small_request(shape={"num_hidden_layers": 11}, selection=selection_of(counts, shape.grids, 8)))
         for counts in (top, bottom)
     ]
     above, below = (plan.phases["training"].peak for plan in peaks)

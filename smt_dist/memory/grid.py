@@ -32,7 +32,7 @@ _ROWS_AND_TOKENS = {"float32": (2, 64), "bfloat16": (1, 16)}
 # models do with DeepSpeed's defaults.
 _ZERO = {"reduce_bucket_size": 3_000_000}
 _ZERO_SMALL = {"reduce_bucket_size": 200_000}
-_ZERO_3 = {
+GATHERED = {
     "stage3_max_reuse_distance": 0,
     "stage3_prefetch_bucket_size": 0,
     "stage3_max_live_parameters": 0,
@@ -70,7 +70,7 @@ class Cell:
     def request(self) -> Request:
         """What is planned, and run."""
         rows, tokens = _ROWS_AND_TOKENS[self.dtype]
-        zero = (_ZERO_SMALL if self.small else _ZERO) | (_ZERO_3 if self.engine == "zero3" else {})
+        zero = (_ZERO_SMALL if self.small else _ZERO) | (GATHERED if self.engine == "zero3" else {})
         smt = {"block_size": 64 if not self.small else 32, "groups": [{"fraction": 0.01}], "warmup": {"steps": 1}}
         return Request(
             model=LlamaConfig(**_SHAPES[self.small]),

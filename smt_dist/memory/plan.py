@@ -147,9 +147,7 @@ def _warmup(request: Request, shape: Shape, exact: bool) -> dict[str, Memory]:
         return moments
     zero = _zero(request, shape, [])
     base = zero.resident(training=False).base_weights
-    return {
-        name: memory.with_(base_weights=base) for name, memory in zero.with_gathered(moments, training=False).items()
-    }
+    return {name: memory.with_(base_weights=base) for name, memory in zero.with_gathered(moments).items()}
 
 
 def _training(

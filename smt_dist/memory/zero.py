@@ -200,26 +200,26 @@ class ZeroModel:
         whole = sum(size for size in sizes if size < limit) if persists else 0
         return self.width * (shards + whole)
 
-    def with_gathered(self, traced: Mapping[str, Memory], training: bool = True) -> dict[str, Memory]:
+    def with_gathered(self, traced: Mapping[str, Memory]) -> dict[str, Memory]:
         """The moments with the weights that are whole in them, and that in which the head is gathered.
 
         Args:
             traced: the moments of one plain rank.
-            training: with the blocks, not as in the warm-up.
         """
+        moments = dict(traced)
         if self.settings.stage < 3:
-            return dict(traced)
-        moments = {}
+            return moments
         for name, memory in traced.items():
-            used = self._used(name)
-            # The copy is gone when the weight is used.
-            temporary = max(memory.temporary, used if self.copies else 0)
-            moments[name] = memory.with_(gathered_weights=self._window(name, used, training), temporary=temporary)
+            if name.startswith(("forward", "backward")):
+                used = self._used(name)
+                # The copy is gone when the weight is used.
+                temporary = max(memory.temporary, used if self.copies else 0)
+                moments[name] = memory.with_(gathered_weights=self._window(used), temporary=temporary)
         # Of the loss there is nothing yet, or in the backward of whole logits their gradient.
         name = "backward head" if self.logits else "forward head"
         head = 0 if self.ranks == 1 and self.logits else self._largest
         moments[f"{name}, gathering"] = traced[name].with_(
-            gathered_weights=self._window(name, head, training),
+            gathered_weights=self._window(head),
             gradients=0,
             activations=max(0, traced[name].activations - FP32 * self.logits),
             temporary=self.width * self.logits + (head if self.copies else 0),
@@ -242,7 +242,7 @@ class ZeroModel:
         """
         if moment == "forward head" and not self.logits:
             return self._largest
-        if self.ranks == 1 or not moment.startswith(("forward", "backward")):
+        if self.ranks == 1:
             return 0
         if moment.endswith("head"):
             if not self.logits:
@@ -253,15 +253,15 @@ class ZeroModel:
             return self._largest  # a trained embedding's backward gathers it, too
         return self.width * self.largest_in_layers
 
-    def _window(self, moment: str, used: int, training: bool) -> int:
+    def _window(self, used: int) -> int:
         """Bytes of whole weights: ``used``, and beside it those that are kept as they are soon used again.
 
         That is within the reuse distance. Where the forward turns into the backward a weight n elements before the end
         comes back after 2 n elements; so half of the distance is kept, and what is fetched ahead, but never more than
-        all.
+        all. One rank keeps nothing.
         """
-        if self.ranks == 1 or not moment.startswith(("forward", "backward")):
+        if self.ranks == 1:
             return used
         kept = min(self.settings.max_reuse_distance, self.settings.max_live_parameters) // 2
         window = self.width * (kept + self.settings.prefetch_bucket_size) + used
-        return min(self.width * sum(self._gathers([*self.frozen, *(self.trained if training else [])])), window)
+        return min(self.width * sum(self._gathers(self.frozen + self.trained)), window)
