@@ -23,8 +23,9 @@ from smt_dist.config import SMTConfig
 from smt_dist.distributed import agree, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.files import replace_file
-from smt_dist.loading import initialize_process_group, load_tokenizer_and_model
+from smt_dist.loading import load_tokenizer_and_model
 from smt_dist.phases import enter_phase
+from smt_dist.process_group import initialize_process_group
 from smt_dist.run import (
     RunArguments,
     check_writable,

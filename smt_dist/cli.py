@@ -46,8 +46,11 @@ def run_program(main: Callable[[], None]) -> None:
         if not full:
             raise
         sys.exit(2)
-    _leave_process_group()
-    end_supervision()
+    else:
+        _leave_process_group()
+        end_supervision()
+    finally:
+        _let_threads_settle()
 
 
 def _print_line(text: str, error: bool = False) -> None:
@@ -63,6 +66,13 @@ def _leave_process_group() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _let_threads_settle() -> None:
+    if "torch.distributed" in sys.modules:  # a bad flag should not wait for torch
+        from smt_dist.process_group import let_threads_settle
+
+        let_threads_settle()
 
 
 def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:

@@ -152,6 +152,8 @@ def _run_worker(worker: str, folder: Path) -> None:
 
     import torch.distributed as dist
 
+    from smt_dist.process_group import let_threads_settle
+
     faulthandler.enable()
     torch.set_num_threads(1)
     world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -173,6 +175,7 @@ def _run_worker(worker: str, folder: Path) -> None:
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        let_threads_settle()
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.data import CausalLMCollator
 from smt_dist.distributed import get_world_size
 from smt_dist.engines import make_engine
-from smt_dist.loading import initialize_process_group
+from smt_dist.process_group import initialize_process_group
 from smt_dist.run import TrainingData
 
 # Nothing is kept gathered and nothing fetched early: every forward and backward gathers anew, as in a large model.

@@ -1,0 +1,118 @@
+"""The process group: how it begins, what spoils it, and how its threads end."""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch.utils.cpp_extension import get_default_build_root
+
+if TYPE_CHECKING:
+    from smt_dist.arguments import SMTTrainingArguments
+
+logger = logging.getLogger(__name__)
+
+SETTLING_SECONDS = 2.0  # at most, for threads to become idle at the end
+
+
+def initialize_process_group(args: SMTTrainingArguments) -> None:
+    """Trainer's own set-up of the process group, and DeepSpeed's on top, before any model is built."""
+    if args.engine == "deepspeed" and "RANK" not in os.environ:
+        os.environ |= _single_rank()  # without a launcher DeepSpeed would ask MPI
+    _ = args.device  # sets the process group up
+    if args.process_index == 0:
+        warn_of_a_shared_store()
+    if args.n_gpu > 1:  # one process that sees several GPUs: Trainer would use nn.DataParallel
+        args._n_gpu = 1
+    if args.engine == "deepspeed":
+        # Imported here: DeepSpeed takes seconds, and ddp doesn't need it.
+        import deepspeed
+
+        if args.local_process_index == 0:
+            warn_of_abandoned_builds()
+        # Before from_pretrained: without it zero.Init would reckon with one rank.
+        deepspeed.init_distributed(timeout=timedelta(seconds=args.ddp_timeout))
+
+
+def warn_of_a_shared_store() -> None:
+    """Say how torchrun restarts ranks safely, where it will restart them.
+
+    In torch 2.13.0 its agent keeps one store for all tries: restarted ranks may read the addresses of those that are
+    gone, and then wait for one another until the time-out.
+    """
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        logger.warning(
+            "torchrun --max-restarts %d: restarted ranks may read addresses of those that are gone, and hang. Launch "
+            "with TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv_backend c10d (or --standalone)",
+            restarts,
+        )
+
+
+def warn_of_abandoned_builds(minutes: float = 5) -> None:
+    """Name the locks of old builds: PyTorch waits for one without end, in silence, although its owner was killed.
+
+    Args:
+        minutes: from which age on; a build of one of DeepSpeed's ops takes less.
+    """
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    for lock in [*root.glob("*/lock"), *root.glob("*/*/lock")]:
+        if _age(lock) > 60 * minutes:
+            logger.warning(
+                "%s is over %g minutes old: if no process compiles DeepSpeed's ops now, one was killed while it did, "
+                "and this run may wait for it without end; then delete that file",
+                lock,
+                minutes,
+            )
+
+
+def _age(path: Path) -> float:
+    """In seconds; 0 for a lock that another node's build took away while we looked."""
+    try:
+        return time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _single_rank() -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def let_threads_settle(seconds: float = SETTLING_SECONDS) -> None:
+    """Wait until all other threads of this process sleep; to be called before the interpreter ends.
+
+    Gloo's threads outlive ``destroy_process_group`` wherever something still holds a group: DDP, DTensor's caches and
+    DeepSpeed do, to the end. One that frees the last collective's tensor while the interpreter ends asks for Python's
+    lock, is ended for it in C++ code that can't be left so, and takes the process down with SIGABRT ("terminate
+    called without an active exception"): all is saved, and the launcher sees a job that failed (torch 2.13.0).
+
+    Args:
+        seconds: to wait at most, where a thread never sleeps.
+    """
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        time.sleep(0.01)  # without Python's lock, so that no thread waits for it
+        if not _other_threads_run():
+            return
+
+
+def _other_threads_run() -> bool:
+    """Whether one computes or wants to; False where the system doesn't tell (not Linux)."""
+    for task in Path("/proc/self/task").glob("[0-9]*"):
+        try:
+            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:  # it has ended
+            continue
+        if state in "RD" and int(task.name) != threading.get_native_id():
+            return True
+    return False
