@@ -39,7 +39,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--targets", nargs="+", default=list(standard.targets), help="modules for blocks and adapters alike")
     add("--block_size", type=positive_int, default=standard.block_size, help="side of SMT's blocks, in elements")
     add("--selection_steps", type=positive_int, default=standard.selection_steps, help="batches that SMT scores")
-    add("--strategy", default=standard.strategy, help="of SMT's selection: no_restriction or norm_dist")
+    add("--strategy", default=standard.strategy, help="of SMT's selection: even, no_restriction or norm_dist")
     add("--steps", type=positive_int, default=standard.steps, help="optimizer steps of every method")
     add("--batch_size", type=positive_int, default=standard.batch_size, help="rows a step")
     add("--max_seq_length", type=positive_int, default=standard.max_seq_length, help="tokens; longer rows are cut")

@@ -22,7 +22,7 @@ SALIENCY, ACTIVATION = "grad_x_weight", "activation"
 DATA_FREE_SCORES = ("magnitude", "random", "diagonal")
 SCORES = (*GRADIENT_SCORES, SALIENCY, ACTIVATION, *DATA_FREE_SCORES)
 _DOTTED_NAME = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-Strategy = Literal["no_restriction", "norm_dist"]
+Strategy = Literal["even", "no_restriction", "norm_dist"]
 
 MAX_AUTO_BLOCK_SIZE = 256
 MAX_BLOCK_SIDE = 65536
@@ -109,11 +109,14 @@ class SelectionConfig(_Strict):
             steps of the score of each step's gradient: the same names with ``_per_step``; the mean of
             ``|G * weight|``: ``grad_x_weight``; of the layers' inputs: ``activation``; of the weight alone:
             ``magnitude``; of nothing: ``random`` and ``diagonal``.
-        strategy: ``no_restriction`` takes the budget's best blocks over all its weights; ``norm_dist`` takes the
-            same number from every weight.
-        budget: ``separate``: each group spends its own. ``joint``: the groups' budgets are added up, and spent on
-            the best blocks of all groups.
-        floor: the least number of blocks of each layer that has targets, within each budget. ``no_restriction`` only.
+        strategy: ``even`` takes as many blocks from every weight, or all that it has, and the rest where the next
+            best ones are. ``no_restriction`` takes the budget's best blocks over all its weights (the paper's).
+            ``norm_dist`` takes the same number from every weight, and fails where one has less; the rest goes to the
+            first weights.
+        budget: ``separate``: each group spends its own. ``joint``: the groups' budgets are added up, and spent by the
+            strategy on the weights of all groups.
+        floor: the least number of blocks of each layer that has targets, within each budget. ``no_restriction`` only,
+            which is the default where a floor or a ceiling is given.
         ceiling: the most of each layer, likewise.
         bounds_per: what ``floor`` and ``ceiling`` count: the blocks of a decoder ``layer`` (the modules whose names
             agree up to the first number; any other module is a layer by itself), or of a ``weight``.
@@ -121,7 +124,7 @@ class SelectionConfig(_Strict):
     """
 
     score: str = "abs_mean"
-    strategy: Strategy = "no_restriction"
+    strategy: Strategy = "even"
     budget: Literal["separate", "joint"] = "separate"
     floor: int | None = Field(default=None, ge=1, strict=True)
     ceiling: int | None = Field(default=None, ge=1, strict=True)
@@ -135,11 +138,22 @@ class SelectionConfig(_Strict):
             raise ValueError(f"expected one of {', '.join(SCORES)}, or a function's dotted name")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bounds_choose_among_all(cls, values: Any) -> Any:
+        """``floor`` and ``ceiling`` alone mean the strategy that has them."""
+        if isinstance(values, dict) and "strategy" not in values:
+            bounded = any(values.get(name) is not None for name in ("floor", "ceiling"))
+            return {**values, "strategy": "no_restriction"} if bounded else values
+        return values
+
     @model_validator(mode="after")
     def _bounds_fit(self) -> SelectionConfig:
         bounded = self.floor is not None or self.ceiling is not None
-        if bounded and self.strategy == "norm_dist":
-            raise ValueError("'floor' and 'ceiling' need strategy no_restriction: norm_dist fixes each weight's number")
+        if bounded and self.strategy != "no_restriction":
+            raise ValueError(
+                f"'floor' and 'ceiling' need strategy no_restriction: {self.strategy} fixes each weight's number"
+            )
         if self.floor is not None and self.ceiling is not None and self.floor > self.ceiling:
             raise ValueError(f"'floor' {self.floor} is above 'ceiling' {self.ceiling}")
         return self

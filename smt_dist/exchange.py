@@ -11,7 +11,7 @@ from smt_dist.config import SelectionConfig, SMTConfig
 from smt_dist.errors import SMTError
 from smt_dist.layers import layer_key
 from smt_dist.scores import BlockScores
-from smt_dist.selection import Pool, budget_pools, choose_blocks
+from smt_dist.selection import Pool, budget_pools, choose_blocks, even_level
 from smt_dist.weight_scores import NEVER
 
 
@@ -61,7 +61,7 @@ def _weakest(
     ranked: list[tuple[str, Block]], count: int, pool: Pool, scores: BlockScores, bounds: SelectionConfig
 ) -> set[tuple[str, Block]]:
     """The last ``count`` blocks of ``ranked`` without which there are still blocks enough for budget and bounds."""
-    by_weight = bounds.strategy == "norm_dist" or bounds.bounds_per == "weight"
+    by_weight = bounds.strategy != "no_restriction" or bounds.bounds_per == "weight"
     place = {module: module if by_weight else layer_key(module) for module in pool.modules}
     left: Counter[str] = Counter()
     for module in pool.modules:
@@ -71,6 +71,9 @@ def _weakest(
         share, rest = divmod(pool.blocks, len(pool.modules))
         least = {module: share + (index < rest) for index, module in enumerate(pool.modules)}
     most = bounds.ceiling or pool.blocks
+    if bounds.strategy == "even":
+        level = even_level(left, pool.blocks)
+        least, most = {module: min(blocks, level) for module, blocks in left.items()}, level + 1
     room = sum(min(blocks, most) for blocks in left.values())
     dropped: set[tuple[str, Block]] = set()
     for module, block in reversed(ranked):

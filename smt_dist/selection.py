@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -61,6 +62,8 @@ def choose_blocks(scores: BlockScores, config: SMTConfig, pools: list[Pool] | No
     for pool in budget_pools(scores, config) if pools is None else pools:
         if config.selection.strategy == "norm_dist":
             picks = _best_of_each(scores, pool)
+        elif config.selection.strategy == "even":
+            picks = _spread_evenly(scores, pool)
         elif config.selection.floor is None and config.selection.ceiling is None:
             picks = _best_of_all(scores, pool)
         else:
@@ -150,6 +153,22 @@ def _best_of_each(scores: BlockScores, pool: Pool) -> list[Candidate]:
     return picks
 
 
+def _spread_evenly(scores: BlockScores, pool: Pool) -> list[Candidate]:
+    """``even``: from every weight as many, or all that it has; the rest where the next best blocks are."""
+    ranked = _ranked(scores, pool.modules)
+    level = even_level(Counter(module for _, (module, _) in ranked), pool.blocks)
+    return _within(ranked, pool, {module: module for module in pool.modules}, level, level + 1)
+
+
+def even_level(available: Mapping[str, int], budget: int) -> int:
+    """The largest number of blocks that a budget has for every weight, if weights with less give all they have."""
+
+    def spent(level: int) -> int:
+        return sum(min(count, level) for count in available.values())
+
+    return bisect_right(range(1, max(available.values(), default=0) + 1), budget, key=spent)
+
+
 def best_within_bounds(ranked: list[tuple[float, Candidate]], pool: Pool, bounds: SelectionConfig) -> list[Candidate]:
     """The best blocks with at least ``floor`` and at most ``ceiling`` of each layer: no other choice has a larger sum.
 
@@ -161,7 +180,12 @@ def best_within_bounds(ranked: list[tuple[float, Candidate]], pool: Pool, bounds
     layer_of = {module: layer_key(module) if bounds.bounds_per == "layer" else module for module in pool.modules}
     available = Counter(layer_of[module] for _, (module, _) in ranked)
     _refuse_bounds(pool, bounds, {layer: available[layer] for layer in layer_of.values()})
-    floor, ceiling = bounds.floor or 0, bounds.ceiling or len(ranked)
+    return _within(ranked, pool, layer_of, bounds.floor or 0, bounds.ceiling or len(ranked))
+
+
+def _within(
+    ranked: list[tuple[float, Candidate]], pool: Pool, layer_of: Mapping[str, str], floor: int, ceiling: int
+) -> list[Candidate]:
     taken: Counter[str] = Counter()
     chosen = [False] * len(ranked)
     left = pool.blocks

@@ -14,7 +14,7 @@ from smt_dist.errors import SMTError
 DOCUMENTED_DEFAULTS = {
     "block_size": 256,
     "groups": [{"name": "attention", "target_modules": "attention", "fraction": 0.0084, "lr_multiplier": 1.0}],
-    "selection": {"score": "abs_mean", "strategy": "no_restriction", "seed": 0},
+    "selection": {"score": "abs_mean", "strategy": "even", "seed": 0},
     "warmup": {"steps": 100, "mode": "probe"},
 }
 

@@ -26,7 +26,8 @@ def test_the_weakest_go_and_the_best_of_the_rest_grow():
     scores = make_scores({"a": [[9, 1, 8, 2]], "b": [[7, 3, 6, 99]]})
     active = BlockSelection(block_size=(4, 4), blocks={"a": [(0, 0), (0, 1)], "b": [(0, 0), (0, 3)]})
     strengths = {"a": {(0, 0): 0.4, (0, 1): 0.3}, "b": {(0, 0): 0.2, (0, 3): 0.1}}
-    changed = exchange(scores, active, strengths, reselect_config({"blocks": 4}), 0.5)
+    config = reselect_config({"blocks": 4}, strategy="no_restriction")
+    changed = exchange(scores, active, strengths, config, 0.5)
     assert changed.blocks == {"a": [(0, 0), (0, 1), (0, 2)], "b": [(0, 2)]}
 
 
@@ -51,7 +52,8 @@ def test_no_more_are_dropped_than_can_grow():
 @pytest.mark.parametrize(
     ("selection", "expected"),
     [
-        ({}, {"layers.0.q": 2}),
+        ({"strategy": "no_restriction"}, {"layers.0.q": 2}),
+        ({"strategy": "even"}, {"layers.0.q": 1, "layers.1.q": 1}),
         ({"floor": 1}, {"layers.0.q": 1, "layers.1.q": 1}),
         ({"strategy": "norm_dist"}, {"layers.0.q": 1, "layers.1.q": 1}),
     ],
@@ -72,7 +74,8 @@ def test_bounds_and_strategy_hold_after_an_exchange(selection, expected):
         ({"floor": 2}, ("layers.1.q", (0, 0))),
         ({"strategy": "norm_dist"}, ("layers.1.q", (0, 0))),
         ({"ceiling": 2}, ("layers.1.q", (0, 0))),
-        ({}, ("layers.0.q", (0, 1))),
+        ({"strategy": "even"}, ("layers.1.q", (0, 0))),
+        ({"strategy": "no_restriction"}, ("layers.0.q", (0, 1))),
     ],
     ids=str,
 )

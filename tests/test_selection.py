@@ -80,6 +80,22 @@ def test_norm_dist_takes_as_many_from_every_weight(blocks, expected):
     assert select_blocks(scores, make_config({"blocks": blocks}, strategy="norm_dist")).blocks == expected
 
 
+@pytest.mark.parametrize(
+    ("blocks", "expected"),
+    [
+        (1, {"b": [(0, 0)]}),
+        (3, {"a": [(0, 1)], "b": [(0, 0)], "c": [(0, 0)]}),
+        (4, {"a": [(0, 1), (1, 1)], "b": [(0, 0)], "c": [(0, 0)]}),
+        (5, {"a": [(0, 1), (1, 1)], "b": [(0, 0)], "c": [(0, 0), (0, 1)]}),
+        (6, {"a": [(0, 1), (1, 0), (1, 1)], "b": [(0, 0)], "c": [(0, 0), (0, 1)]}),
+    ],
+)
+def test_even_gives_the_rest_to_the_best_and_what_a_weight_lacks_to_the_others(blocks, expected):
+    """A budget below one block a weight must not end in the first layers, and a small weight must not end the run."""
+    scores = make_scores({"a": [[1, 4], [2, 3]], "b": [[9]], "c": [[8, 2.5]]})
+    assert select_blocks(scores, make_config({"blocks": blocks}, strategy="even")).blocks == expected
+
+
 def test_norm_dist_refuses_a_share_that_a_weight_does_not_have():
     """Giving its share to others would be another strategy under the same name."""
     scores = make_scores({"a": [[1, 3], [1, 2]], "b": [[90]]})
@@ -161,7 +177,7 @@ def test_a_joint_budget_is_spent_on_the_best_of_all_groups():
     scores = make_scores({"a": [[1, 2]], "b": [[90, 80]], "c": [[70, 3]]}, {"small": ["a"], "large": ["b", "c"]})
     groups = ({"name": "large", "blocks": 1}, {"name": "small", "blocks": 2})
     assert select_blocks(scores, bounded(*groups)).blocks == {"a": [(0, 0), (0, 1)], "b": [(0, 0)]}
-    joint = select_blocks(scores, bounded(*groups, budget="joint"))
+    joint = select_blocks(scores, bounded(*groups, budget="joint", strategy="no_restriction"))
     assert joint.blocks == {"b": [(0, 0), (0, 1)], "c": [(0, 0)]}
     assert joint.groups == {"b": "large", "c": "large"}
 
@@ -183,7 +199,8 @@ LAYERED = {"layers.0.q": [[9, 8]], "layers.0.k": [[7, 6]], "layers.1.q": [[5, 4]
         ({"floor": 1}, {"layers.0.q": 2, "layers.1.q": 1}),
         ({"ceiling": 2}, {"layers.0.q": 2, "layers.1.q": 1}),
         ({"ceiling": 1, "bounds_per": "weight"}, {"layers.0.q": 1, "layers.0.k": 1, "layers.1.q": 1}),
-        ({}, {"layers.0.q": 2, "layers.0.k": 1}),
+        ({"strategy": "no_restriction"}, {"layers.0.q": 2, "layers.0.k": 1}),
+        ({}, {"layers.0.q": 1, "layers.0.k": 1, "layers.1.q": 1}),
     ],
     ids=str,
 )
@@ -269,6 +286,33 @@ def test_under_bounds_no_other_choice_has_a_larger_sum(tables, data):
     assert sum(cell[3] for cell in chosen) == max(sum(cell[3] for cell in subset) for subset in allowed)
 
 
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(st.lists(small_table, min_size=2, max_size=3), st.data())
+def test_even_is_the_best_of_all_choices_that_are(tables, data):
+    """Brute force over every subset in which a weight has two blocks less than another only if it has no more."""
+    cells = [
+        (name, (row, col), value)
+        for name, rows in zip("qkv", tables, strict=False)
+        for row, values in enumerate(rows)
+        for col, value in enumerate(values)
+    ]
+    available = Counter(cell[0] for cell in cells)
+    budget = data.draw(st.integers(1, len(cells)))
+
+    def is_even(subset) -> bool:
+        counts = Counter(cell[0] for cell in subset)
+        most = max(counts.values())
+        return all(counts[name] >= most - 1 or counts[name] == available[name] for name in available)
+
+    scores = make_scores(dict(zip("qkv", tables, strict=False)))
+    selection = select_blocks(scores, make_config({"blocks": budget}, strategy="even"))
+    chosen = [cell for cell in cells if cell[1] in selection.blocks.get(cell[0], [])]
+    assert len(chosen) == budget
+    assert is_even(chosen)
+    best = max(sum(cell[2] for cell in subset) for subset in combinations(cells, budget) if is_even(subset))
+    assert sum(cell[2] for cell in chosen) == best
+
+
 @pytest.mark.parametrize(
     ("tables", "bounds", "gap"),
     [
@@ -276,6 +320,7 @@ def test_under_bounds_no_other_choice_has_a_larger_sum(tables, data):
         ({"a": [[3, 1, 1 - 1e-9]], "b": [[0.5]]}, {"ceiling": 2}, 1e-9),
         ({"a": [[3, 1]], "b": [[1, 0.5]]}, {"floor": 1}, 0.5),
         ({"a": [[3]], "b": [[1]]}, {"floor": 1}, float("inf")),
+        ({"a": [[3, 1]], "b": [[2, 1.5]]}, {"strategy": "even"}, 0.25),
     ],
 )
 def test_the_gap_that_is_logged_is_that_of_the_nearest_other_choice(caplog, tables, bounds, gap):

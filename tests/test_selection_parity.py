@@ -144,6 +144,25 @@ def brute_force(tables: dict[str, torch.Tensor], modules: list[str], budget: int
     return {(module, row, col) for _, _, row, col, module in ranked[:budget]}, gap
 
 
+def evenly(tables: dict[str, torch.Tensor], modules: list[str], budget: int) -> tuple[set, float]:
+    """A block from every weight in turn, round by round; the last round's go to the best. And the smallest gap."""
+    counts = dict.fromkeys(modules, 0)
+    gaps = []
+    while budget:
+        open_to = [module for module in modules if counts[module] < tables[module].numel()]
+        if len(open_to) > budget:
+            following = {m: tables[m].flatten().sort(descending=True).values[counts[m]] for m in open_to}
+            order = sorted(open_to, key=lambda module: -following[module])
+            last, first_out = following[order[budget - 1]], following[order[budget]]
+            gaps.append(float(1 - first_out / last) if first_out != last else 1.0)
+            open_to = order[:budget]
+        for module in open_to:
+            counts[module] += 1
+        budget -= len(open_to)
+    cuts = [brute_force(tables, [module], count) for module, count in counts.items()]
+    return set().union(*(blocks for blocks, _ in cuts)), min([*gaps, *(gap for _, gap in cuts)])
+
+
 def expected_blocks(tables: dict, groups: dict, parameters_2d: int, strategy: str) -> tuple[set, float]:
     """The selection by hand, and the smallest gap of its cuts."""
     budgets = {"attention": 13, "mlp": int(0.05 * parameters_2d / (BLOCK_ROWS * BLOCK_COLS)), "ends": 9}
@@ -154,6 +173,11 @@ def expected_blocks(tables: dict, groups: dict, parameters_2d: int, strategy: st
             continue
         if strategy == "no_restriction":
             cuts = [(modules, budgets[group])]
+        elif strategy == "even":
+            even, gap = evenly(tables, modules, budgets[group])
+            chosen |= even
+            gaps.append(gap)
+            continue
         else:
             share, rest = divmod(budgets[group], len(modules))
             cuts = [([module], share + (index < rest)) for index, module in enumerate(modules)]

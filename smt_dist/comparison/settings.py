@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from smt_dist.comparison.methods import DEFAULT_RATES, FAMILIES, Method, parse_method
-from smt_dist.config import MAX_SEED
+from smt_dist.config import MAX_SEED, SMTConfig
 from smt_dist.errors import SMTError
 
 DTYPES = ("float32", "bfloat16")
@@ -48,7 +48,7 @@ class Settings:
     targets: tuple[str, ...] = ("attention", "o_proj", "mlp")
     block_size: int = 64
     selection_steps: int = 20
-    strategy: str = "no_restriction"
+    strategy: str = SMTConfig().selection.strategy
     steps: int = 200
     batch_size: int = 16
     max_seq_length: int = 256

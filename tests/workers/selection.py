@@ -20,7 +20,7 @@ from workers.runs import elements_held, engine_arguments, load_model, standard_d
 CUSTOM = "workers.selection.spread_of_saliency"
 SCORES = [f"{score}{suffix}" for suffix in ("", "_per_step") for score in ("mean_abs", "abs_mean", "l1", "l2")]
 SCORES += ["grad_x_weight", "activation", "magnitude", "random", "diagonal", CUSTOM]
-STRATEGIES = ["no_restriction", "norm_dist"]
+STRATEGIES = ["even", "no_restriction", "norm_dist"]
 STEPS = 3
 TWICE = ("mean_abs", "abs_mean", "l2_per_step", "grad_x_weight", CUSTOM)
 PASSES = {score: (1, 2) if score in TWICE else (1,) for score in SCORES}
