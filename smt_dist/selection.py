@@ -154,17 +154,38 @@ def _best_of_each(scores: BlockScores, pool: Pool) -> list[Candidate]:
 
 
 def _spread_evenly(scores: BlockScores, pool: Pool) -> list[Candidate]:
-    """``even``: from every weight as many, or all that it has; the rest where the next best blocks are."""
-    ranked = _ranked(scores, pool.modules)
-    level = even_level(Counter(module for _, (module, _) in ranked), pool.blocks)
-    return _within(ranked, pool, {module: module for module in pool.modules}, level, level + 1)
+    """``even``: from every weight as many, or all that it has; the rest where the next best blocks are.
+
+    Blocks whose score is infinite, which a re-selection keeps, are chosen even where that makes a weight have more.
+    """
+    ranked = {module: _ranked(scores, [module]) for module in pool.modules}
+    available = {module: len(found) for module, found in ranked.items()}
+    fixed = {module: sum(score == math.inf for score, _ in found) for module, found in ranked.items()}
+    level = even_level(available, fixed, pool.blocks)
+    counts = {module: max(min(available[module], level), fixed[module]) for module in pool.modules}
+    following = [module for module in pool.modules if counts[module] == level < available[module]]
+    following.sort(key=lambda module: -ranked[module][level][0])
+    rest = pool.blocks - sum(counts.values())
+    for module in following[:rest]:
+        counts[module] += 1
+    gaps = [_cut_off_gap(ranked[module], count) for module, count in counts.items() if count]
+    if 0 < rest < len(following):
+        gaps.append(_gap(*(ranked[module][level][0] for module in following[rest - 1 : rest + 1])))
+    _log_gap(pool.name, min(gaps))
+    return [candidate for module, count in counts.items() for _, candidate in ranked[module][:count]]
 
 
-def even_level(available: Mapping[str, int], budget: int) -> int:
-    """The largest number of blocks that a budget has for every weight, if weights with less give all they have."""
+def even_level(available: Mapping[str, int], fixed: Mapping[str, int], budget: int) -> int:
+    """The largest number of blocks that a budget has for every weight.
+
+    Args:
+        available: blocks of each weight; one that has less gives all.
+        fixed: how many of them it gives in any case.
+        budget: blocks.
+    """
 
     def spent(level: int) -> int:
-        return sum(min(count, level) for count in available.values())
+        return sum(max(min(count, level), fixed[module]) for module, count in available.items())
 
     return bisect_right(range(1, max(available.values(), default=0) + 1), budget, key=spent)
 
@@ -180,12 +201,7 @@ def best_within_bounds(ranked: list[tuple[float, Candidate]], pool: Pool, bounds
     layer_of = {module: layer_key(module) if bounds.bounds_per == "layer" else module for module in pool.modules}
     available = Counter(layer_of[module] for _, (module, _) in ranked)
     _refuse_bounds(pool, bounds, {layer: available[layer] for layer in layer_of.values()})
-    return _within(ranked, pool, layer_of, bounds.floor or 0, bounds.ceiling or len(ranked))
-
-
-def _within(
-    ranked: list[tuple[float, Candidate]], pool: Pool, layer_of: Mapping[str, str], floor: int, ceiling: int
-) -> list[Candidate]:
+    floor, ceiling = bounds.floor or 0, bounds.ceiling or len(ranked)
     taken: Counter[str] = Counter()
     chosen = [False] * len(ranked)
     left = pool.blocks

@@ -12,7 +12,8 @@ from smt_dist.errors import SMTError
 
 def make_config(function: str) -> SMTConfig:
     group = {"name": "g", "target_modules": ["shared"], "blocks": 3}
-    selection = {"score": f"custom_functions.{function}" if "." not in function else function}
+    score = f"custom_functions.{function}" if "." not in function else function
+    selection = {"score": score, "strategy": "no_restriction"}
     return SMTConfig.model_validate(
         {"block_size": 4, "groups": [group], "selection": selection, "warmup": {"steps": 2}}
     )

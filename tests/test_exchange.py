@@ -91,6 +91,15 @@ def test_a_block_that_bounds_need_is_not_dropped(selection, gone):
     } - {gone}  # fmt: skip
 
 
+def test_an_even_spread_drops_no_more_than_the_fraction():
+    """A selection that isn't even, by hand or of an older version, becomes so as its weakest blocks go, not at once."""
+    scores = make_scores({"a": [[9, 8, 7, 6]], "b": [[5, 4, 3, 2]]})
+    active = BlockSelection(block_size=(4, 4), blocks={"a": [(0, 0), (0, 1), (0, 2), (0, 3)]})
+    strengths = {"a": {(0, col): 4.0 - col for col in range(4)}}
+    changed = exchange(scores, active, strengths, reselect_config({"blocks": 4}, strategy="even"), 0.25)
+    assert changed.blocks == {"a": [(0, 0), (0, 1), (0, 2)], "b": [(0, 0)]}
+
+
 def test_blocks_outside_of_the_targets_stay():
     """A selection by hand may hold some; they have no score to be compared by."""
     scores = make_scores({"a": [[1, 2]]})

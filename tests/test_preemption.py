@@ -111,16 +111,14 @@ def test_an_epoch_that_was_cut_short_is_not_scored(make):
 # -- with re-selection -------------------------------------------------------------------------------------------
 
 
-def two_groups(multiplier: float = 10.0, budget: str = "separate") -> SMTConfig:
+def two_groups(multiplier: float = 10.0, **selection: str) -> SMTConfig:
     """One block in each of two kinds of weights, both exchanged every 2 steps."""
     groups = [
         {"name": "a", "target_modules": ["q_proj"], "blocks": 1},
         {"name": "b", "target_modules": ["up_proj"], "blocks": 1, "lr_multiplier": multiplier},
     ]
     plan = {"every": 2, "fraction": 1.0, "steps": 1}
-    return SMTConfig.model_validate(
-        {"block_size": 16, "groups": groups, "reselect": plan, "selection": {"budget": budget}}
-    )
+    return SMTConfig.model_validate({"block_size": 16, "groups": groups, "reselect": plan, "selection": selection})
 
 
 @pytest.fixture
@@ -158,7 +156,7 @@ def test_a_group_keeps_its_rate_when_blocks_are_exchanged(make, grouped):
 
 def test_a_group_that_loses_all_its_blocks_does_not_end_the_run(make, grouped):
     """With a joint budget one group may take all: the checkpoint has rates of two groups, the optimizer one."""
-    model = grouped(two_groups(budget="joint"))
+    model = grouped(two_groups(budget="joint", strategy="no_restriction"))
     rates = _Rates(model)
     make(rates, model=model, max_steps=4, learning_rate=1e-3, lr_scheduler_type="constant").train()
     assert len(rates.found) == 4

@@ -103,7 +103,7 @@ def test_an_adapter_that_is_continued_starts_from_its_blocks(train, folder, tmp_
     adapted_loss = model(**batch).loss.item()
     assert logged_losses(tmp_path / "second/checkpoint-1")[0] == pytest.approx(adapted_loss, rel=1e-4)
     assert logged_losses(tmp_path / "third/checkpoint-1")[0] == pytest.approx(base_loss, rel=1e-4)
-    assert adapted_loss < 0.98 * base_loss
+    assert adapted_loss < 0.995 * base_loss
     assert json.loads((tmp_path / "second/smt_config.json").read_text())["groups"][0]["blocks"] == 6
 
 
