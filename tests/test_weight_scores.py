@@ -105,7 +105,7 @@ def test_a_part_of_the_diagonal_lies_evenly_along_it():
 
 def test_every_weight_gets_its_share_of_a_part_of_the_diagonals():
     """Shared 16 x 16 (4 blocks of diagonal each, three of them), head 100 x 16 (25): 37 in all."""
-    config = make_config("diagonal", blocks=18)
+    config = make_config("diagonal", blocks=18, strategy="no_restriction")
     selection = select_blocks(collect_scores(RoutedModel(), (), config), config)
     counts = {module: len(blocks) for module, blocks in selection.blocks.items()}
     assert counts["head"] in (12, 13)
