@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 from smt_dist.errors import RankError, SMTError
 from smt_dist.preemption import Preempted
+from smt_dist.process_end import let_threads_settle
 from smt_dist.supervision import await_explanation, end_supervision
 
 
@@ -50,7 +51,8 @@ def run_program(main: Callable[[], None]) -> None:
         _leave_process_group()
         end_supervision()
     finally:
-        _let_threads_settle()
+        if "torch" in sys.modules:  # a bad flag should not wait
+            let_threads_settle()
 
 
 def _print_line(text: str, error: bool = False) -> None:
@@ -66,13 +68,6 @@ def _leave_process_group() -> None:
 
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
-
-
-def _let_threads_settle() -> None:
-    if "torch.distributed" in sys.modules:  # a bad flag should not wait for torch
-        from smt_dist.process_group import let_threads_settle
-
-        let_threads_settle()
 
 
 def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:

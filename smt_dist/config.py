@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -299,6 +300,26 @@ class SMTConfig(_Strict):
     def to_json(self) -> str:
         """The config as JSON text, without the budget that wasn't given."""
         return json.dumps(self.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
+
+    def first_difference(self, other: SMTConfig) -> str | None:
+        """Which field's value isn't ``other``'s, and both; None where all are equal."""
+        ours, theirs = (dict(_fields(config.model_dump(mode="json"))) for config in (self, other))
+        for name in {**ours, **theirs}:
+            if ours.get(name) != theirs.get(name):
+                return f"{name} is {json.dumps(ours.get(name))}, was {json.dumps(theirs.get(name))}"
+        return None
+
+
+def _fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) of all that isn't a section or a list; an empty one counts as a value."""
+    if isinstance(value, dict) and value:
+        for name, one in value.items():
+            yield from _fields(one, f"{path}.{name}".lstrip("."))
+    elif isinstance(value, list) and value:
+        for index, one in enumerate(value):
+            yield from _fields(one, f"{path}[{index}]")
+    else:
+        yield path, value
 
 
 def parse_model(model: type[Any], text: str, source: str) -> Any:

@@ -1,11 +1,10 @@
-"""The process group: how it begins, what spoils it, and how its threads end."""
+"""The process group: how it begins, and what spoils it."""
 
 from __future__ import annotations
 
 import logging
 import os
 import socket
-import threading
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -17,8 +16,6 @@ if TYPE_CHECKING:
     from smt_dist.arguments import SMTTrainingArguments
 
 logger = logging.getLogger(__name__)
-
-SETTLING_SECONDS = 2.0  # at most, for threads to become idle at the end
 
 
 def initialize_process_group(args: SMTTrainingArguments) -> None:
@@ -86,33 +83,3 @@ def _single_rank() -> dict[str, str]:
         port = free.getsockname()[1]
     ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     return ranks | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def let_threads_settle(seconds: float = SETTLING_SECONDS) -> None:
-    """Wait until all other threads of this process sleep; to be called before the interpreter ends.
-
-    Gloo's threads outlive ``destroy_process_group`` wherever something still holds a group: DDP, DTensor's caches and
-    DeepSpeed do, to the end. One that frees the last collective's tensor while the interpreter ends asks for Python's
-    lock, is ended for it in C++ code that can't be left so, and takes the process down with SIGABRT ("terminate
-    called without an active exception"): all is saved, and the launcher sees a job that failed (torch 2.13.0).
-
-    Args:
-        seconds: to wait at most, where a thread never sleeps.
-    """
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        time.sleep(0.01)  # without Python's lock, so that no thread waits for it
-        if not _other_threads_run():
-            return
-
-
-def _other_threads_run() -> bool:
-    """Whether one computes or wants to; False where the system doesn't tell (not Linux)."""
-    for task in Path("/proc/self/task").glob("[0-9]*"):
-        try:
-            state = (task / "stat").read_text().rpartition(")")[2].split()[0]
-        except OSError:  # it has ended
-            continue
-        if state in "RD" and int(task.name) != threading.get_native_id():
-            return True
-    return False

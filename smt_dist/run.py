@@ -120,8 +120,12 @@ def load_config(
         config = SMTConfig.from_json_file(Path(resume_from) / CONFIG_FILE)
         if given is None:
             return config
-        if given != config.model_copy(update={"bad_numbers": given.bad_numbers}):
-            raise SMTError(f"--smt_config: {run.smt_config} isn't the config that {resume_from} was trained with")
+        changed = given.first_difference(config.model_copy(update={"bad_numbers": given.bad_numbers}))
+        if changed is not None:
+            raise SMTError(
+                f"--smt_config: {run.smt_config} isn't the config that {resume_from} was trained with: {changed}; "
+                "leave the flag out, and the checkpoint's is used"
+            )
         return given
     if given is None and adapter is not None:
         return adapter.config

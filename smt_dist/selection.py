@@ -37,7 +37,7 @@ class Pool(NamedTuple):
 
 
 def select_blocks(scores: BlockScores, config: SMTConfig) -> BlockSelection:
-    """Choose each budget's best blocks.
+    """Choose each budget's blocks: the best that its strategy and bounds allow.
 
     Ties break by (module order, row, col), so that equal scores give equal files on any world size and engine.
     With a process group, the ranks compare a hash of the result. A block whose score is minus infinity is never chosen.
@@ -144,7 +144,7 @@ def _best_of_each(scores: BlockScores, pool: Pool) -> list[Candidate]:
         if count > len(ranked):
             raise SMTError(
                 f"smt config groups[{pool.name}]: strategy norm_dist wants {count} blocks of {module}, which has "
-                f"{len(ranked)}; lower the budget or use no_restriction"
+                f"{len(ranked)}; lower the budget, or use even or no_restriction"
             )
         if count:
             gaps.append(_cut_off_gap(ranked, count))

@@ -267,3 +267,19 @@ def test_the_advised_fraction_always_buys_one_block(block, parameters):
         tiny.budget(parameters, block)
     advised = float(str(caught.value).rpartition(" ")[2])
     assert GroupConfig(fraction=min(advised, 1.0)).budget(parameters, block) >= 1
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "found"),
+    [
+        ({}, {}, None),
+        ({}, {"selection": {"strategy": "no_restriction"}}, 'selection.strategy is "even", was "no_restriction"'),
+        (group(blocks=3), group(blocks=4), "groups[0].blocks is 3, was 4"),
+        ({"groups": [{}, {"name": "b"}]}, {}, 'groups[1].name is "b", was null'),
+        ({}, {"reselect": {"every": 5, "fraction": 0.5}}, "reselect.every is null, was 5"),
+    ],
+)
+def test_the_first_difference_between_two_configs_is_named(one, other, found):
+    """A file of 40 lines that "isn't the one" leaves the user to compare them; a default may have changed besides."""
+    configs = [SMTConfig.model_validate(content) for content in (one, other)]
+    assert configs[0].first_difference(configs[1]) == found

@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from smt_dist import process_group
+from smt_dist import process_end
 
 # A thread of gloo's computes, with Python's lock now and then, when the main thread is done; something holds the group.
 RANK = """
 import sys, threading, time
 import torch, torch.distributed as dist
-from smt_dist.process_group import let_threads_settle
+from smt_dist.process_end import let_threads_settle
 
 began = threading.Event()
 
@@ -50,7 +50,7 @@ def test_threads_of_gloo_do_not_abort_a_rank_that_is_done(last, code):
 
 def test_a_thread_that_never_sleeps_is_not_waited_for_without_end(monkeypatch):
     """A library's thread may spin: the rank must end all the same."""
-    monkeypatch.setattr(process_group, "_other_threads_run", lambda: True)
+    monkeypatch.setattr(process_end, "_other_threads_run", lambda: True)
     started = time.monotonic()
-    process_group.let_threads_settle(0.2)
+    process_end.let_threads_settle(0.2)
     assert 0.2 <= time.monotonic() - started < 10

@@ -77,7 +77,9 @@ def test_a_resumed_run_keeps_the_config_of_its_checkpoint(train, tmp_path):
     group = {**CONFIG["groups"][0], "lr_multiplier": 0.5}
     flags = {"save_strategy": "steps", "save_steps": 2, "resume_from_checkpoint": "auto"}
     assert train(smt_config=write_config(tmp_path, groups=[group]), max_steps=2, **flags).code == 0
-    assert "--smt_config" in train(**flags).error
+    refused = train(**flags).error
+    assert "--smt_config" in refused
+    assert "groups[0].lr_multiplier is 1.0, was 0.5" in refused
     resumed = train(smt_config=None, **flags)
     assert resumed.code == 0, resumed.err
     assert json.loads((tmp_path / "out/smt_config.json").read_text())["groups"] == [group]
