@@ -143,10 +143,9 @@ class SelectionConfig(_Strict):
     @classmethod
     def _bounds_choose_among_all(cls, values: Any) -> Any:
         """``floor`` and ``ceiling`` alone mean the strategy that has them."""
-        if isinstance(values, dict) and "strategy" not in values:
-            bounded = any(values.get(name) is not None for name in ("floor", "ceiling"))
-            return {**values, "strategy": "no_restriction"} if bounded else values
-        return values
+        if not isinstance(values, dict) or (values.get("floor") is None and values.get("ceiling") is None):
+            return values
+        return {"strategy": "no_restriction", **values}
 
     @model_validator(mode="after")
     def _bounds_fit(self) -> SelectionConfig:

@@ -72,7 +72,7 @@ def _weakest(
         least = {module: share + (index < rest) for index, module in enumerate(pool.modules)}
     most = bounds.ceiling or pool.blocks
     if bounds.strategy == "even":
-        level = even_level(left, dict.fromkeys(left, 0), pool.blocks)
+        level = even_level(left, pool.blocks)
         least, most = {module: min(blocks, level) for module, blocks in left.items()}, level + 1
     room = sum(min(blocks, most) for blocks in left.values())
     dropped: set[tuple[str, Block]] = set()

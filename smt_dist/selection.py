@@ -161,7 +161,7 @@ def _spread_evenly(scores: BlockScores, pool: Pool) -> list[Candidate]:
     ranked = {module: _ranked(scores, [module]) for module in pool.modules}
     available = {module: len(found) for module, found in ranked.items()}
     fixed = {module: sum(score == math.inf for score, _ in found) for module, found in ranked.items()}
-    level = even_level(available, fixed, pool.blocks)
+    level = even_level(available, pool.blocks, fixed)
     counts = {module: max(min(available[module], level), fixed[module]) for module in pool.modules}
     following = [module for module in pool.modules if counts[module] == level < available[module]]
     following.sort(key=lambda module: -ranked[module][level][0])
@@ -175,17 +175,18 @@ def _spread_evenly(scores: BlockScores, pool: Pool) -> list[Candidate]:
     return [candidate for module, count in counts.items() for _, candidate in ranked[module][:count]]
 
 
-def even_level(available: Mapping[str, int], fixed: Mapping[str, int], budget: int) -> int:
+def even_level(available: Mapping[str, int], budget: int, fixed: Mapping[str, int] | None = None) -> int:
     """The largest number of blocks that a budget has for every weight.
 
     Args:
         available: blocks of each weight; one that has less gives all.
-        fixed: how many of them it gives in any case.
         budget: blocks.
+        fixed: how many of them a weight gives in any case; none if it isn't there.
     """
+    least = fixed or {}
 
     def spent(level: int) -> int:
-        return sum(max(min(count, level), fixed[module]) for module, count in available.items())
+        return sum(max(min(count, level), least.get(module, 0)) for module, count in available.items())
 
     return bisect_right(range(1, max(available.values(), default=0) + 1), budget, key=spent)
 

@@ -87,7 +87,8 @@ def test_a_resumed_run_keeps_the_config_of_its_checkpoint(train, tmp_path):
 
 def test_an_adapter_that_is_continued_starts_from_its_blocks(train, folder, tmp_path):
     """Zeroed or rounded blocks would show in the loss of the first step."""
-    assert train(output_dir=tmp_path / "first").code == 0
+    best_anywhere = write_config(tmp_path, selection={"strategy": "no_restriction"})  # they train fastest here
+    assert train(output_dir=tmp_path / "first", smt_config=best_anywhere).code == 0
     same_rows = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1, "per_device_train_batch_size": len(ROWS)}
     outcome = train(adapter=tmp_path / "first", smt_config=None, output_dir=tmp_path / "second", **same_rows)
     assert outcome.code == 0, outcome.err
@@ -105,7 +106,7 @@ def test_an_adapter_that_is_continued_starts_from_its_blocks(train, folder, tmp_
     adapted_loss = model(**batch).loss.item()
     assert logged_losses(tmp_path / "second/checkpoint-1")[0] == pytest.approx(adapted_loss, rel=1e-4)
     assert logged_losses(tmp_path / "third/checkpoint-1")[0] == pytest.approx(base_loss, rel=1e-4)
-    assert adapted_loss < 0.995 * base_loss
+    assert adapted_loss < 0.98 * base_loss
     assert json.loads((tmp_path / "second/smt_config.json").read_text())["groups"][0]["blocks"] == 6
 
 

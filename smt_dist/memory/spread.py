@@ -16,6 +16,7 @@ from smt_dist.layers import layer_key
 from smt_dist.memory.base import chunk_base_loss
 from smt_dist.memory.fake import decoder_layers
 from smt_dist.memory.request import Request, text_config
+from smt_dist.selection import even_level
 from smt_dist.targets import count_parameters_2d
 from smt_dist.warmup import plan_grids
 
@@ -98,16 +99,11 @@ def even_counts(shape: Shape) -> tuple[dict[str, int], int]:
     counts: dict[str, int] = {}
     left = 0
     for name, modules in shape.groups.items():
-        open_modules, budget = list(modules), shape.budgets[name]
-        # Modules too small for an equal share are taken whole, the others share what remains.
-        while full := [m for m in open_modules if len(shape.grids[m]) <= budget // max(1, len(open_modules))]:
-            counts |= {module: len(shape.grids[module]) for module in full}
-            budget -= sum(len(shape.grids[module]) for module in full)
-            open_modules = [module for module in open_modules if module not in set(full)]
-        if open_modules:
-            share, rest = divmod(budget, len(open_modules))
-            counts |= dict.fromkeys(open_modules, share)
-            left += rest
+        available = {module: len(shape.grids[module]) for module in modules}
+        level = even_level(available, shape.budgets[name])
+        own = {module: min(blocks, level) for module, blocks in available.items()}
+        left += shape.budgets[name] - sum(own.values())
+        counts |= own
     return counts, left
 
 
