@@ -1,8 +1,9 @@
 """Is SMT worth it? Trains a model by SMT, full fine-tuning, LoRA, DoRA and SHiRA, and compares what they reach.
 
 All methods see the same batches in the same order, with the same steps and schedule. Learning rates are chosen from a
-grid by validation loss, at the middle budget and with the first seed; the test set is read only after that, by
-processes of their own. Every run is a process and a file: run the command again to go on.
+grid by validation loss with the first seed, at the middle budget, and where a budget has a grid of its own
+(METHOD@BUDGET=A,B); the test set is read only after that, by processes of their own. Every run is a process and a
+file: run the command again to go on.
 
 Writes comparison.json, comparison.md, comparison.png and comparison.html to --output.
 """
@@ -34,7 +35,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--budgets", nargs="+", type=float, default=list(standard.budgets), help="trainable share of all parameters")
     add("--seeds", nargs="+", type=int, default=list(standard.seeds), help="of data order, adapters, random blocks")
     grids = " ".join(f"{name}={','.join(f'{rate:g}' for rate in rates)}" for name, rates in DEFAULT_RATES.items())
-    add("--learning_rates", nargs="+", default=[], metavar="METHOD=A,B", help=f"grids, over these: {grids}")
+    add("--learning_rates", nargs="+", default=[], metavar="METHOD[@BUDGET]=A,B", help=f"grids, over these: {grids}")
     add("--tune", default=standard.tune, help=f"{' or '.join(TUNE)}: one learning rate for all scores of SMT")
     add("--targets", nargs="+", default=list(standard.targets), help="modules for blocks and adapters alike")
     add("--block_size", type=positive_int, default=standard.block_size, help="side of SMT's blocks, in elements")

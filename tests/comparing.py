@@ -35,12 +35,11 @@ def write_folder(folder: Path, train: range, test: range) -> Path:
 def finish(plan: Plan, losses: Callable[[Slot, float], float | None] = lambda *_: 1.0) -> None:
     """Write figures for every cell, as if they had run."""
     plan.store.cells.mkdir(parents=True, exist_ok=True)
-    for method in plan.settings.methods:
-        for rate, cell in plan.tuning(method).items():
-            loss = losses(plan.tuning_slot(method), rate)
-            plan.store.write(cell, {**FIGURES, "validation_loss": loss})
+    for tuning in plan.tunings():
+        for rate, cell in plan.tries(tuning).items():
+            plan.store.write(cell, {**FIGURES, "validation_loss": losses(tuning.slot, rate)})
     for slot in plan.slots():
-        rate = plan.choice(slot.method).rate
+        rate = plan.choice(slot.method, slot.budget).rate
         trained = plan.training(slot, rate)
         plan.store.write(trained, {**FIGURES, "validation_loss": losses(slot, rate)})
         plan.store.write(plan.testing(slot, trained), TESTED)

@@ -47,12 +47,13 @@ def test_the_lowest_validation_loss_chooses_the_rate(make_plan):
     plan = make_plan("smt", "lora", rates=("smt=1e-3,1e-2,1e-1", "lora=1e-4,1e-3"))
     smt, lora = plan.settings.methods
     losses = {1e-4: 0.5, 1e-3: 0.9, 1e-2: 0.4, 1e-1: None}
-    assert plan.choice(smt) is None
+    assert plan.choice(smt, 0.2) is None
     finish(plan, lambda _, rate: losses[rate])
-    assert plan.tuning_slot(smt) == Slot(smt, 0.1, 0)
-    assert (plan.choice(smt).rate, plan.choice(smt).edge) == (1e-2, None)
-    assert plan.choice(smt).losses == {1e-3: 0.9, 1e-2: 0.4, 1e-1: None}
-    assert (plan.choice(lora).rate, plan.choice(lora).edge) == (1e-4, "lowest")
+    assert [tuning.slot for tuning in plan.tunings()] == [Slot(smt, 0.1, 0), Slot(lora, 0.1, 0)]
+    assert {plan.choice(smt, budget).rate for budget in plan.settings.budgets} == {1e-2}
+    assert plan.choice(smt, 0.1).edge is None
+    assert plan.choice(smt, 0.1).losses == {1e-3: 0.9, 1e-2: 0.4, 1e-1: None}
+    assert (plan.choice(lora, 0.1).rate, plan.choice(lora, 0.1).edge) == (1e-4, "lowest")
     report = build_report(plan)
     assert report["warnings"] == [
         "lora: the best learning rate, 0.0001, is the lowest of its grid: extend it (--learning_rates lora=...; "
@@ -65,7 +66,7 @@ def test_no_training_cell_knows_of_the_test_set(make_plan):
     """Neither its content, on which the cell's name would depend, nor its place."""
     plan = make_plan("smt", "lora")
     for method in plan.settings.methods:
-        for cell in plan.tuning(method).values():
+        for cell in plan.tries(plan.tuning(method, 0.1)).values():
             assert set(cell.paths) == {"model", "train", "validation", "artefact"}
             assert set(cell.request["data"]) == {"train", "validation"}
             for split in ("test", "held_out"):
@@ -76,10 +77,29 @@ def test_a_family_shares_the_rate_of_its_first_score(make_plan):
     """``--tune family``: one grid for all of SMT's scores, unless a score has a grid of its own."""
     plan = make_plan("smt", "smt:random", "smt:magnitude", rates=("smt:magnitude=1e-5,1e-4",), tune="family")
     first, other, own = plan.settings.methods
-    assert [len(plan.tuning(method)) for method in (first, other, own)] == [3, 0, 2]
+    assert [(tuning.slot.method, len(tuning.grid)) for tuning in plan.tunings()] == [(first, 3), (own, 2)]
     finish(plan, lambda _, rate: abs(math.log(rate / 1e-3)))
-    assert plan.choice(other).rate == plan.choice(first).rate == 1e-3
-    assert plan.choice(own).rate == 1e-4
+    assert plan.choice(other, 0.1).rate == plan.choice(first, 0.1).rate == 1e-3
+    assert plan.choice(own, 0.1).rate == 1e-4
+
+
+def test_a_budget_with_a_grid_of_its_own_is_tuned_by_itself(make_plan):
+    """The best rate falls as the budget grows: one rate for all would be unfair. Other budgets take the middle's."""
+    rates = ("smt=1e-3,1e-2", "smt@0.2=1e-4,1e-3", "lora=1e-3", "lora@0.050=1e-2")
+    plan = make_plan("smt", "smt:random", "lora", rates=rates, tune="family")
+    smt, other, lora = plan.settings.methods
+    assert [tuning.slot for tuning in plan.tunings()] == [Slot(smt, 0.1, 0), Slot(smt, 0.2, 0)]
+    # 2 tries a tuning, of which one is the table's cell each; 3 budgets of 2 seeds of 3 methods.
+    assert plan.count() == {"train": 4 + 18 - 2, "test": 18}
+    finish(plan, lambda slot, rate: abs(math.log(rate * slot.budget)))
+    assert next(plan.missing(), None) is None
+    assert [plan.choice(smt, budget).rate for budget in (0.05, 0.1, 0.2)] == [1e-2, 1e-2, 1e-3]
+    assert [plan.choice(other, budget).rate for budget in (0.05, 0.1, 0.2)] == [1e-2, 1e-2, 1e-3]
+    assert [plan.choice(lora, budget).rate for budget in (0.05, 0.1, 0.2)] == [1e-2, 1e-3, 1e-3]
+    report = build_report(plan)
+    assert [row["rate"] for row in report["rows"] if row["method"] == "smt:random"] == [1e-2, 1e-2, 1e-3]
+    assert "(--learning_rates smt:abs_mean@0.2=...;" in report["warnings"][1]
+    assert "chosen by validation loss at 10 % (seed 0), 20 % (seed 0)." in markdown(report)
 
 
 def test_the_cell_that_tuned_is_not_trained_again(make_plan):
@@ -191,6 +211,9 @@ def test_plots_show_every_method_and_need_no_network(make_plan, tmp_path, caplog
         ({"learning_rates": ["adalora=1e-3"]}, "'adalora' is not one of"),
         ({"learning_rates": ["lora=fast"]}, "expected such as lora=3e-4,1e-3"),
         ({"learning_rates": ["lora=-1"]}, "finite and above 0"),
+        ({"learning_rates": ["lora@0.03=1e-3"]}, "lora@0.03: not one of the budgets 0.005, 0.02, 0.08"),
+        ({"learning_rates": ["lora@small=1e-3"]}, "expected such as lora=3e-4,1e-3 or lora@0.08=1e-4"),
+        ({"learning_rates": ["full@0.02=1e-3"]}, "full has no budget"),
         ({"dtype": "float16"}, "--dtype: 'float16' is not one of float32, bfloat16"),
         ({"targets": ["experts"]}, "'experts' matches no linear module"),
         ({"block_size": 7}, "7"),

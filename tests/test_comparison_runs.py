@@ -214,7 +214,7 @@ def test_learning_rates_are_tuned_without_the_test_set(compare, here, monkeypatc
         patch.setattr(runner, "_run", without_the_test_set)
         tuned = compare("--max_cells", "2", **flags)
     assert (tuned.code, here) == (0, ["train", "train"]), tuned.err
-    rates = json.loads((tmp_path / "out" / "comparison.json").read_text())["learning_rates"]["lora"]
+    (rates,) = json.loads((tmp_path / "out" / "comparison.json").read_text())["learning_rates"]
     assert (rates["chosen"], rates["edge"]) == (1e-2, "highest")
     assert rates["validation_losses"]["0.01"] < rates["validation_losses"]["1e-05"]
     assert compare(**flags).code == 0

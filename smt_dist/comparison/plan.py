@@ -39,6 +39,13 @@ class Slot(NamedTuple):
     seed: int
 
 
+class Tuning(NamedTuple):
+    """Where a learning rate is chosen, and from which grid."""
+
+    slot: Slot
+    grid: tuple[float, ...]
+
+
 @dataclass(frozen=True)
 class Plan:
     """The grid of cells.
@@ -114,33 +121,47 @@ class Plan:
 
     # -- learning rates ----------------------------------------------------------------------------------------
 
-    def tuner(self, method: Method) -> Method:
+    def tuner(self, method: Method, budget: float) -> Method:
         """Whose learning rate a method takes: its own, or under ``family`` the first of SMT's scores'."""
-        if self.settings.tune == "family" and method.family == "smt" and method.name not in self.settings.rates:
-            return next(each for each in self.settings.methods if each.family == "smt" and self.reachable(each))
-        return method
+        grid = self.settings.grid_name(method, budget)
+        if self.settings.tune != "family" or grid.partition("@")[0] != "smt":
+            return method
+        scores = [each for each in self.settings.methods if each.family == "smt"]
+        return next(
+            each for each in scores if (budget in self.reachable(each) if "@" in grid else self.reachable(each))
+        )
 
-    def tuning_slot(self, method: Method) -> Slot:
-        """At the middle budget, or the largest below it that the method can have."""
-        reachable = self.reachable(method)
-        below = [budget for budget in reachable if budget <= self.settings.tuning_budget]
-        return Slot(method, max(below) if below else reachable[0], self.settings.seeds[0])
+    def tuning(self, method: Method, budget: float) -> Tuning:
+        """At ``budget`` if there is a grid for it, else at the middle budget, or the largest below it within reach."""
+        tuner = self.tuner(method, budget)
+        if tuner != method:
+            return self.tuning(tuner, budget)
+        grid, where = self.settings.grid_name(method, budget), budget
+        if "@" not in grid:
+            reachable = self.reachable(method)
+            below = [each for each in reachable if each <= self.settings.tuning_budget]
+            where = max(below) if below else reachable[0]
+        return Tuning(Slot(method, where, self.settings.seeds[0]), self.settings.rates[grid])
 
-    def tuning(self, method: Method) -> dict[float, Cell]:
-        """Rate -> the cell that tries it; none where there is nothing to choose or to train."""
-        grid = self.settings.grid(method)
-        if len(grid) == 1 or not self.reachable(method) or self.tuner(method) != method:
-            return {}
-        return {rate: self.training(self.tuning_slot(method), rate) for rate in grid}
+    def tunings(self) -> list[Tuning]:
+        """All that there are; none where there is nothing to choose or to train."""
+        found = [self.tuning(method, budget) for method in self.settings.methods for budget in self.reachable(method)]
+        return [tuning for tuning in dict.fromkeys(found) if len(tuning.grid) > 1]
 
-    def choice(self, method: Method) -> Choice | None:
+    def tries(self, tuning: Tuning) -> dict[float, Cell]:
+        """Rate -> the cell that tries it."""
+        return {rate: self.training(tuning.slot, rate) for rate in tuning.grid}
+
+    def choice(self, method: Method, budget: float) -> Choice | None:
+        """The rate for a method at a budget within its reach; None while cells are missing, or where no rate works."""
+        return self.choice_of(self.tuning(method, budget))
+
+    def choice_of(self, tuning: Tuning) -> Choice | None:
         """The rate with the lowest validation loss; None while cells are missing, or where no rate works."""
-        tuner = self.tuner(method)
-        cells = self.tuning(tuner)
-        if not cells:
-            return Choice(self.settings.grid(tuner)[0], None, {})
+        if len(tuning.grid) == 1:
+            return Choice(tuning.grid[0], None, {})
         losses: dict[float, float | None] = {}
-        for rate, cell in cells.items():
+        for rate, cell in self.tries(tuning).items():
             figures = self.store.result(cell)
             if figures is None and self.store.failure(cell) is None:
                 return None
@@ -156,12 +177,12 @@ class Plan:
 
     def missing(self) -> Iterator[Cell]:
         """The cells that could run now and neither have figures nor failed, in order. Later ones may follow."""
-        for method in self.settings.methods:
-            for cell in self.tuning(method).values():
+        for tuning in self.tunings():
+            for cell in self.tries(tuning).values():
                 if self._is_open(cell):
                     yield cell
         for slot in self.slots():
-            choice = self.choice(slot.method)
+            choice = self.choice(slot.method, slot.budget)
             if choice is None:
                 continue
             trained = self.training(slot, choice.rate)
@@ -181,16 +202,18 @@ class Plan:
 
     def count(self) -> dict[str, int]:
         """Kind of cell -> how many there are in all, finished or not; what was tuned isn't trained twice."""
-        tuned = [method for method in self.settings.methods if self.tuning(method)]
-        tries = sum(len(self.tuning(method)) for method in tuned)
-        slots = self.slots()
-        return {"train": tries + len(slots) - len(tuned), "test": len(slots)}
+        slots, tunings = self.slots(), self.tunings()
+        tries = {cell.key for tuning in tunings for cell in self.tries(tuning).values()}
+        tuned = [
+            slot for slot in slots if (found := self.tuning(slot.method, slot.budget)).slot == slot and found in tunings
+        ]
+        return {"train": len(tries) + len(slots) - len(tuned), "test": len(slots)}
 
     def known(self) -> list[Cell]:
         """All cells whose learning rate is known by now, in the order in which they run."""
-        cells = {cell.key: cell for method in self.settings.methods for cell in self.tuning(method).values()}
+        cells = {cell.key: cell for tuning in self.tunings() for cell in self.tries(tuning).values()}
         for slot in self.slots():
-            if (choice := self.choice(slot.method)) is not None:
+            if (choice := self.choice(slot.method, slot.budget)) is not None:
                 trained = self.training(slot, choice.rate)
                 tested = self.testing(slot, trained)
                 cells |= {trained.key: cells.get(trained.key, trained), tested.key: tested}
@@ -201,15 +224,15 @@ class Plan:
         return [(cell, figures) for cell in self.known() if (figures := self.store.result(cell)) is not None]
 
     def needed_artefacts(self) -> set[str]:
-        """Keys of the trained cells that a test waits for, or may: the best of each method's tries so far."""
+        """Keys of the trained cells that a test waits for, or may: the best of each tuning's tries so far."""
         needed = set()
-        for method in self.settings.methods:
-            if self.choice(method) is None:
-                found = [(cell.key, self.store.result(cell)) for cell in self.tuning(method).values()]
+        for tuning in self.tunings():
+            if self.choice_of(tuning) is None:
+                found = [(cell.key, self.store.result(cell)) for cell in self.tries(tuning).values()]
                 losses = {key: r["validation_loss"] for key, r in found if r and r["validation_loss"] is not None}
                 needed |= {min(losses, key=lambda key: losses[key])} if losses else set()
         for slot in self.slots():
-            if (choice := self.choice(slot.method)) is not None:
+            if (choice := self.choice(slot.method, slot.budget)) is not None:
                 trained = self.training(slot, choice.rate)
                 if self.store.result(self.testing(slot, trained)) is None:
                     needed.add(trained.key)

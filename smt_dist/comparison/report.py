@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from smt_dist.comparison.methods import REFERENCE_SCORE, Method
-from smt_dist.comparison.plan import WHOLE, Choice, Plan
+from smt_dist.comparison.plan import WHOLE, Plan, Tuning
 from smt_dist.comparison.settings import as_json
 from smt_dist.comparison.statistics import mean_and_spread, paired_difference
 
@@ -21,10 +21,7 @@ def build_report(plan: Plan) -> dict[str, Any]:
     losses with the reference's of the same budget and seeds (a method without budgets: of the largest budget).
     """
     settings = plan.settings
-    choices = {method: plan.choice(method) for method in settings.methods}
-    rows = [
-        _row(plan, method, budget, choices[method]) for method in settings.methods for budget in plan.budgets(method)
-    ]
+    rows = [_row(plan, method, budget) for method in settings.methods for budget in plan.budgets(method)]
     reference = reference_name(plan)
     by_budget = {row["budget"]: row for row in rows if row["method"] == reference}
     for row in rows:
@@ -35,7 +32,7 @@ def build_report(plan: Plan) -> dict[str, Any]:
         "rows_of_data": plan.data.rows,
         "settings": as_json(settings),
         "reference": reference,
-        "learning_rates": {method.name: _rates(plan, method, choice) for method, choice in choices.items()},
+        "learning_rates": [_rates(plan, tuning) for tuning in plan.tunings()],
         "rows": rows,
         "cells": {"finished": len(plan.finished()), "of": sum(plan.count().values())},
         "warnings": edge_warnings(plan),
@@ -52,19 +49,21 @@ def reference_name(plan: Plan) -> str | None:
 def edge_warnings(plan: Plan) -> list[str]:
     """A line for each chosen rate at an end of its grid, where the best may lie beyond."""
     lines = []
-    for method in plan.settings.methods:
-        choice = plan.choice(method)
-        if choice is not None and choice.edge is not None and plan.tuner(method) == method:
+    for tuning in plan.tunings():
+        choice, (method, budget, _) = plan.choice_of(tuning), tuning.slot
+        if choice is not None and choice.edge is not None:
+            at = f"{method.name}@{budget:g}" if "@" in plan.settings.grid_name(method, budget) else method.name
             lines.append(
                 f"{method.name}: the best learning rate, {choice.rate:g}, is the {choice.edge} of its grid: extend it "
-                f"(--learning_rates {method.name}=...; finished cells are kept)"
+                f"(--learning_rates {at}=...; finished cells are kept)"
             )
     return lines
 
 
-def _row(plan: Plan, method: Method, budget: float, choice: Choice | None) -> Row:
+def _row(plan: Plan, method: Method, budget: float) -> Row:
     size = plan.sizes[method.name, budget]
     total = plan.sizes["", WHOLE].trainable
+    choice = plan.choice(method, budget) if size.problem is None else None
     row: Row = {
         "method": method.name, "budget": budget, "trainable": size.trainable, "share": size.trainable / total,
         "amount": size.amount, "rate": choice.rate if choice and method.family != "base" else None,
@@ -73,7 +72,7 @@ def _row(plan: Plan, method: Method, budget: float, choice: Choice | None) -> Ro
     if size.problem is not None:
         return {**row, "state": "not reachable", "problem": size.problem}
     if choice is None:
-        return {**row, "state": _why_no_choice(plan, method)}
+        return {**row, "state": _why_no_choice(plan, plan.tuning(method, budget))}
     states: list[str] = []
     steps, peaks, sizes, selections = [], [], [], []
     for slot in (slot for slot in plan.slots() if (slot.method, slot.budget) == (method, budget)):
@@ -106,8 +105,8 @@ def _row(plan: Plan, method: Method, budget: float, choice: Choice | None) -> Ro
     return row
 
 
-def _why_no_choice(plan: Plan, method: Method) -> str:
-    cells = plan.tuning(plan.tuner(method)).values()
+def _why_no_choice(plan: Plan, tuning: Tuning) -> str:
+    cells = plan.tries(tuning).values()
     if any(plan.store.result(cell) is None and plan.store.failure(cell) is None for cell in cells):
         return "learning rate not tuned yet"
     failures = [failure for cell in cells if (failure := plan.store.failure(cell)) is not None]
@@ -122,14 +121,11 @@ def _against(row: Row, reference: Row | None) -> Row | None:
     return None if difference is None else {**vars(difference), "word": difference.word}
 
 
-def _rates(plan: Plan, method: Method, choice: Choice | None) -> Row:
-    tuner = plan.tuner(method)
-    grid = list(plan.settings.grid(tuner))
-    found: Row = {"grid": grid, "tuned_by": tuner.name, "chosen": None, "edge": None, "validation_losses": {}}
-    if plan.tuning(tuner):
-        slot = plan.tuning_slot(tuner)
-        found |= {"budget": slot.budget, "seed": slot.seed}
-    if choice is not None:
-        losses = {f"{rate:g}": loss for rate, loss in choice.losses.items()}
-        found |= {"chosen": choice.rate, "edge": choice.edge, "validation_losses": losses}
-    return found
+def _rates(plan: Plan, tuning: Tuning) -> Row:
+    (method, budget, seed), choice = tuning.slot, plan.choice_of(tuning)
+    losses = choice.losses if choice is not None else {}
+    return {
+        "method": method.name, "budget": budget, "seed": seed, "grid": list(tuning.grid),
+        "chosen": choice.rate if choice is not None else None, "edge": choice.edge if choice is not None else None,
+        "validation_losses": {f"{rate:g}": loss for rate, loss in losses.items()},
+    }  # fmt: skip

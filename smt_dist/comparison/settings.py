@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from smt_dist.comparison.methods import DEFAULT_RATES, FAMILIES, Method, parse_method
+from smt_dist.comparison.methods import DEFAULT_RATES, Method, parse_method
 from smt_dist.config import MAX_SEED, SMTConfig
 from smt_dist.errors import SMTError
 
@@ -24,7 +24,7 @@ class Settings:
         methods: to compare, in the order of the table.
         budgets: trainable parameters as shares of all parameters, ascending, each in (0, 1).
         seeds: of data order, initial adapters and random blocks; the first one tunes the rates.
-        rates: family or method -> its grid of learning rates, ascending.
+        rates: family or method, or either ``@`` one budget -> its grid of learning rates, ascending.
         tune: ``each`` method has its own rate; ``family``: all of SMT's scores share the first one's.
         targets: modules that adapters and blocks may train, as in the SMT config.
         block_size: side of SMT's blocks.
@@ -73,6 +73,10 @@ class Settings:
             raise SMTError(f"--seeds: must be from 0 to {MAX_SEED}")
         if self.test_items < MIN_TEST_ITEMS:
             raise SMTError(f"--test_items: at least {MIN_TEST_ITEMS}, not {self.test_items}")
+        known = [f"{budget:g}" for budget in self.budgets]
+        for name in self.rates:
+            if "@" in name and name.partition("@")[2] not in known:
+                raise SMTError(f"--learning_rates: {name}: not one of the budgets {', '.join(known)}")
         for name, allowed in (("dtype", DTYPES), ("tune", TUNE), ("prompt_style", ("plain", "chat"))):
             if getattr(self, name) not in allowed:
                 raise SMTError(f"--{name}: {getattr(self, name)!r} is not one of {', '.join(allowed)}")
@@ -82,9 +86,10 @@ class Settings:
         """The budget in the middle."""
         return self.budgets[len(self.budgets) // 2]
 
-    def grid(self, method: Method) -> tuple[float, ...]:
-        """The learning rates to try: the method's own, or its family's."""
-        return self.rates.get(method.name) or self.rates[method.family]
+    def grid_name(self, method: Method, budget: float) -> str:
+        """Which of ``rates`` a method takes: its own before its family's, and of each the one for the budget first."""
+        names = (_at(method.name, budget), method.name, _at(method.family, budget))
+        return next((name for name in names if name in self.rates), method.family)
 
 
 def parse_methods(names: Sequence[str]) -> tuple[Method, ...]:
@@ -93,24 +98,32 @@ def parse_methods(names: Sequence[str]) -> tuple[Method, ...]:
 
 
 def parse_rates(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
-    """``["lora=1e-4,3e-4", "smt:random=1e-3"]`` over the default grids.
+    """``["lora=1e-4,3e-4", "smt:random=1e-3", "lora@0.08=1e-4"]`` over the default grids.
 
     Raises:
-        SMTError: an unknown family or method, no rate, or one that isn't a finite number above 0.
+        SMTError: an unknown family or method, a budget of one that has none, no rate, or one that isn't a finite
+            number above 0.
     """
     grids: dict[str, tuple[float, ...]] = dict(DEFAULT_RATES)
     for text in texts:
         name, _, values = text.partition("=")
-        if name not in FAMILIES:
-            parse_method(name)
+        name, at, budget = name.partition("@")
+        method = parse_method(name)
         try:
             rates = tuple(sorted({float(value) for value in values.split(",")}))
+            name = _at(name, float(budget)) if at else name
         except ValueError:
-            raise SMTError(f"--learning_rates: {text!r}: expected such as lora=3e-4,1e-3") from None
+            raise SMTError(f"--learning_rates: {text!r}: expected such as lora=3e-4,1e-3 or lora@0.08=1e-4") from None
+        if at and not method.has_budget:
+            raise SMTError(f"--learning_rates: {text!r}: {method.family} has no budget")
         if not all(0 < rate < math.inf for rate in rates):
             raise SMTError(f"--learning_rates: {text!r}: a learning rate is finite and above 0")
         grids[name] = rates
     return grids
+
+
+def _at(name: str, budget: float) -> str:
+    return f"{name}@{budget:g}"
 
 
 def as_json(settings: Settings) -> dict[str, Any]:

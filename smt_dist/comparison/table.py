@@ -40,7 +40,7 @@ def _introduction(report: dict[str, Any]) -> str:
 
 def _notes(report: dict[str, Any]) -> list[str]:
     count, budgets = len(report["settings"]["seeds"]), report["settings"]["budgets"]
-    tuned = {(rates["budget"], rates["seed"]): None for rates in report["learning_rates"].values() if "budget" in rates}
+    tuned = sorted({(rates["budget"], rates["seed"]) for rates in report["learning_rates"]})
     where = ", ".join(f"{_percent(budget)} (seed {seed})" for budget, seed in tuned if budget != WHOLE) or "one budget"
     lines = [
         "Mean ± standard deviation over seeds. The last column is the difference of the validation losses, paired by "
