@@ -28,13 +28,16 @@ GRIDS = tuple(f"{name}=1e-3" for name in ("full", "smt", "lora", "dora", "shira"
 def make_plan(folder, tmp_path):
     """A plan on the tiny model, of ``Settings`` apart from what is given."""
 
-    def make(*methods: str, rates: tuple[str, ...] = (), **changes) -> Plan:
+    def make(*methods: str, rates: tuple[str, ...] = (), lines: tuple[str, ...] = (), **changes) -> Plan:
         given = {"budgets": (0.05, 0.1, 0.2), "seeds": (0, 1), "block_size": 8, "test_items": 8, **changes}
         settings = Settings(parse_methods(methods), rates=parse_rates(rates), **given)
         source = folder / "sums"
         if not source.exists():
             write_folder(source, range(60), range(100, 108))
-        return build_plan(settings, str(folder / "model"), "math", source, Counts(24, 8, 8), tmp_path / "out")[0]
+        counts = Counts(24, 8, 8)
+        plan, said = build_plan(settings, str(folder / "model"), "math", source, counts, tmp_path / "out")
+        assert set(lines) <= set(said)
+        return plan
 
     return make
 
@@ -98,8 +101,38 @@ def test_a_budget_with_a_grid_of_its_own_is_tuned_by_itself(make_plan):
     assert [plan.choice(lora, budget).rate for budget in (0.05, 0.1, 0.2)] == [1e-2, 1e-3, 1e-3]
     report = build_report(plan)
     assert [row["rate"] for row in report["rows"] if row["method"] == "smt:random"] == [1e-2, 1e-2, 1e-3]
-    assert "(--learning_rates smt:abs_mean@0.2=...;" in report["warnings"][1]
+    assert "(--learning_rates smt@0.2=...;" in report["warnings"][1]
     assert "chosen by validation loss at 10 % (seed 0), 20 % (seed 0)." in markdown(report)
+
+
+def test_a_score_with_a_grid_of_its_own_leaves_the_others_alone(make_plan):
+    """Under ``family`` the rest tune the family's grid; nobody tunes where it can't train, and idle grids are named."""
+    rates = (
+        "smt=1e-3,1e-2",
+        "smt@0.2=1e-4,1e-3",
+        "smt:diagonal@0.2=1e-5,1e-4",
+        "smt:abs_mean=1e-3,3e-3",
+        "dora@0.2=1e-5",
+    )
+    plan = make_plan("smt:diagonal", "smt", "smt:random", rates=rates, tune="family", budgets=(0.05, 0.2), lines=(
+        "--learning_rates smt:diagonal@0.2: no method here takes this grid",
+        "--learning_rates dora@0.2: no method here takes this grid",
+    ))  # fmt: skip
+    diagonal, first, other = plan.settings.methods
+    assert plan.reachable(diagonal) == [0.05]
+    assert {(tuning.name, tuning.slot.method, tuning.slot.budget) for tuning in plan.tunings()} == {
+        ("smt", diagonal, 0.05), ("smt:abs_mean", first, 0.2), ("smt@0.2", first, 0.2),
+    }  # fmt: skip
+    assert plan.tuning(other, 0.05).slot.method == diagonal
+    assert plan.tuning(other, 0.2).slot.method == first
+
+
+def test_cells_are_counted_once(make_plan):
+    """The middle's one rate is among the general grid's tries there: 2 tries and 2 other budgets' cells, 3 tests."""
+    plan = make_plan("lora", rates=("lora=1e-3,3e-3", "lora@0.1=1e-3"), seeds=(0,))
+    assert plan.count() == {"train": 4, "test": 3}
+    finish(plan)
+    assert len(plan.finished()) == 7
 
 
 def test_the_cell_that_tuned_is_not_trained_again(make_plan):
@@ -214,6 +247,7 @@ def test_plots_show_every_method_and_need_no_network(make_plan, tmp_path, caplog
         ({"learning_rates": ["lora@0.03=1e-3"]}, "lora@0.03: not one of the budgets 0.005, 0.02, 0.08"),
         ({"learning_rates": ["lora@small=1e-3"]}, "expected such as lora=3e-4,1e-3 or lora@0.08=1e-4"),
         ({"learning_rates": ["full@0.02=1e-3"]}, "full has no budget"),
+        ({"learning_rates": ["lora@0.02=1e-3", "lora@0.020=1e-2"]}, "lora@0.02 has a grid already"),
         ({"dtype": "float16"}, "--dtype: 'float16' is not one of float32, bfloat16"),
         ({"targets": ["experts"]}, "'experts' matches no linear module"),
         ({"block_size": 7}, "7"),

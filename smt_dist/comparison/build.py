@@ -30,7 +30,7 @@ def build_plan(
     """Check everything, make the data, work the sizes out.
 
     Returns:
-        The plan, and a line for each budget that a method can't reach.
+        The plan, and a line for each budget that a method can't reach, and for each grid that nothing takes.
 
     Raises:
         SMTError: whatever is wrong with model, data, methods, targets or blocks, in one line.
@@ -52,7 +52,15 @@ def build_plan(
         for (method, budget), size in sizes.items()
         if size.problem is not None
     ]
-    return plan, unreachable
+    return plan, [*unreachable, *_unused_grids(plan)]
+
+
+def _unused_grids(plan: Plan) -> list[str]:
+    """A line for each grid of one budget or one score that nothing takes: it was meant for something."""
+    settings = plan.settings
+    used = {settings.grid_name(method, budget) for method in settings.methods for budget in plan.reachable(method)}
+    special = [name for name in settings.rates if "@" in name or ":" in name]
+    return [f"--learning_rates {name}: no method here takes this grid" for name in special if name not in used]
 
 
 def _sizes(settings: Settings, model: nn.Module) -> Sizes:

@@ -40,9 +40,10 @@ class Slot(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """Where a learning rate is chosen, and from which grid."""
+    """Where a learning rate is chosen, and from which grid: its name in ``Settings.rates``, and the rates."""
 
     slot: Slot
+    name: str
     grid: tuple[float, ...]
 
 
@@ -122,26 +123,25 @@ class Plan:
     # -- learning rates ----------------------------------------------------------------------------------------
 
     def tuner(self, method: Method, budget: float) -> Method:
-        """Whose learning rate a method takes: its own, or under ``family`` the first of SMT's scores'."""
+        """Whose learning rate a method takes: its own, or under ``family`` the first score's that has the same grid."""
         grid = self.settings.grid_name(method, budget)
         if self.settings.tune != "family" or grid.partition("@")[0] != "smt":
             return method
-        scores = [each for each in self.settings.methods if each.family == "smt"]
-        return next(
-            each for each in scores if (budget in self.reachable(each) if "@" in grid else self.reachable(each))
-        )
+        same = [each for each in self.settings.methods if self.settings.grid_name(each, budget) == grid]
+        # A grid for one budget is tuned at that budget, any other wherever its first method can train.
+        return next(each for each in same if (budget in self.reachable(each) if "@" in grid else self.reachable(each)))
 
     def tuning(self, method: Method, budget: float) -> Tuning:
         """At ``budget`` if there is a grid for it, else at the middle budget, or the largest below it within reach."""
         tuner = self.tuner(method, budget)
         if tuner != method:
             return self.tuning(tuner, budget)
-        grid, where = self.settings.grid_name(method, budget), budget
-        if "@" not in grid:
+        name, where = self.settings.grid_name(method, budget), budget
+        if "@" not in name:
             reachable = self.reachable(method)
             below = [each for each in reachable if each <= self.settings.tuning_budget]
             where = max(below) if below else reachable[0]
-        return Tuning(Slot(method, where, self.settings.seeds[0]), self.settings.rates[grid])
+        return Tuning(Slot(method, where, self.settings.seeds[0]), name, self.settings.rates[name])
 
     def tunings(self) -> list[Tuning]:
         """All that there are; none where there is nothing to choose or to train."""
@@ -202,12 +202,17 @@ class Plan:
 
     def count(self) -> dict[str, int]:
         """Kind of cell -> how many there are in all, finished or not; what was tuned isn't trained twice."""
-        slots, tunings = self.slots(), self.tunings()
-        tries = {cell.key for tuning in tunings for cell in self.tries(tuning).values()}
-        tuned = [
-            slot for slot in slots if (found := self.tuning(slot.method, slot.budget)).slot == slot and found in tunings
-        ]
-        return {"train": len(tries) + len(slots) - len(tuned), "test": len(slots)}
+        slots = self.slots()
+        tries = {cell.key for tuning in self.tunings() for cell in self.tries(tuning).values()}
+        others = [slot for slot in slots if not self._is_tried(slot, tries)]
+        return {"train": len(tries) + len(others), "test": len(slots)}
+
+    def _is_tried(self, slot: Slot, tries: set[str]) -> bool:
+        """Whether the cell that trains a slot is one of the tries, whichever rate they choose."""
+        tuning = self.tuning(slot.method, slot.budget)
+        if len(tuning.grid) == 1:
+            return self.training(slot, tuning.grid[0]).key in tries
+        return tuning.slot == slot
 
     def known(self) -> list[Cell]:
         """All cells whose learning rate is known by now, in the order in which they run."""

@@ -50,12 +50,11 @@ def edge_warnings(plan: Plan) -> list[str]:
     """A line for each chosen rate at an end of its grid, where the best may lie beyond."""
     lines = []
     for tuning in plan.tunings():
-        choice, (method, budget, _) = plan.choice_of(tuning), tuning.slot
+        choice, method = plan.choice_of(tuning), tuning.slot.method
         if choice is not None and choice.edge is not None:
-            at = f"{method.name}@{budget:g}" if "@" in plan.settings.grid_name(method, budget) else method.name
             lines.append(
                 f"{method.name}: the best learning rate, {choice.rate:g}, is the {choice.edge} of its grid: extend it "
-                f"(--learning_rates {at}=...; finished cells are kept)"
+                f"(--learning_rates {tuning.name}=...; finished cells are kept)"
             )
     return lines
 
@@ -125,7 +124,7 @@ def _rates(plan: Plan, tuning: Tuning) -> Row:
     (method, budget, seed), choice = tuning.slot, plan.choice_of(tuning)
     losses = choice.losses if choice is not None else {}
     return {
-        "method": method.name, "budget": budget, "seed": seed, "grid": list(tuning.grid),
+        "name": tuning.name, "method": method.name, "budget": budget, "seed": seed, "grid": list(tuning.grid),
         "chosen": choice.rate if choice is not None else None, "edge": choice.edge if choice is not None else None,
         "validation_losses": {f"{rate:g}": loss for rate, loss in losses.items()},
     }  # fmt: skip

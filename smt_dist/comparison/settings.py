@@ -24,7 +24,7 @@ class Settings:
         methods: to compare, in the order of the table.
         budgets: trainable parameters as shares of all parameters, ascending, each in (0, 1).
         seeds: of data order, initial adapters and random blocks; the first one tunes the rates.
-        rates: family or method, or either ``@`` one budget -> its grid of learning rates, ascending.
+        rates: family or method, or either at one budget (``lora@0.08``) -> its grid of learning rates, ascending.
         tune: ``each`` method has its own rate; ``family``: all of SMT's scores share the first one's.
         targets: modules that adapters and blocks may train, as in the SMT config.
         block_size: side of SMT's blocks.
@@ -73,7 +73,7 @@ class Settings:
             raise SMTError(f"--seeds: must be from 0 to {MAX_SEED}")
         if self.test_items < MIN_TEST_ITEMS:
             raise SMTError(f"--test_items: at least {MIN_TEST_ITEMS}, not {self.test_items}")
-        known = [f"{budget:g}" for budget in self.budgets]
+        known = [repr(budget) for budget in self.budgets]
         for name in self.rates:
             if "@" in name and name.partition("@")[2] not in known:
                 raise SMTError(f"--learning_rates: {name}: not one of the budgets {', '.join(known)}")
@@ -87,8 +87,8 @@ class Settings:
         return self.budgets[len(self.budgets) // 2]
 
     def grid_name(self, method: Method, budget: float) -> str:
-        """Which of ``rates`` a method takes: its own before its family's, and of each the one for the budget first."""
-        names = (_at(method.name, budget), method.name, _at(method.family, budget))
+        """Which of ``rates`` a method takes: one for the budget before any other, its own before its family's."""
+        names = (_at(method.name, budget), _at(method.family, budget), method.name)
         return next((name for name in names if name in self.rates), method.family)
 
 
@@ -101,14 +101,15 @@ def parse_rates(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
     """``["lora=1e-4,3e-4", "smt:random=1e-3", "lora@0.08=1e-4"]`` over the default grids.
 
     Raises:
-        SMTError: an unknown family or method, a budget of one that has none, no rate, or one that isn't a finite
-            number above 0.
+        SMTError: an unknown family or method, a budget of one that has none, a grid given twice, no rate, or one that
+            isn't a finite number above 0.
     """
-    grids: dict[str, tuple[float, ...]] = dict(DEFAULT_RATES)
+    grids: dict[str, tuple[float, ...]] = {}
     for text in texts:
         name, _, values = text.partition("=")
         name, at, budget = name.partition("@")
         method = parse_method(name)
+        name = method.name if ":" in name else name  # "smt:" is its default score's
         try:
             rates = tuple(sorted({float(value) for value in values.split(",")}))
             name = _at(name, float(budget)) if at else name
@@ -118,12 +119,14 @@ def parse_rates(texts: Sequence[str]) -> dict[str, tuple[float, ...]]:
             raise SMTError(f"--learning_rates: {text!r}: {method.family} has no budget")
         if not all(0 < rate < math.inf for rate in rates):
             raise SMTError(f"--learning_rates: {text!r}: a learning rate is finite and above 0")
+        if name in grids:
+            raise SMTError(f"--learning_rates: {text!r}: {name} has a grid already")
         grids[name] = rates
-    return grids
+    return DEFAULT_RATES | grids
 
 
 def _at(name: str, budget: float) -> str:
-    return f"{name}@{budget:g}"
+    return f"{name}@{budget!r}"
 
 
 def as_json(settings: Settings) -> dict[str, Any]:
