@@ -13,7 +13,7 @@ from smt_dist import SMTError
 from smt_dist.comparison.build import build_plan
 from smt_dist.comparison.cells import CellStore
 from smt_dist.comparison.plan import WHOLE, Plan, Slot, check_batches
-from smt_dist.comparison.plots import lines_of, write_plots
+from smt_dist.comparison.plots import Line, _png, is_beyond, lines_of, write_plots
 from smt_dist.comparison.report import build_report
 from smt_dist.comparison.runner import Limits, list_cells, run_missing
 from smt_dist.comparison.settings import Settings, parse_methods, parse_rates
@@ -218,6 +218,31 @@ def test_plots_show_every_method_and_need_no_network(make_plan, tmp_path, caplog
     assert 'id="accuracy"' in page
     assert 'id="validation_loss"' in page
     assert (tmp_path / "comparison.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(("level", "beyond"), [(0.5, True), (1.0, False), (1.5, False), (2.2, False), (3.0, True)])
+def test_a_far_base_does_not_flatten_the_plot(level, beyond):
+    """Trained figures span 1.2 to 1.8, spreads included: a level farther from them than that span is told in words."""
+    trained = [Line("lora", [1.0, 2.0], [1.3, 1.5], [0.1, 0.3], flat=False)]
+    base = Line("base", [0.0], [level], [0.0], flat=True)
+    assert is_beyond(base, [base, *trained]) is beyond
+    assert not is_beyond(base, [base])
+
+
+def test_a_method_has_one_colour_in_all_panels(make_plan):
+    """Also where it has a loss but no accuracy yet, which shifts the others' places in one panel."""
+    plan = make_plan("full", "smt", "lora", rates=GRIDS)
+    finish(plan)
+    report = build_report(plan)
+    report["rows"][0]["accuracy"] = None
+    assert [line.method for line in lines_of(report, "accuracy", 100.0)] == ["smt:abs_mean", "lora"]
+    accuracy, loss = _png(report).axes
+    colours = [
+        {label: handle.lines[0].get_color() for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+        for axis in (accuracy, loss)
+    ]
+    assert colours[0] == {name: colours[1][name] for name in ("smt:abs_mean", "lora")}
+    assert len(set(colours[1].values())) == 3
 
 
 # -- bad input ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from html import escape
+from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,6 +55,23 @@ def lines_of(report: dict[str, Any], measure: str, factor: float) -> list[Line]:
     return lines
 
 
+def colours_of(report: dict[str, Any]) -> dict[str, str]:
+    """Method -> colour: one for all panels, also where some have no figures yet."""
+    return dict(zip(report["settings"]["methods"], cycle(_colours()), strict=False))
+
+
+def is_beyond(level: Line, lines: list[Line]) -> bool:
+    """Whether a level is so far from what was trained that an axis which holds both would show no differences."""
+    ends = [
+        end for line in lines if not line.flat for mean, spread in zip(line.means, line.spreads, strict=True)
+        for end in (mean - spread, mean + spread)
+    ]  # fmt: skip
+    if not ends:
+        return False
+    low, high = min(ends), max(ends)
+    return not 2 * low - high <= level.means[0] <= 2 * high - low
+
+
 def write_plots(report: dict[str, Any], page: Path) -> bool:
     """Write ``page`` and ``<stem>.png``. Without the libraries a line says so: the figures are worth more.
 
@@ -76,11 +94,14 @@ def _png(report: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
     ticks = [100 * budget for budget in (*report["settings"]["budgets"], WHOLE)]
-    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    figure, colours = Figure(figsize=(11, 4.8), layout="constrained"), colours_of(report)
     for index, (measure, title, factor) in enumerate(PANELS):
-        axis = figure.add_subplot(1, 2, index + 1)
-        for line, colour in zip(lines_of(report, measure, factor), _colours(), strict=False):
-            label = line.method.replace("$", r"\$")
+        axis, lines = figure.add_subplot(1, 2, index + 1), lines_of(report, measure, factor)
+        for line in lines:
+            label, colour = line.method.replace("$", r"\$"), colours[line.method]
+            if line.flat and is_beyond(line, lines):
+                axis.plot([], [], color="#888", linestyle=":", label=_said_of(line))
+                continue
             if line.flat:
                 axis.axhline(line.means[0], color="#888", linestyle=":", label=label)
                 continue
@@ -100,16 +121,21 @@ def _page(report: dict[str, Any]) -> str:
     import plotly.graph_objects as go
     from plotly.offline import get_plotlyjs
 
-    drawn = []
+    drawn, colours = [], colours_of(report)
     for measure, title, factor in PANELS:
         axes = {"xaxis": {"title": "trainable parameters, % of all", "type": "log"}, "yaxis": {"title": title}}
         figure = go.Figure(layout={"title": title, "height": 480, "template": "plotly_white", **axes})
-        for line, colour in zip(lines_of(report, measure, factor), _colours(), strict=False):
+        lines = lines_of(report, measure, factor)
+        for line in lines:
+            if line.flat and is_beyond(line, lines):
+                figure.update_layout(title=f"{title} ({_said_of(line)})")
+                continue
             if line.flat:
                 figure.add_hline(y=line.means[0], line={"dash": "dot", "color": "#888"}, annotation_text="base")
                 continue
             figure.add_scatter(
-                x=line.shares, y=line.means, name=escape(line.method), mode="lines+markers", line={"color": colour},
+                x=line.shares, y=line.means, name=escape(line.method), mode="lines+markers",
+                line={"color": colours[line.method]},
                 error_y={"type": "data", "array": line.spreads, "visible": any(line.spreads)},
             )  # fmt: skip
         options = {"displaylogo": False, "responsive": True}
@@ -120,6 +146,10 @@ def _page(report: dict[str, Any]) -> str:
         f"<body><h1>{escape(report['task'])}: SMT beside other methods</h1>\n<p>Mean over seeds; bars: standard "
         f"deviation.</p>\n{''.join(drawn)}</body></html>\n"
     )
+
+
+def _said_of(level: Line) -> str:
+    return f"{level.method}: {level.means[0]:.3g}, off the axis"
 
 
 def _colours() -> list[str]:
