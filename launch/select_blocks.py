@@ -20,7 +20,7 @@ from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.blocks import BlockSelection
 from smt_dist.cli import parse_arguments, run_program
 from smt_dist.config import SMTConfig
-from smt_dist.distributed import agree, get_rank
+from smt_dist.distributed import agree, get_rank, write_on_rank_zero
 from smt_dist.errors import SMTError
 from smt_dist.files import replace_file
 from smt_dist.loading import load_tokenizer_and_model
@@ -34,7 +34,6 @@ from smt_dist.run import (
     load_config,
     load_data,
 )
-from smt_dist.saves import write_on_rank_zero
 from smt_dist.score_files import save_scores, scores_path
 from smt_dist.scores import BlockScores
 from smt_dist.stability_runs import Cell, compare, parse_axes, plan_cells, run_cells, table

@@ -9,8 +9,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 
-from smt_dist.errors import SMTError
+from smt_dist.errors import SMTError, first_line
 
 T = TypeVar("T")
 
@@ -152,3 +153,26 @@ def assert_same_on_all_ranks(content: bytes, what: str) -> None:
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if different:
         raise RuntimeError(f"{what} differs between ranks: ranks {different} don't agree with rank 0")
+
+
+def write_on_rank_zero(write: Callable[[], object], source: str, doing: str) -> None:
+    """Run ``write`` on rank 0, and go on when it is done there; collective.
+
+    Args:
+        write: may write files, and raise SMTError.
+        source: what is written, for the message.
+        doing: what all ranks wait for.
+
+    Raises:
+        SMTError: it can't be written (a full disk); on all ranks.
+    """
+
+    def attempt() -> None:
+        if get_rank() == 0:
+            try:
+                write()
+            except (OSError, SafetensorError) as error:
+                reason = getattr(error, "strerror", None) or first_line(error)
+                raise SMTError(f"{source}: can't be written ({reason})") from None
+
+    agree(attempt, doing)

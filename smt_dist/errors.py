@@ -1,5 +1,9 @@
 """The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
 
+from __future__ import annotations
+
+from importlib.util import find_spec
+
 MAX_REASON = 300  # characters of another library's message
 MAX_MESSAGE = 2000  # characters; paths may be long
 
@@ -34,3 +38,18 @@ def _one_line(message: str) -> str:
 
 class RankError(SMTError):
     """An :class:`SMTError` that perhaps only this rank has seen: each rank that has it prints it."""
+
+
+def require_peft(flag: str) -> None:
+    """Raise SMTError where PEFT isn't installed; ``flag`` is what asks for it."""
+    _require("peft", "PEFT", "benchmark", flag)
+
+
+def require_reasoning_gym(flag: str) -> None:
+    """Raise SMTError where reasoning-gym isn't installed; ``flag`` is what asks for it."""
+    _require("reasoning_gym", "reasoning-gym", "quickstart", flag)
+
+
+def _require(module: str, name: str, extra: str, flag: str) -> None:
+    if find_spec(module) is None:
+        raise SMTError(f'{flag}: {name} is not installed; pip install "smt_dist[{extra}]"')

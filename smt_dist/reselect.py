@@ -36,7 +36,7 @@ from smt_dist.batches import TrainingData, warmup_batches
 from smt_dist.blocks import Block, BlockSelection
 from smt_dist.checkpoint import load_states, save_moments
 from smt_dist.config import ReselectConfig, SMTConfig
-from smt_dist.distributed import agree, assert_same_on_all_ranks
+from smt_dist.distributed import agree, assert_same_on_all_ranks, write_on_rank_zero
 from smt_dist.engines import Moments
 from smt_dist.errors import SMTError
 from smt_dist.exchange import exchange
@@ -45,7 +45,7 @@ from smt_dist.frozen_blocks import rearrange
 from smt_dist.model import attach_touched, base_fingerprint
 from smt_dist.phases import enter_phase
 from smt_dist.rotation import checkpoint_folder, find_checkpoint
-from smt_dist.saves import MANIFEST_FILE, saving, write_on_rank_zero
+from smt_dist.saves import MANIFEST_FILE, saving
 from smt_dist.targets import base_modules, weight_shape
 from smt_dist.warmup import collect_scores
 

@@ -32,14 +32,20 @@ from smt_dist.data import (
     get_pad_token_id,
     load_rows,
 )
-from smt_dist.distributed import agree, assert_same_on_all_ranks, get_rank, get_world_size, main_process_first
+from smt_dist.distributed import (
+    agree,
+    assert_same_on_all_ranks,
+    get_rank,
+    get_world_size,
+    main_process_first,
+    write_on_rank_zero,
+)
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
 from smt_dist.full_ft import collect_scores_full_ft
 from smt_dist.model import apply_selection, describe_blocks
 from smt_dist.phases import enter_phase
 from smt_dist.picture import write_pictures
-from smt_dist.saves import write_on_rank_zero
 from smt_dist.score_files import SCORES_FILE, belongs_to, load_scores, save_scores, scores_path
 from smt_dist.scores import BlockScores
 from smt_dist.selection import select_blocks

@@ -15,16 +15,14 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
-from safetensors import SafetensorError
 
 from smt_dist.config import parse_model
-from smt_dist.distributed import agree, get_rank
-from smt_dist.errors import SMTError, first_line
+from smt_dist.errors import SMTError
 from smt_dist.files import read_text
 
 MANIFEST_FILE = "smt_manifest.json"
@@ -83,29 +81,6 @@ def write_manifest(folder: Path) -> Manifest:
     os.replace(beside, folder / MANIFEST_FILE)  # a manifest is whole as well
     _sync_folder(folder)
     return manifest
-
-
-def write_on_rank_zero(write: Callable[[], object], source: str, doing: str) -> None:
-    """Run ``write`` on rank 0, and go on when it is done there; collective.
-
-    Args:
-        write: may write files, and raise SMTError.
-        source: what is written, for the message.
-        doing: what all ranks wait for.
-
-    Raises:
-        SMTError: it can't be written (a full disk); on all ranks.
-    """
-
-    def attempt() -> None:
-        if get_rank() == 0:
-            try:
-                write()
-            except (OSError, SafetensorError) as error:
-                reason = getattr(error, "strerror", None) or first_line(error)
-                raise SMTError(f"{source}: can't be written ({reason})") from None
-
-    agree(attempt, doing)
 
 
 def read_manifest(folder: Path) -> Manifest | None:

@@ -298,7 +298,7 @@ def test_bad_input_is_one_line(changes, named, run, folder, tmp_path):
 
 def test_without_peft_its_extra_is_named(monkeypatch, make_plan):
     """A comparison without PEFT's methods doesn't need it."""
-    monkeypatch.setattr("smt_dist.extras.find_spec", lambda _: None)
+    monkeypatch.setattr("smt_dist.errors.find_spec", lambda _: None)
     make_plan("smt", "full")
     with pytest.raises(SMTError, match=r'--methods dora: PEFT is not installed; pip install "smt_dist\[benchmark\]"'):
         make_plan("smt", "dora")

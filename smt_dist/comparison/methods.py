@@ -9,8 +9,7 @@ from torch import nn
 
 from smt_dist.blocks import BlockGrid
 from smt_dist.config import SCORES, SMTConfig
-from smt_dist.errors import SMTError
-from smt_dist.extras import require_peft
+from smt_dist.errors import SMTError, require_peft
 from smt_dist.warmup import plan_grids
 from smt_dist.weight_scores import diagonal
 

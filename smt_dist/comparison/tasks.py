@@ -11,9 +11,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from smt_dist.errors import SMTError
+from smt_dist.errors import SMTError, require_reasoning_gym
 from smt_dist.evaluation import make_items
-from smt_dist.extras import require_reasoning_gym
 from smt_dist.files import replace_file, shorten
 from smt_dist.rows import Rows, check_rows, read_rows
 

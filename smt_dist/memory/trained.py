@@ -14,8 +14,7 @@ from torch import nn
 from smt_dist.blocks import BlockSelection
 from smt_dist.distributed import is_distributed
 from smt_dist.engines.replicated import ReplicatedBlocks
-from smt_dist.errors import SMTError
-from smt_dist.extras import require_peft
+from smt_dist.errors import SMTError, require_peft
 from smt_dist.memory.request import Request
 from smt_dist.memory.tracker import MemoryTracker
 from smt_dist.model import apply_selection, sparse_layers
