@@ -30,7 +30,7 @@ from smt_dist.adapter import config_of
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.cli import configure_logging, run_program
 from smt_dist.communication import Collective, CollectiveCounter, totals
-from smt_dist.data import CausalLMCollator
+from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.distributed import get_rank, get_world_size
 from smt_dist.engines import make_engine
 from smt_dist.model import sparse_layers

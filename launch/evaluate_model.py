@@ -49,9 +49,9 @@ def main() -> None:
         # Rounded to fp16, a bf16 or fp32 base can no longer be told from another one.
         raise SMTError("--dtype float16 with --adapter: merge first (launch/merge_adapter.py --dtype float16)")
     # Imported late: `--help` and bad flags should answer at once.
+    from smt_dist.data.rows import read_rows
     from smt_dist.evaluation import make_items
     from smt_dist.files import replace_file
-    from smt_dist.rows import read_rows
 
     items = make_items(read_rows(arguments.eval_file), arguments.max_items)
     output = _prepare_output(Path(arguments.output))

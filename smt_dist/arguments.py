@@ -15,6 +15,7 @@ import torch.distributed as dist
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
+from smt_dist.data.batches import BatchOrder
 from smt_dist.elementwise import optimizer_class_by_name, parse_options, refuse_unless_elementwise
 from smt_dist.engines import ENGINES
 from smt_dist.engines.units import UNITS
@@ -179,6 +180,12 @@ class SMTTrainingArguments(TrainingArguments):
     def reduce_torch_dtype(self) -> torch.dtype:
         """``reduce_dtype`` as a torch dtype."""
         return DTYPES[self.reduce_dtype]
+
+    @property
+    def batch_order(self) -> BatchOrder:
+        """The rows that a global step of a warm-up takes."""
+        seed = self.seed if self.data_seed is None else self.data_seed
+        return BatchOrder(self.per_device_train_batch_size, self.gradient_accumulation_steps, seed)
 
     def filled_deepspeed_config(self) -> dict[str, Any] | None:
         """The DeepSpeed JSON with every ``"auto"`` that TrainingArguments can fill."""

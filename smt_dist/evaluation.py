@@ -13,10 +13,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from smt_dist.data import get_pad_token_id
+from smt_dist.data.dataset import get_pad_token_id
+from smt_dist.data.prompts import PromptStyle, encode_prompt, format_prompt, require_eos_token
+from smt_dist.data.rows import Rows
 from smt_dist.errors import SMTError
-from smt_dist.prompts import PromptStyle, encode_prompt, format_prompt, require_eos_token
-from smt_dist.rows import Rows
 
 AnswerKind = Literal["boolean", "answer", "option", "solution", "ending", "number", "letter"]
 
@@ -34,7 +34,7 @@ _LETTER_PATTERNS = (  # the first that matches decides, by its last match
 
 @dataclass(frozen=True)
 class EvaluationItem:
-    """One question: ``row`` is what :func:`smt_dist.prompts.format_prompt` reads."""
+    """One question: ``row`` is what :func:`smt_dist.data.prompts.format_prompt` reads."""
 
     row: dict[str, Any]
     answer: str

@@ -16,7 +16,7 @@ from transformers.integrations.deepspeed import (
 )
 
 from smt_dist.arguments import SMTTrainingArguments
-from smt_dist.data import prepare_model_for_packing
+from smt_dist.data.dataset import prepare_model_for_packing
 from smt_dist.distributed import agree, get_world_size, main_process_first
 from smt_dist.engines import make_engine
 from smt_dist.gguf import dequantize_gguf, find_gguf_file

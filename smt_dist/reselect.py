@@ -32,10 +32,10 @@ from smt_dist.adapter import (
     trained_deltas,
     write_adapter,
 )
-from smt_dist.batches import TrainingData, warmup_batches
 from smt_dist.blocks import Block, BlockSelection
 from smt_dist.checkpoint import load_states, save_moments
 from smt_dist.config import ReselectConfig, SMTConfig
+from smt_dist.data.batches import TrainingData, warmup_batches
 from smt_dist.distributed import agree, assert_same_on_all_ranks, write_on_rank_zero
 from smt_dist.engines import Moments
 from smt_dist.errors import SMTError
@@ -144,7 +144,7 @@ def reselect(trainer: SMTTrainer, plan: ReselectConfig, folder: Path) -> None:
     _attach(model, adapter, config, args)  # the masters' values, whatever the engine left, or a new process didn't have
     data = TrainingData(trainer.train_dataset, None, trainer.data_collator)
     with engine.probing(model):
-        batches = warmup_batches(data, args, plan.steps, offset=step)
+        batches = warmup_batches(data, args.batch_order, plan.steps, offset=step)
         scores = collect_scores(model, batches, probe_config(config, plan), progress=not args.disable_tqdm)
     active = exchange(scores, adapter.trained, mean_strengths(adapter), config, plan.fraction)
     assert_same_on_all_ranks(active.to_json().encode(), f"the blocks re-selected at step {step}")

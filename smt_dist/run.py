@@ -22,16 +22,11 @@ from smt_dist.adapter import (
     read_adapter,
 )
 from smt_dist.arguments import SMTTrainingArguments
-from smt_dist.batches import TrainingData, warmup_batches
 from smt_dist.blocks import BlockSelection
 from smt_dist.chunked_loss import chunk_loss
 from smt_dist.config import SMTConfig
-from smt_dist.data import (
-    CausalLMCollator,
-    build_dataset,
-    get_pad_token_id,
-    load_rows,
-)
+from smt_dist.data.batches import TrainingData, warmup_batches
+from smt_dist.data.dataset import CausalLMCollator, build_dataset, get_pad_token_id, load_rows
 from smt_dist.distributed import (
     agree,
     assert_same_on_all_ranks,
@@ -179,7 +174,7 @@ def collect(
 ) -> BlockScores:
     """Run the warm-up under the engine; ``data`` may be None where the score needs none, and ``observe`` looks on."""
     engine = make_engine(args)
-    batches = warmup_batches(data, args, config.warmup.steps) if data is not None else ()
+    batches = warmup_batches(data, args.batch_order, config.warmup.steps) if data is not None else ()
     progress = not args.disable_tqdm
     if config.warmup.mode == "full_ft":
         return collect_scores_full_ft(

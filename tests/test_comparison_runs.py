@@ -22,7 +22,7 @@ from smt_dist.comparison.cell_run import restore, token_loss
 from smt_dist.comparison.plan import Plan, Slot
 from smt_dist.comparison.settings import Settings, parse_methods, parse_rates
 from smt_dist.comparison.tasks import Counts
-from smt_dist.data import CausalLMCollator
+from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.model_folder import load_causal_lm
 
 FAMILIES = ("full", "smt", "lora", "dora", "shira")

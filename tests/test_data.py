@@ -10,7 +10,7 @@ from architectures import ARCHITECTURES, make_model
 from tiny_tokenizer import CHAT_TEMPLATE, GENERATION_CHAT_TEMPLATE, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smt_dist.data import (
+from smt_dist.data.dataset import (
     PACKING_ARCHITECTURES,
     CausalLMCollator,
     build_dataset,
@@ -19,9 +19,9 @@ from smt_dist.data import (
     pack_lengths,
     prepare_model_for_packing,
 )
+from smt_dist.data.prompts import encode_prompt, format_prompt
+from smt_dist.data.rows import Rows, check_rows, read_rows
 from smt_dist.errors import SMTError
-from smt_dist.prompts import encode_prompt, format_prompt
-from smt_dist.rows import Rows, check_rows, read_rows
 
 INSTRUCTION = {"instruction": "2 + 2?", "input": "", "output": "It is 4"}
 MESSAGES = {

@@ -13,10 +13,10 @@ from tiny_tokenizer import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from smt_dist import evaluation
+from smt_dist.data.prompts import encode_prompt, format_prompt
+from smt_dist.data.rows import Rows
 from smt_dist.errors import SMTError
 from smt_dist.evaluation import evaluate, generate, infer_answer_kind, is_correct, make_items, parse_prediction
-from smt_dist.prompts import encode_prompt, format_prompt
-from smt_dist.rows import Rows
 
 PROGRAM = Path(__file__).parents[1] / "launch" / "evaluate_model.py"
 ROWS = [

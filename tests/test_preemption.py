@@ -17,7 +17,7 @@ from smt_dist import BlockSelection, SMTConfig, supervision
 from smt_dist.adapter import attach_adapter, read_adapter, trained_deltas
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.checkpoint import load_schedule, save_schedule
-from smt_dist.data import CausalLMCollator
+from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.preemption import Preempted
 from smt_dist.trainer import SMTTrainer
 

@@ -95,8 +95,8 @@ def test_an_adapter_that_is_continued_starts_from_its_blocks(train, folder, tmp_
     fresh = train(selection=tmp_path / "first/smt_selection.json", output_dir=tmp_path / "third", **same_rows)
     assert fresh.code == 0, fresh.err
 
-    from smt_dist.data import CausalLMCollator, build_dataset
-    from smt_dist.rows import read_rows
+    from smt_dist.data.dataset import CausalLMCollator, build_dataset
+    from smt_dist.data.rows import read_rows
 
     dataset, _ = build_dataset(read_rows(folder / "train.json"), make_tokenizer(), max_seq_length=1024)
     batch = CausalLMCollator(0)(list(dataset))

@@ -25,13 +25,13 @@ from smt_dist.arguments import DTYPES
 from smt_dist.cli import configure_logging, run_program
 from smt_dist.comparison.methods import PEFT_FAMILIES, Method, parse_method
 from smt_dist.comparison.training import base_dtype, prepare
-from smt_dist.data import IGNORED, CausalLMCollator, build_dataset, get_pad_token_id
+from smt_dist.data.dataset import IGNORED, CausalLMCollator, build_dataset, get_pad_token_id
+from smt_dist.data.rows import read_rows
 from smt_dist.errors import SMTError
 from smt_dist.evaluation import EvaluationResult, evaluate, make_items
 from smt_dist.files import parse_json_object, read_text, replace_file
 from smt_dist.memory.resident import own_bytes
 from smt_dist.model_folder import check_model_folder, load_causal_lm, load_tokenizer
-from smt_dist.rows import read_rows
 
 Figures = dict[str, Any]
 

@@ -11,10 +11,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from smt_dist.data.rows import Rows, check_rows, read_rows
 from smt_dist.errors import SMTError, require_reasoning_gym
 from smt_dist.evaluation import make_items
 from smt_dist.files import replace_file, shorten
-from smt_dist.rows import Rows, check_rows, read_rows
 
 Row = dict[str, Any]
 

@@ -16,10 +16,10 @@ from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
 from smt_dist.arguments import DTYPES, SMTTrainingArguments
-from smt_dist.batches import TrainingData
 from smt_dist.comparison.methods import Method
 from smt_dist.config import SMTConfig, parse_model
-from smt_dist.data import CausalLMCollator
+from smt_dist.data.batches import TrainingData
+from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.run import attach_blocks, collect_and_select
 from smt_dist.targets import find_targets
 from smt_dist.trainer import SMTTrainer

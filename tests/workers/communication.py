@@ -82,7 +82,7 @@ def frozen_base(model: PreTrainedModel, args: SMTTrainingArguments) -> list[Coll
     """The collectives of one micro-batch's forward, and backward down to the embeddings, of the frozen base."""
     model.requires_grad_(False).train()
     model.enable_input_require_grads()
-    batches = warmup_batches(fixed_data(), args, steps=1 + WARM_STEPS)
+    batches = warmup_batches(fixed_data(), args.batch_order, steps=1 + WARM_STEPS)
     with make_engine(args).probing(model):
         for micro_batches in batches:
             with CollectiveCounter() as counter:

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from smt_dist.arguments import SMTTrainingArguments
-from smt_dist.data import CausalLMCollator
+from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.distributed import get_world_size
 from smt_dist.engines import make_engine
 from smt_dist.process_group import initialize_process_group

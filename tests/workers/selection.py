@@ -66,13 +66,13 @@ def _select(folder: Path, engine: str, model_folder: str) -> dict[str, Any]:
         model = load_model(model_folder, args)
         found["base_elements_held"] = elements_held(model)
         found["micro_batches_without_labels"] = sum(
-            count_label_tokens(batch) == 0 for step in warmup_batches(data, args, STEPS) for batch in step
+            count_label_tokens(batch) == 0 for step in warmup_batches(data, args.batch_order, STEPS) for batch in step
         )
         with make_engine(args).probing(model):
             for score in SCORES:
                 for passes in PASSES[score]:
                     config = make_config(score, passes=passes)
-                    scores = collect_scores(model, warmup_batches(data, args, STEPS), config)
+                    scores = collect_scores(model, warmup_batches(data, args.batch_order, STEPS), config)
                     found["tables"][f"{score}, {passes}"] = scores.tables
                     for strategy in STRATEGIES:
                         selection = select_blocks(scores, make_config(score, strategy, passes))

@@ -150,7 +150,7 @@ def memory(folder: Path, engine: str, model: str) -> dict[str, Any]:
             mock.patch.object(warmup, "make_accumulator", make),
             make_engine(args).probing(base),
         ):
-            scores = collect_scores(base, warmup_batches(data, args, 2), config)
+            scores = collect_scores(base, warmup_batches(data, args.batch_order, 2), config)
         layers: dict[str, int] = {}
         for name, (rows, cols) in scores.shapes.items():
             layers[layer_key(name)] = layers.get(layer_key(name), 0) + rows * cols

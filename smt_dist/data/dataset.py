@@ -13,10 +13,10 @@ import datasets
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from smt_dist.data.prompts import PromptStyle, encode_instruction, encode_messages, encode_text, require_eos_token
+from smt_dist.data.rows import Rows, check_rows, load_hub_rows, read_rows
 from smt_dist.distributed import get_rank
 from smt_dist.errors import SMTError
-from smt_dist.prompts import PromptStyle, encode_instruction, encode_messages, encode_text, require_eos_token
-from smt_dist.rows import Rows, check_rows, load_hub_rows, read_rows
 
 logger = logging.getLogger(__name__)
 

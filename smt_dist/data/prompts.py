@@ -12,8 +12,8 @@ from typing import Any, Literal
 import jinja2
 from transformers import PreTrainedTokenizerBase
 
+from smt_dist.data.rows import Rows
 from smt_dist.errors import SMTError
-from smt_dist.rows import Rows
 
 PromptStyle = Literal["plain", "chat"]
 Encoded = tuple[list[int], list[bool]]  # token ids; whether each is trained

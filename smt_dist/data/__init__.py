@@ -1,0 +1,1 @@
+"""Data: rows of a file become token sequences and batches."""

@@ -1,0 +1,59 @@
+"""The rows of a run, and the batches that a warm-up or a probe sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import datasets
+import torch
+
+from smt_dist.data.dataset import CausalLMCollator
+from smt_dist.distributed import get_rank, get_world_size
+
+
+@dataclass
+class TrainingData:
+    """Tokenised rows and what turns them into batches."""
+
+    train: datasets.Dataset
+    evaluation: datasets.Dataset | None
+    collator: CausalLMCollator
+
+
+class BatchOrder(NamedTuple):
+    """Which rows a global step takes, for any number of ranks.
+
+    Attributes:
+        per_device: rows of one rank's micro-batch.
+        accumulation: micro-batches of a global step.
+        seed: of the order of the rows.
+    """
+
+    per_device: int
+    accumulation: int
+    seed: int
+
+
+def warmup_batches(
+    data: TrainingData, order: BatchOrder, steps: int, offset: int = 0
+) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """This rank's micro-batches of each global step, in an order that depends on the seed only.
+
+    A global step's rows are the same for every world size and engine with the same global batch; rows are drawn
+    anew, in another order, each time the data is used up. ``offset`` is added to the seed.
+    """
+    rank = get_rank()
+    micro_batch = order.per_device * get_world_size()
+    global_batch = micro_batch * order.accumulation
+    generator = torch.Generator().manual_seed(order.seed + offset)
+    rows: list[int] = []
+    for _ in range(steps):
+        while len(rows) < global_batch:
+            rows += torch.randperm(len(data.train), generator=generator).tolist()
+        step, rows = rows[:global_batch], rows[global_batch:]
+        yield [
+            data.collator([data.train[index] for index in step[start + rank * order.per_device :][: order.per_device]])
+            for start in range(0, global_batch, micro_batch)
+        ]
