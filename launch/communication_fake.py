@@ -18,11 +18,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from smt_dist import apply_selection
-from smt_dist.chunked_loss import chunk_loss
 from smt_dist.communication import CollectiveCounter
 from smt_dist.engines.fsdp2 import FSDP2Engine
 from smt_dist.engines.replicated import ReplicatedBlocks, adamw_step
 from smt_dist.memory.fake import fake_group
+from smt_dist.models.chunked_loss import chunk_loss
 from smt_dist.trainer import block_parameter_groups
 
 NODE = 8  # ranks

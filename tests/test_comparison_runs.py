@@ -23,7 +23,7 @@ from smt_dist.comparison.plan import Plan, Slot
 from smt_dist.comparison.settings import Settings, parse_methods, parse_rates
 from smt_dist.comparison.tasks import Counts
 from smt_dist.data.dataset import CausalLMCollator
-from smt_dist.model_folder import load_causal_lm
+from smt_dist.models.folder import load_causal_lm
 
 FAMILIES = ("full", "smt", "lora", "dora", "shira")
 RATES = tuple(f"{name}=1e-2" for name in FAMILIES)

@@ -10,18 +10,11 @@ from architectures import ARCHITECTURES, make_model
 from tiny_tokenizer import CHAT_TEMPLATE, GENERATION_CHAT_TEMPLATE, make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from smt_dist.data.dataset import (
-    PACKING_ARCHITECTURES,
-    CausalLMCollator,
-    build_dataset,
-    get_pad_token_id,
-    load_rows,
-    pack_lengths,
-    prepare_model_for_packing,
-)
+from smt_dist.data.dataset import CausalLMCollator, build_dataset, get_pad_token_id, load_rows, pack_lengths
 from smt_dist.data.prompts import encode_prompt, format_prompt
 from smt_dist.data.rows import Rows, check_rows, read_rows
 from smt_dist.errors import SMTError
+from smt_dist.models.packing import PACKING_ARCHITECTURES, prepare_model_for_packing
 
 INSTRUCTION = {"instruction": "2 + 2?", "input": "", "output": "It is 4"}
 MESSAGES = {

@@ -10,9 +10,9 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smt_dist import gguf as smt_gguf
 from smt_dist.errors import SMTError
-from smt_dist.gguf import default_cache_dir, dequantize_gguf, find_gguf_file
+from smt_dist.models import gguf as smt_gguf
+from smt_dist.models.gguf import default_cache_dir, dequantize_gguf, find_gguf_file
 
 HIDDEN, FEED_FORWARD, HEADS, LAYERS = 32, 64, 2, 1
 TOKENS = ["<unk>", "<s>", "</s>", *"abcdefgh", "ab"]

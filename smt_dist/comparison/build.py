@@ -19,7 +19,7 @@ from smt_dist.config import SMTConfig, parse_model
 from smt_dist.custom_scores import load_score_function
 from smt_dist.errors import SMTError
 from smt_dist.files import replace_file
-from smt_dist.model_folder import check_model_folder, empty_model, load_tokenizer
+from smt_dist.models.folder import check_model_folder, empty_model, load_tokenizer
 
 DATA_SEED = 0  # of the sets: all seeds of a comparison train on the same rows, in another order
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from smt_dist.data.prompts import PromptStyle, encode_instruction, encode_messages, encode_text, require_eos_token
 from smt_dist.data.rows import Rows, check_rows, load_hub_rows, read_rows
@@ -20,10 +20,6 @@ from smt_dist.errors import SMTError
 
 logger = logging.getLogger(__name__)
 
-# Others ignore position_ids when they make the attention mask (Falcon, BLOOM, OPT, MPT): examples would mix.
-PACKING_ARCHITECTURES = frozenset(
-    {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "phi3", "gpt_neox", "olmo", "olmo2"}
-)
 IGNORED = -100  # the label that torch's cross-entropy skips
 
 
@@ -183,31 +179,6 @@ def pack_lengths(lengths: list[int], capacity: int, open_bins: int = 64) -> list
         if room[chosen] == 0 or len(room) > open_bins:
             del room[chosen if room[chosen] == 0 else next(iter(room))]
     return bins
-
-
-def prepare_model_for_packing(model: PreTrainedModel, batch_size: int) -> None:
-    """Make sure that ``model`` keeps packed examples apart; sets ``model.config.use_cache = False``.
-
-    transformers derives the block-diagonal mask from ``position_ids`` only where no cache is filled, and its
-    flash attention only where a batch is one row. Otherwise the examples silently attend to one another.
-    ``Trainer`` switches the cache off as well, but a warm-up runs before there is a ``Trainer``.
-
-    Raises:
-        SMTError: the architecture isn't known to keep packed examples apart, or it uses flash attention and
-            ``batch_size`` (rows a forward pass) is above 1.
-    """
-    if model.config.model_type not in PACKING_ARCHITECTURES:
-        raise SMTError(
-            f"--packing: {model.config.model_type} isn't known to keep packed examples apart; tested are "
-            f"{', '.join(sorted(PACKING_ARCHITECTURES))}"
-        )
-    attention = model.config._attn_implementation or ""
-    if "flash" in attention and batch_size > 1:
-        raise SMTError(
-            f"packing with attention '{attention}' needs a per-device batch size of 1, not {batch_size}; "
-            "raise max_seq_length instead, or use attention 'sdpa'"
-        )
-    model.config.use_cache = False
 
 
 @dataclass(frozen=True)

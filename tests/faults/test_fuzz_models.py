@@ -20,9 +20,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from smt_dist.data.dataset import build_dataset
 from smt_dist.data.rows import read_rows
 from smt_dist.evaluation import make_items
-from smt_dist.gguf import dequantize_gguf
-from smt_dist.gguf_header import check_gguf_header
-from smt_dist.model_folder import check_model_folder, load_causal_lm, load_tokenizer
+from smt_dist.models.folder import check_model_folder, load_causal_lm, load_tokenizer
+from smt_dist.models.gguf import dequantize_gguf
+from smt_dist.models.gguf_header import check_gguf_header
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, PreTra
 
 from smt_dist.errors import SMTError, first_line
 from smt_dist.files import save_tokenizer
-from smt_dist.gguf_header import check_gguf_header
+from smt_dist.models.gguf_header import check_gguf_header
 
 
 def default_cache_dir() -> Path:
