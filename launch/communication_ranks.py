@@ -33,10 +33,11 @@ from smt_dist.communication import Collective, CollectiveCounter, totals
 from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.distributed import get_rank, get_world_size
 from smt_dist.engines import make_engine
-from smt_dist.model import sparse_layers
 from smt_dist.process_group import initialize_process_group
 from smt_dist.run import attach_blocks
-from smt_dist.targets import count_parameters_2d, find_targets, full_numel, weight_shape
+from smt_dist.sparse.sharded import full_numel
+from smt_dist.sparse.surgery import sparse_layers
+from smt_dist.sparse.targets import count_parameters_2d, find_targets, weight_shape
 from smt_dist.trainer import SMTTrainer
 
 FRACTION = 0.0084

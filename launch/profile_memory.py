@@ -20,10 +20,10 @@ from smt_dist.cli import HelpFormatter, configure_logging, raise_usage_error, ru
 from smt_dist.errors import SMTError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` should not wait for torch
-    from smt_dist.blocks import BlockSelection
     from smt_dist.config import SMTConfig
     from smt_dist.memory.plan import Plan
     from smt_dist.memory.request import Request
+    from smt_dist.sparse.blocks import BlockSelection
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
@@ -87,9 +87,9 @@ def _add_validate_flags(add: Any) -> None:
 
 def make_request(arguments: argparse.Namespace) -> Request:
     """What the flags ask for. Raises SMTError for what is wrong with them."""
-    from smt_dist.blocks import BlockSelection
     from smt_dist.memory.categories import parse_size
     from smt_dist.memory.request import Request, read_model_config
+    from smt_dist.sparse.blocks import BlockSelection
 
     if (arguments.model_config is None) == (arguments.model_name_or_path is None):
         raise SMTError("give --model_config or --model_name_or_path, one of them")

@@ -17,7 +17,6 @@ from pathlib import Path
 from transformers import set_seed
 
 from smt_dist.arguments import SMTTrainingArguments
-from smt_dist.blocks import BlockSelection
 from smt_dist.cli import parse_arguments, run_program
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import agree, get_rank, write_on_rank_zero
@@ -36,6 +35,7 @@ from smt_dist.run import (
 )
 from smt_dist.score_files import save_scores, scores_path
 from smt_dist.scores import BlockScores
+from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.stability_runs import Cell, compare, parse_axes, plan_cells, run_cells, table
 from smt_dist.supervision import honour_collective_timeout, supervise
 

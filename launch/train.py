@@ -17,7 +17,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from smt_dist.adapter import trained_deltas
 from smt_dist.arguments import SMTTrainingArguments
-from smt_dist.blocks import BlockSelection
 from smt_dist.cli import parse_arguments, run_program
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import agree, from_main_process, get_rank
@@ -27,7 +26,6 @@ from smt_dist.loading import load_tokenizer_and_model
 from smt_dist.memory.profiling import prepare_profiling, publish
 from smt_dist.memory.recorder import Recorder
 from smt_dist.memory.report import PAGE
-from smt_dist.model import touched_selection
 from smt_dist.models.cpu_products import SinglePrecisionProducts
 from smt_dist.phases import enter_phase
 from smt_dist.process_group import initialize_process_group
@@ -48,6 +46,8 @@ from smt_dist.run import (
 )
 from smt_dist.score_files import SCORES_FILE
 from smt_dist.scores import BlockScores
+from smt_dist.sparse.blocks import BlockSelection
+from smt_dist.sparse.surgery import touched_selection
 from smt_dist.supervision import honour_collective_timeout, supervise
 from smt_dist.trainer import SMTTrainer
 

@@ -1,14 +1,14 @@
 """Sparse Matrix Tuning (arXiv 2405.15525) for models that outgrow one device."""
 
 from smt_dist.adapter import Adapter, load_adapter, read_adapter, save_adapter
-from smt_dist.blocks import BlockGrid, BlockSelection
 from smt_dist.config import SMTConfig
 from smt_dist.errors import SMTError
-from smt_dist.merge import merge_blocks, unmerge_blocks
-from smt_dist.model import apply_selection, blocks_disabled, remove_blocks, sparse_layers
 from smt_dist.scores import BlockScores
 from smt_dist.selection import select_blocks
-from smt_dist.sparse_linear import SparseLinear
+from smt_dist.sparse.blocks import BlockGrid, BlockSelection
+from smt_dist.sparse.linear import SparseLinear
+from smt_dist.sparse.merge import merge_blocks, unmerge_blocks
+from smt_dist.sparse.surgery import apply_selection, blocks_disabled, remove_blocks, sparse_layers
 from smt_dist.warmup import collect_scores
 
 __version__ = "0.1.0"

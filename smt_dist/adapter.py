@@ -17,22 +17,21 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from smt_dist.blocks import BlockSelection
 from smt_dist.config import GroupConfig, SMTConfig, parse_model
 from smt_dist.errors import SMTError
 from smt_dist.files import check_tensors, read_header, read_tensors, read_text, write_tensors
-from smt_dist.frozen_blocks import rearrange, without
-from smt_dist.model import (
+from smt_dist.saves import MANIFEST_FILE, read_manifest, saving, verify
+from smt_dist.sparse.blocks import BlockSelection, rearrange, without
+from smt_dist.sparse.fingerprint import base_fingerprint
+from smt_dist.sparse.surgery import (
     apply_selection,
     attach_touched,
-    base_fingerprint,
     frozen_layers,
     remove_blocks,
     sparse_layers,
     touched_selection,
 )
-from smt_dist.saves import MANIFEST_FILE, read_manifest, saving, verify
-from smt_dist.targets import base_modules, takes_blocks
+from smt_dist.sparse.targets import base_modules, takes_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +63,7 @@ class Adapter(NamedTuple):
         config: the config it was trained with.
         selection: its blocks.
         deltas: module name -> fp32 ``[blocks * block_rows, block_cols]`` on the CPU.
-        base_fingerprint: of the base it was trained on (:func:`smt_dist.model.base_fingerprint`).
+        base_fingerprint: of the base it was trained on (:func:`smt_dist.sparse.fingerprint.base_fingerprint`).
         active: after a re-selection, which blocks are still trained; None: all.
     """
 
@@ -307,7 +306,7 @@ def verify_base_model(model: nn.Module, adapter: Adapter, source: str) -> str:
 
 
 def verify_fingerprint(adapter: Adapter, fingerprint: str, source: str) -> None:
-    """Refuse a base by its :class:`smt_dist.model.Fingerprint`. Raises SMTError, naming the source."""
+    """Refuse a base by its :class:`smt_dist.sparse.fingerprint.Fingerprint`. Raises SMTError, naming the source."""
     if fingerprint != adapter.base_fingerprint:
         moved = adapter.config.warmup.mode == "full_ft"
         why = "it needs the base as its full fine-tuning warm-up moved it" if moved else "its weights differ from these"

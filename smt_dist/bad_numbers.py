@@ -21,7 +21,7 @@ from smt_dist.config import BadNumbersConfig
 from smt_dist.distributed import get_world_size, is_distributed
 from smt_dist.engines import unwrapped
 from smt_dist.errors import SMTError
-from smt_dist.model import sparse_layers
+from smt_dist.sparse.surgery import sparse_layers
 
 logger = logging.getLogger(__name__)
 

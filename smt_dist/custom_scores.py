@@ -28,10 +28,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from smt_dist.blocks import BlockGrid
 from smt_dist.distributed import agree, broadcast_first
 from smt_dist.errors import SMTError, first_line
 from smt_dist.scores import GradientAccumulator, WeightReader
+from smt_dist.sparse.blocks import BlockGrid
 
 ARGUMENTS = ("module", "grid", "weight", "gradient", "input_rms")
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from smt_dist.distributed import collective_device, get_world_size, is_distributed
 from smt_dist.errors import SMTError
-from smt_dist.model import frozen_layers, sparse_layers
+from smt_dist.sparse.surgery import frozen_layers, sparse_layers
 
 _INTEGERS = {2: torch.int16, 4: torch.int32}
 

@@ -6,12 +6,12 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 
-from smt_dist.blocks import Block, BlockSelection
 from smt_dist.config import SelectionConfig, SMTConfig
 from smt_dist.errors import SMTError
-from smt_dist.layers import layer_key
 from smt_dist.scores import BlockScores
 from smt_dist.selection import Pool, budget_pools, choose_blocks, even_level
+from smt_dist.sparse.blocks import Block, BlockSelection
+from smt_dist.sparse.layer_names import layer_key
 from smt_dist.weight_scores import NEVER
 
 

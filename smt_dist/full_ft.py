@@ -16,9 +16,9 @@ from smt_dist.config import SMTConfig
 from smt_dist.distributed import get_rank, get_world_size, write_on_rank_zero
 from smt_dist.engines import Engine, Tuning
 from smt_dist.files import save_tokenizer
-from smt_dist.model import gathered
 from smt_dist.saves import Save
 from smt_dist.scores import BlockScores, make_accumulator
+from smt_dist.sparse.sharded import gathered
 from smt_dist.steps import Batch, Observer, run_steps
 from smt_dist.warmup import build_scores, plan_grids, probe_modules
 

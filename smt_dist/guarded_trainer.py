@@ -31,10 +31,10 @@ from smt_dist.drift import (
 )
 from smt_dist.engines import Engine, unwrapped
 from smt_dist.errors import SMTError
-from smt_dist.model import sparse_layers
 from smt_dist.phases import enter_phase
 from smt_dist.preemption import Preempted
 from smt_dist.rotation import checkpoint_folder
+from smt_dist.sparse.surgery import sparse_layers
 from smt_dist.supervision import honour_collective_timeout, preemption
 
 logger = logging.getLogger(__name__)

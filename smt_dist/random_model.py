@@ -14,7 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME
 
 from smt_dist.errors import SMTError
 from smt_dist.files import replace_file
-from smt_dist.layers import layer_key
+from smt_dist.sparse.layer_names import layer_key
 
 SPECIAL = ["<pad>", "<bos>", "<eos>"]
 

@@ -32,7 +32,6 @@ from smt_dist.adapter import (
     trained_deltas,
     write_adapter,
 )
-from smt_dist.blocks import Block, BlockSelection
 from smt_dist.checkpoint import load_states, save_moments
 from smt_dist.config import ReselectConfig, SMTConfig
 from smt_dist.data.batches import TrainingData, warmup_batches
@@ -41,12 +40,13 @@ from smt_dist.engines import Moments
 from smt_dist.errors import SMTError
 from smt_dist.exchange import exchange
 from smt_dist.files import parse_json_object, read_text
-from smt_dist.frozen_blocks import rearrange
-from smt_dist.model import attach_touched, base_fingerprint
 from smt_dist.phases import enter_phase
 from smt_dist.rotation import checkpoint_folder, find_checkpoint
 from smt_dist.saves import MANIFEST_FILE, saving
-from smt_dist.targets import base_modules, weight_shape
+from smt_dist.sparse.blocks import Block, BlockSelection, rearrange
+from smt_dist.sparse.fingerprint import base_fingerprint
+from smt_dist.sparse.surgery import attach_touched
+from smt_dist.sparse.targets import base_modules, weight_shape
 from smt_dist.warmup import collect_scores
 
 if TYPE_CHECKING:

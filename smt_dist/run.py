@@ -22,7 +22,6 @@ from smt_dist.adapter import (
     read_adapter,
 )
 from smt_dist.arguments import SMTTrainingArguments
-from smt_dist.blocks import BlockSelection
 from smt_dist.config import SMTConfig
 from smt_dist.data.batches import TrainingData, warmup_batches
 from smt_dist.data.dataset import CausalLMCollator, build_dataset, get_pad_token_id, load_rows
@@ -37,15 +36,16 @@ from smt_dist.distributed import (
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
 from smt_dist.full_ft import collect_scores_full_ft
-from smt_dist.model import apply_selection, describe_blocks
 from smt_dist.models.chunked_loss import chunk_loss
 from smt_dist.phases import enter_phase
 from smt_dist.picture import write_pictures
 from smt_dist.score_files import SCORES_FILE, belongs_to, load_scores, save_scores, scores_path
 from smt_dist.scores import BlockScores
 from smt_dist.selection import select_blocks
+from smt_dist.sparse.blocks import BlockSelection
+from smt_dist.sparse.surgery import apply_selection, describe_blocks
+from smt_dist.sparse.targets import find_targets
 from smt_dist.steps import Observer
-from smt_dist.targets import find_targets
 from smt_dist.trainer import STATE_BYTES, state_bytes_per_rank
 from smt_dist.warmup import collect_scores
 

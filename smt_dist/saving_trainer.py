@@ -21,7 +21,6 @@ from smt_dist.distributed import agree, from_main_process, gather_objects, get_w
 from smt_dist.engines import Engine
 from smt_dist.errors import SMTError
 from smt_dist.files import save_tokenizer
-from smt_dist.model import group_multipliers, sparse_layers
 from smt_dist.rotation import (
     checkpoint_folder,
     find_checkpoint,
@@ -30,6 +29,7 @@ from smt_dist.rotation import (
     remove_leftovers,
 )
 from smt_dist.saves import Save
+from smt_dist.sparse.surgery import group_multipliers, sparse_layers
 from smt_dist.trainer_state import save_metrics, save_trainer_state
 
 logger = logging.getLogger(__name__)

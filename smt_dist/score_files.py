@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from smt_dist.blocks import BlockSelection
 from smt_dist.errors import SMTError
 from smt_dist.files import parse_json_object, read_tensors, replace_file
 from smt_dist.scores import BlockScores
+from smt_dist.sparse.blocks import BlockSelection
 
 SCORES_FILE = "smt_scores.safetensors"
 

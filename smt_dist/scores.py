@@ -15,7 +15,6 @@ from typing import Protocol
 
 import torch
 
-from smt_dist.blocks import BlockGrid
 from smt_dist.config import SALIENCY
 from smt_dist.distributed import (
     all_gather_rows,
@@ -25,7 +24,8 @@ from smt_dist.distributed import (
     is_distributed,
     reduce_scatter_rows,
 )
-from smt_dist.layers import LayerQueue
+from smt_dist.sparse.blocks import BlockGrid
+from smt_dist.sparse.layer_names import LayerQueue
 
 # Module -> its whole weight [out, in] inside the context; collective where the base is sharded.
 WeightReader = Callable[[str], AbstractContextManager[torch.Tensor]]

@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from smt_dist.blocks import Block, BlockSelection
 from smt_dist.config import SelectionConfig, SMTConfig
 from smt_dist.distributed import assert_same_on_all_ranks
 from smt_dist.errors import SMTError
-from smt_dist.layers import layer_key
 from smt_dist.scores import BlockScores
+from smt_dist.sparse.blocks import Block, BlockSelection
+from smt_dist.sparse.layer_names import layer_key
 from smt_dist.weight_scores import NEVER
 
 logger = logging.getLogger(__name__)

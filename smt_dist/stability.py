@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pandas as pd
 
-from smt_dist.blocks import BlockSelection
 from smt_dist.errors import SMTError
 from smt_dist.scores import BlockScores
+from smt_dist.sparse.blocks import BlockSelection
 
 
 def jaccard(first: BlockSelection, second: BlockSelection) -> float:

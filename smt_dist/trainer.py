@@ -30,13 +30,13 @@ from smt_dist.distributed import agree, assert_same_on_all_ranks, get_world_size
 from smt_dist.elementwise import state_names
 from smt_dist.engines import BlockState, Engine, make_engine, unwrapped
 from smt_dist.errors import SMTError
-from smt_dist.frozen_blocks import rearrange
 from smt_dist.guarded_trainer import GuardedTrainer
-from smt_dist.model import frozen_layers, group_multipliers, multiplier_of, sparse_layers, touched_selection
 from smt_dist.optimizer import ShardedBlockOptimizer, release_gradients
 from smt_dist.reselect import PhaseEnd, train_in_phases
 from smt_dist.saving_trainer import SavingTrainer
-from smt_dist.targets import may_be_idle
+from smt_dist.sparse.blocks import rearrange
+from smt_dist.sparse.surgery import frozen_layers, group_multipliers, multiplier_of, sparse_layers, touched_selection
+from smt_dist.sparse.targets import may_be_idle
 
 logger = logging.getLogger(__name__)
 

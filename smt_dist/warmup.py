@@ -16,17 +16,17 @@ import torch
 from torch import nn
 
 from smt_dist.activations import block_rms, collect_input_rms
-from smt_dist.blocks import BlockGrid, resolve_block_size
 from smt_dist.config import ACTIVATION, DATA_FREE_SCORES, SMTConfig
 from smt_dist.custom_scores import ScoreFunction, custom_tables, load_score_function
 from smt_dist.distributed import agree
 from smt_dist.engines import Tuning
 from smt_dist.errors import SMTError
-from smt_dist.layers import layer_key
-from smt_dist.model import gathered
 from smt_dist.scores import BlockScores, GradientAccumulator, ScoreAccumulator, WeightReader, make_accumulator
+from smt_dist.sparse.blocks import BlockGrid, resolve_block_size
+from smt_dist.sparse.layer_names import layer_key
+from smt_dist.sparse.sharded import gathered
+from smt_dist.sparse.targets import count_parameters_2d, find_targets, is_embedding, weight_shape
 from smt_dist.steps import Batch, Observer, device_of, frozen, run_steps, seeded
-from smt_dist.targets import count_parameters_2d, find_targets, is_embedding, weight_shape
 from smt_dist.weight_scores import score_without_data
 
 logger = logging.getLogger(__name__)

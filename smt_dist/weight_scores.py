@@ -9,9 +9,9 @@ from collections.abc import Mapping
 import torch
 from tqdm.auto import tqdm
 
-from smt_dist.blocks import Block, BlockGrid
 from smt_dist.distributed import get_rank
 from smt_dist.scores import WeightReader
+from smt_dist.sparse.blocks import Block, BlockGrid
 
 NEVER = -math.inf  # the score of a block that may not be chosen
 

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smt_dist.blocks import BlockGrid, BlockSelection, read_blocks, resolve_block_size, write_blocks
 from smt_dist.errors import SMTError
+from smt_dist.sparse.blocks import BlockGrid, BlockSelection, read_blocks, resolve_block_size, write_blocks
 
 Q = "model.layers.0.self_attn.q_proj"
 K = "model.layers.0.self_attn.k_proj"

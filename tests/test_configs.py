@@ -22,7 +22,7 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from smt_dist.arguments import DTYPES, SMTTrainingArguments, prepare_deepspeed_config
 from smt_dist.config import SMTConfig
 from smt_dist.run import RunArguments
-from smt_dist.targets import count_parameters_2d
+from smt_dist.sparse.targets import count_parameters_2d
 from smt_dist.trainer import STATE_BYTES
 from smt_dist.warmup import plan_grids
 

@@ -11,7 +11,8 @@ from architectures import logits_of, make_batches, make_model
 import smt_dist
 from smt_dist import BlockSelection, SMTConfig
 from smt_dist.errors import SMTError
-from smt_dist.model import base_fingerprint, describe_blocks
+from smt_dist.sparse.fingerprint import base_fingerprint
+from smt_dist.sparse.surgery import describe_blocks
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 SELECTION = BlockSelection(block_size=(8, 8), blocks={Q: [(0, 1), (3, 0)], V: [(1, 2)]})

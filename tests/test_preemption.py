@@ -223,4 +223,4 @@ def test_a_first_step_that_was_skipped_can_be_gone_on_from(make, model_folder):
     second = make(model=model, max_steps=2, **steps)
     second.train(resume_from_checkpoint=str(Path(first.args.output_dir) / "checkpoint-1"))
     assert second.state.global_step == 2
-    assert all(layer.delta.any() for layer in smt_dist.model.sparse_layers(model).values())
+    assert all(layer.delta.any() for layer in smt_dist.sparse.surgery.sparse_layers(model).values())

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from workers.runs import GLOBAL_BATCH, shard_group, standard_data
 from workers.selection import CUSTOM, PASSES, SCORES, STEPS, STRATEGIES, make_config
 
-from smt_dist.targets import count_parameters_2d, find_targets
+from smt_dist.sparse.targets import count_parameters_2d, find_targets
 from smt_dist.warmup import collect_scores
 
 LAUNCHES = {1: ["ddp"], 2: ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"], 4: ["ddp", "hsdp"]}

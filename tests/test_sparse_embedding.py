@@ -8,9 +8,9 @@ from architectures import logits_of, make_batches, make_model
 from torch import nn
 
 import smt_dist
-from smt_dist.blocks import BlockGrid, read_blocks, write_blocks
 from smt_dist.merge_files import merge_adapter_files
-from smt_dist.sparse_embedding import SparseEmbedding
+from smt_dist.sparse.blocks import BlockGrid, read_blocks, write_blocks
+from smt_dist.sparse.embedding import SparseEmbedding
 
 GRID = BlockGrid(24, 12, 4, 3)
 BLOCKS = [(0, 0), (0, 2), (3, 1), (5, 3)]

@@ -11,8 +11,8 @@ from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from smt_dist.blocks import Block, BlockGrid, write_blocks
-from smt_dist.sparse_linear import SparseLinear
+from smt_dist.sparse.blocks import Block, BlockGrid, write_blocks
+from smt_dist.sparse.linear import SparseLinear
 
 SOME_BLOCKS = [(0, 1), (1, 1), (1, 2)]  # two share a column, two share a row
 GEOMETRIES = [

@@ -8,9 +8,9 @@ import transformers as tf
 from architectures import ARCHITECTURES, LLAMA_LIKE, VOCAB, build, logits_of, make_batches, make_model
 
 import smt_dist
-from smt_dist.blocks import read_blocks
 from smt_dist.errors import SMTError
-from smt_dist.targets import count_parameters_2d, find_targets
+from smt_dist.sparse.blocks import read_blocks
+from smt_dist.sparse.targets import count_parameters_2d, find_targets
 
 
 def make_config(target_modules="attention", blocks: int = 6, **changes) -> smt_dist.SMTConfig:

@@ -11,10 +11,10 @@ from tiny_models import RoutedModel
 from transformers import LlamaConfig
 
 from smt_dist import SMTConfig, collect_scores, select_blocks
-from smt_dist.blocks import BlockGrid
 from smt_dist.config import DATA_FREE_SCORES
 from smt_dist.errors import SMTError
 from smt_dist.memory.request import Request
+from smt_dist.sparse.blocks import BlockGrid
 from smt_dist.weight_scores import NEVER, diagonal, diagonal_scores, random_scores
 
 SIDE = 4

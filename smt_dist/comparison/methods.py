@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from smt_dist.blocks import BlockGrid
 from smt_dist.config import SCORES, SMTConfig
 from smt_dist.errors import SMTError, require_peft
+from smt_dist.sparse.blocks import BlockGrid
 from smt_dist.warmup import plan_grids
 from smt_dist.weight_scores import diagonal
 

@@ -21,7 +21,7 @@ from smt_dist.config import SMTConfig, parse_model
 from smt_dist.data.batches import TrainingData
 from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.run import attach_blocks, collect_and_select
-from smt_dist.targets import find_targets
+from smt_dist.sparse.targets import find_targets
 from smt_dist.trainer import SMTTrainer
 
 UNTIMED_STEPS = 2  # the first ones allocate

@@ -108,7 +108,7 @@ class Engine(Protocol):
             groups: parameter groups of blocks.
             optimizer_class: an elementwise one (:func:`smt_dist.elementwise.refuse_unless_elementwise`).
             options: its keyword arguments.
-            may_be_idle: some blocks may get no gradient on some ranks (:func:`smt_dist.targets.may_be_idle`).
+            may_be_idle: some blocks may get no gradient on some ranks (:func:`smt_dist.sparse.targets.may_be_idle`).
         """
 
     def read_blocks(

@@ -35,8 +35,8 @@ from smt_dist.elementwise import (
 )
 from smt_dist.engines import BlockState, Moments, Tuning, unwrapped
 from smt_dist.errors import SMTError
-from smt_dist.model import sparse_layers
-from smt_dist.targets import full_numel, full_shape
+from smt_dist.sparse.sharded import full_numel, full_shape
+from smt_dist.sparse.surgery import sparse_layers
 
 # DeepSpeed's own zero_optimization.reduce_bucket_size, in elements.
 DEFAULT_BUCKET = 500_000_000

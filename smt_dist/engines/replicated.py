@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from smt_dist.engines import BlockState, Moments, unwrapped
-from smt_dist.model import sparse_layers
 from smt_dist.optimizer import ShardedBlockOptimizer
+from smt_dist.sparse.surgery import sparse_layers
 
 
 class ReplicatedBlocks:

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from smt_dist.targets import may_be_idle
+from smt_dist.sparse.targets import may_be_idle
 
 UNITS = ("auto", "layer", "weight")
 FREE = "free_full_weight"

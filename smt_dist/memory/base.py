@@ -18,7 +18,7 @@ from smt_dist.engines.fsdp2 import FSDP2Engine
 from smt_dist.errors import SMTError
 from smt_dist.memory.request import Request
 from smt_dist.models.chunked_loss import chunk_loss
-from smt_dist.targets import find_targets
+from smt_dist.sparse.targets import find_targets
 
 
 class Sharding(NamedTuple):

@@ -17,7 +17,6 @@ from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from smt_dist.arguments import SMTTrainingArguments
-from smt_dist.blocks import BlockSelection
 from smt_dist.distributed import get_world_size, is_distributed
 from smt_dist.engines import Engine, make_engine
 from smt_dist.memory.base import build_base, make_sharding
@@ -28,8 +27,9 @@ from smt_dist.memory.spread import even_counts, measure_shape, selection_of
 from smt_dist.memory.trace import tensors_of
 from smt_dist.memory.trained import attach_lora
 from smt_dist.memory.window import Window
-from smt_dist.model import apply_selection
 from smt_dist.process_group import initialize_process_group
+from smt_dist.sparse.blocks import BlockSelection
+from smt_dist.sparse.surgery import apply_selection
 from smt_dist.trainer import block_parameter_groups
 from smt_dist.warmup import collect_scores
 

@@ -13,7 +13,6 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from smt_dist.blocks import BlockGrid, BlockSelection
 from smt_dist.distributed import get_world_size, is_distributed
 from smt_dist.errors import SMTError, first_line
 from smt_dist.memory.categories import Memory
@@ -23,6 +22,7 @@ from smt_dist.memory.tracker import BACKWARD, FORWARD, RECOMPUTE, MemoryTracker
 from smt_dist.memory.trained import Task, prepare
 from smt_dist.memory.zero_linear import linear_of
 from smt_dist.scores import ElementwiseAccumulator, make_accumulator
+from smt_dist.sparse.blocks import BlockGrid, BlockSelection
 from smt_dist.steps import frozen
 from smt_dist.warmup import _split_layers, plan_grids, probe_modules
 

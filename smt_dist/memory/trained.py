@@ -11,14 +11,14 @@ from unittest import mock
 import torch
 from torch import nn
 
-from smt_dist.blocks import BlockSelection
 from smt_dist.distributed import is_distributed
 from smt_dist.engines.replicated import ReplicatedBlocks
 from smt_dist.errors import SMTError, require_peft
 from smt_dist.memory.request import Request
 from smt_dist.memory.tracker import MemoryTracker
-from smt_dist.model import apply_selection, sparse_layers
-from smt_dist.sparse_linear import SparseLinear, _Layout, _Place
+from smt_dist.sparse.blocks import BlockSelection
+from smt_dist.sparse.linear import SparseLinear, _Layout, _Place
+from smt_dist.sparse.surgery import apply_selection, sparse_layers
 from smt_dist.trainer import block_parameter_groups
 from smt_dist.warmup import plan_grids
 

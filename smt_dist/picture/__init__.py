@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smt_dist.blocks import BlockSelection
 from smt_dist.scores import BlockScores
+from smt_dist.sparse.blocks import BlockSelection
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from smt_dist.blocks import BlockSelection
-from smt_dist.layers import layer_key
 from smt_dist.scores import BlockScores
+from smt_dist.sparse.blocks import BlockSelection
+from smt_dist.sparse.layer_names import layer_key
 
 # Cells of all maps together: above it the page would take tens of megabytes, and a browser minutes.
 MAX_CELLS = 30_000

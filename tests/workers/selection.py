@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from smt_dist.blocks import BlockGrid
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import get_world_size
 from smt_dist.engines import make_engine
 from smt_dist.run import warmup_batches
 from smt_dist.selection import select_blocks
+from smt_dist.sparse.blocks import BlockGrid
 from smt_dist.steps import count_label_tokens
 from smt_dist.warmup import collect_scores
 from workers.runs import elements_held, engine_arguments, load_model, standard_data

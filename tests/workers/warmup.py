@@ -24,9 +24,9 @@ from smt_dist.distributed import (
 )
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
-from smt_dist.layers import layer_key
 from smt_dist.run import warmup_batches
 from smt_dist.scores import ElementwiseAccumulator
+from smt_dist.sparse.layer_names import layer_key
 from smt_dist.warmup import collect_scores
 from workers.runs import elements_held, engine_arguments, load_model, standard_data
 

@@ -1,4 +1,4 @@
-"""``SparseLayer`` and ``SparseLinear``: a frozen layer plus trainable blocks. The hot path."""
+"""``SparseLinear``: a frozen linear layer plus trainable blocks. The hot path."""
 
 from __future__ import annotations
 
@@ -8,65 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from smt_dist.blocks import Block, BlockGrid
-
-
-class SparseLayer(nn.Module):
-    """A frozen base layer plus trainable blocks: what :class:`SparseLinear` and ``SparseEmbedding`` share.
-
-    Args:
-        base: the layer, with a weight of ``[rows, cols]``.
-        grid: the geometry of that weight.
-        blocks: the (row, col) of each trainable block, sorted.
-        dtype: of ``delta``. fp32 makes the parameter its own master; it computes in the base's output dtype either way.
-        device: of ``delta``.
-
-    Attributes:
-        delta: ``[len(blocks) * block_rows, block_cols]``, zero at first. Engines shard dimension 0, so rows
-            spread evenly over ranks where whole blocks would land on the first ones.
-        enabled: False turns the layer into its base.
-    """
-
-    def __init__(
-        self,
-        base: nn.Module,
-        grid: BlockGrid,
-        blocks: list[Block],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__()
-        self.base = base
-        self.grid = grid
-        self.blocks = list(blocks)
-        self.enabled = True
-        self.delta = nn.Parameter(
-            torch.zeros(len(self.blocks) * grid.block_rows, grid.block_cols, dtype=dtype, device=device)
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the base computes, plus the blocks."""
-        y = self.base(x)
-        return self.add_blocks(y, x) if self.enabled else y
-
-    def add_blocks(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The base's output ``y`` for the input ``x``, plus the blocks; a new tensor."""
-        raise NotImplementedError
-
-    # Model code reads these of its layers (`self.q_proj.weight.dtype`), so they stay visible.
-    @property
-    def weight(self) -> torch.Tensor:
-        """The base's weight, without the blocks."""
-        return self.base.weight
-
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """The base's bias."""
-        return getattr(self.base, "bias", None)
-
-    def extra_repr(self) -> str:
-        """For ``print(model)``."""
-        return f"blocks={len(self.blocks)} of {self.grid.block_rows}x{self.grid.block_cols}"
+from smt_dist.sparse.blocks import Block, BlockGrid
+from smt_dist.sparse.layer import SparseLayer
 
 
 class SparseLinear(SparseLayer):

@@ -1,25 +1,24 @@
-"""Model surgery: put blocks into a model, switch them, take them out, tell one base from another."""
+"""Model surgery: put blocks into a model, switch them, take them out."""
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor
 
-from smt_dist.blocks import BlockSelection, read_blocks
 from smt_dist.config import SMTConfig
 from smt_dist.errors import SMTError
-from smt_dist.frozen_blocks import FrozenBlocks, make_frozen, rearrange, without
-from smt_dist.sparse_embedding import SparseEmbedding
-from smt_dist.sparse_linear import SparseLayer, SparseLinear
-from smt_dist.targets import (
+from smt_dist.sparse.blocks import BlockSelection, rearrange, without
+from smt_dist.sparse.embedding import SparseEmbedding
+from smt_dist.sparse.fingerprint import base_fingerprint
+from smt_dist.sparse.frozen import FrozenBlocks, make_frozen
+from smt_dist.sparse.layer import SparseLayer, bare
+from smt_dist.sparse.linear import SparseLinear
+from smt_dist.sparse.sharded import full_numel
+from smt_dist.sparse.targets import (
     base_modules,
-    full_numel,
     is_embedding,
     takes_blocks,
     tied_parameter_names,
@@ -203,77 +202,10 @@ def remove_blocks(model: nn.Module) -> None:
     _forget(model)
 
 
-def bare(module: nn.Module) -> nn.Module:
-    """The base below all blocks."""
-    while isinstance(module, SparseLayer):
-        module = module.base
-    return module
-
-
 def _forget(model: nn.Module) -> None:
     for name in ("smt_selection", "smt_config", "smt_base_fingerprint", "smt_frozen_groups", "smt_reselected_at"):
         if hasattr(model, name):
             delattr(model, name)
-
-
-def base_fingerprint(model: nn.Module, selection: BlockSelection) -> str:
-    """Tells whether an adapter's blocks were trained against this base (:class:`Fingerprint`).
-
-    Collective where the base is sharded.
-    """
-    fingerprint = Fingerprint(selection)
-    modules = dict(base_modules(model))
-    for name in selection.blocks:
-        module = bare(modules[name])
-        with gathered(module.weight) as weight:
-            fingerprint.add(name, weight, weight_shape(module))
-    return fingerprint.hexdigest()
-
-
-class Fingerprint:
-    """A SHA-256 over a base's selected blocks, rounded to bf16 so that the dtype they were loaded in doesn't matter."""
-
-    def __init__(self, selection: BlockSelection) -> None:
-        self._selection = selection
-        self._digest = hashlib.sha256()
-
-    def add(self, name: str, weight: torch.Tensor, shape: tuple[int, int]) -> None:
-        """Count one module's weight of ``shape`` (out, in); modules come in the selection's order."""
-        grid = self._selection.grid(name, shape)
-        self._digest.update(f"{name} {grid}".encode())
-        if weight.shape == shape and weight.is_floating_point():
-            content = read_blocks(weight, grid, self._selection.blocks[name]).to("cpu", torch.bfloat16)
-        else:  # packed by a quantiser: its own bytes
-            content = weight.detach().cpu().contiguous()
-        self._digest.update(content.view(torch.uint8).numpy().tobytes())
-
-    def hexdigest(self) -> str:
-        """The fingerprint."""
-        return self._digest.hexdigest()
-
-
-@contextmanager
-def gathered(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The full value of a parameter, gathered inside the context where ZeRO-3 or FSDP2 shards it (collective)."""
-    if isinstance(parameter, DTensor):
-        # An offloaded shard lies where the process group can't reach it.
-        yield parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
-        return
-    if not hasattr(parameter, "ds_id"):
-        yield parameter
-        return
-    # Imported here: DeepSpeed takes seconds, and only a model that it partitioned needs it.
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter]):
-        yield parameter
-
-
-def reshard(model: nn.Module) -> None:
-    """Let go of weights that FSDP2 keeps gathered after a forward without a backward: the outermost ones."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
 
 
 def describe_blocks(model: nn.Module) -> str:

@@ -10,8 +10,9 @@ from torch import nn
 
 from smt_dist.config import SMTConfig
 from smt_dist.errors import SMTError
-from smt_dist.sparse_embedding import SparseEmbedding
-from smt_dist.sparse_linear import SparseLayer
+from smt_dist.sparse.embedding import SparseEmbedding
+from smt_dist.sparse.layer import SparseLayer
+from smt_dist.sparse.sharded import full_numel, full_shape
 
 ALIASES: dict[str, tuple[str, ...]] = {
     # Query, key and value projections, separate or fused, as the architectures of transformers name them.
@@ -68,16 +69,6 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
         return int(module.out_features), int(module.in_features)
     rows, cols = full_shape(module.weight)
     return rows, cols
-
-
-def full_numel(parameter: torch.Tensor) -> int:
-    """The elements of a parameter in full, also where ZeRO-3 or FSDP2 shards it."""
-    return int(getattr(parameter, "ds_numel", parameter.numel()))
-
-
-def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """The shape of a parameter in full, also where ZeRO-3 left an empty stand-in."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def count_parameters_2d(model: nn.Module) -> int:

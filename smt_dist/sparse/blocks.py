@@ -215,3 +215,32 @@ class BlockSelection(BaseModel):
             SMTError: missing, not JSON, or malformed; names the file and the field.
         """
         return parse_model(cls, read_text(path), str(path))
+
+
+def rearrange(values: torch.Tensor | None, source: BlockSelection, target: BlockSelection, module: str) -> torch.Tensor:
+    """A module's stacked blocks in another selection's order: zeros for blocks that ``source`` doesn't have.
+
+    Args:
+        values: ``[source's blocks * block_rows, block_cols]``; None where the source has none of this module.
+        source: the selection that they belong to.
+        target: of the same block size, with blocks of the module.
+        module: its name.
+    """
+    height, width = target.block_size
+    places = {block: index for index, block in enumerate(source.blocks.get(module, ()))}
+    result = torch.zeros(len(target.blocks[module]) * height, width)
+    for index, block in enumerate(target.blocks[module]):
+        if values is not None and block in places:
+            start = places[block] * height
+            result[index * height : (index + 1) * height] = values[start : start + height]
+    return result
+
+
+def without(touched: BlockSelection, active: BlockSelection) -> BlockSelection | None:
+    """The blocks of ``touched`` that aren't in ``active``; None if all are."""
+    left = {
+        module: [block for block in blocks if block not in set(active.blocks.get(module, ()))]
+        for module, blocks in touched.blocks.items()
+    }
+    left = {module: blocks for module, blocks in left.items() if blocks}
+    return touched.model_copy(update={"blocks": left}) if left else None

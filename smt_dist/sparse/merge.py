@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from smt_dist.blocks import read_blocks, write_blocks
 from smt_dist.errors import SMTError
-from smt_dist.frozen_blocks import FrozenBlocks
-from smt_dist.model import bare, sparse_layers
-from smt_dist.sparse_linear import SparseLayer
-from smt_dist.targets import base_modules, tied_parameter_names
+from smt_dist.sparse.blocks import read_blocks, write_blocks
+from smt_dist.sparse.frozen import FrozenBlocks
+from smt_dist.sparse.layer import SparseLayer, bare
+from smt_dist.sparse.surgery import sparse_layers
+from smt_dist.sparse.targets import base_modules, tied_parameter_names
 
 # Where a merged base keeps what `unmerge_blocks` needs: in `__dict__`, so that no submodule is registered.
 _UNDO = "_smt_undo"

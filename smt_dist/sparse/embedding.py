@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from smt_dist.blocks import Block, BlockGrid
-from smt_dist.sparse_linear import SparseLayer
+from smt_dist.sparse.blocks import Block, BlockGrid
+from smt_dist.sparse.layer import SparseLayer
 
 
 class SparseEmbedding(SparseLayer):

@@ -1,0 +1,1 @@
+"""Sparse: what a block is, and a model that carries blocks."""

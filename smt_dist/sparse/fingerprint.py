@@ -1,0 +1,52 @@
+"""Telling one base from another by the content of the blocks that an adapter was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+from smt_dist.sparse.blocks import BlockSelection, read_blocks
+from smt_dist.sparse.layer import bare
+from smt_dist.sparse.sharded import gathered
+from smt_dist.sparse.targets import (
+    base_modules,
+    weight_shape,
+)
+
+
+def base_fingerprint(model: nn.Module, selection: BlockSelection) -> str:
+    """Tells whether an adapter's blocks were trained against this base (:class:`Fingerprint`).
+
+    Collective where the base is sharded.
+    """
+    fingerprint = Fingerprint(selection)
+    modules = dict(base_modules(model))
+    for name in selection.blocks:
+        module = bare(modules[name])
+        with gathered(module.weight) as weight:
+            fingerprint.add(name, weight, weight_shape(module))
+    return fingerprint.hexdigest()
+
+
+class Fingerprint:
+    """A SHA-256 over a base's selected blocks, rounded to bf16 so that the dtype they were loaded in doesn't matter."""
+
+    def __init__(self, selection: BlockSelection) -> None:
+        self._selection = selection
+        self._digest = hashlib.sha256()
+
+    def add(self, name: str, weight: torch.Tensor, shape: tuple[int, int]) -> None:
+        """Count one module's weight of ``shape`` (out, in); modules come in the selection's order."""
+        grid = self._selection.grid(name, shape)
+        self._digest.update(f"{name} {grid}".encode())
+        if weight.shape == shape and weight.is_floating_point():
+            content = read_blocks(weight, grid, self._selection.blocks[name]).to("cpu", torch.bfloat16)
+        else:  # packed by a quantiser: its own bytes
+            content = weight.detach().cpu().contiguous()
+        self._digest.update(content.view(torch.uint8).numpy().tobytes())
+
+    def hexdigest(self) -> str:
+        """The fingerprint."""
+        return self._digest.hexdigest()
