@@ -33,7 +33,6 @@ from smt_dist.communication import Collective, CollectiveCounter, totals
 from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.distributed import get_rank, get_world_size
 from smt_dist.engines import make_engine
-from smt_dist.process_group import initialize_process_group
 from smt_dist.run import attach_blocks
 from smt_dist.sparse.sharded import full_numel
 from smt_dist.sparse.surgery import sparse_layers
@@ -135,7 +134,7 @@ def count_full(model: PreTrainedModel, args: SMTTrainingArguments, rows: dataset
     warm = 0
     model.requires_grad_(True).train()
     counter = CollectiveCounter()
-    with make_engine(args).full_finetuning(model, args.learning_rate, accumulation=1) as tuning, counter:
+    with make_engine(args.engine_options).full_finetuning(model, args.learning_rate, accumulation=1) as tuning, counter:
         for step in range(args.max_steps):
             tuning.backward(tuning.forward(**batch, use_cache=False).loss)
             tuning.step()
@@ -164,12 +163,12 @@ def count_engine(engine: str, model: Path, output: Path, dtype: str, steps: int)
         disable_tqdm=True,
         **engine_flags(engine),
     )
-    initialize_process_group(args)
+    args.set_up_process_group()
     ids = list(range(3, 35))
     rows = [{"input_ids": ids, "labels": ids, "attention_mask": [1] * len(ids)}] * (args.max_steps * get_world_size())
     results = []
     for method in ("smt", "full"):
-        engine_instance = make_engine(args)
+        engine_instance = make_engine(args.engine_options)
         options = engine_instance.load_options(AutoConfig.from_pretrained(model), args.base_dtype)
         base = AutoModelForCausalLM.from_pretrained(model, dtype=args.base_dtype, **options)
         engine_instance.prepare_base(base)

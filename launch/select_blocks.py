@@ -24,7 +24,6 @@ from smt_dist.errors import SMTError
 from smt_dist.files import replace_file
 from smt_dist.loading import load_tokenizer_and_model
 from smt_dist.phases import enter_phase
-from smt_dist.process_group import initialize_process_group
 from smt_dist.run import (
     RunArguments,
     check_writable,
@@ -65,7 +64,7 @@ def main() -> None:
         raise SMTError("--eval_file: this program evaluates nothing")
     if run.profile_memory:
         raise SMTError("--profile_memory belongs to train.py")
-    initialize_process_group(args)
+    args.set_up_process_group()
     supervise(args)
     set_seed(args.seed)
     output = Path(run.output)

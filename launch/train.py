@@ -28,7 +28,6 @@ from smt_dist.memory.recorder import Recorder
 from smt_dist.memory.report import PAGE
 from smt_dist.models.cpu_products import SinglePrecisionProducts
 from smt_dist.phases import enter_phase
-from smt_dist.process_group import initialize_process_group
 from smt_dist.rotation import find_checkpoint
 from smt_dist.run import (
     PAGE_FILE,
@@ -67,7 +66,7 @@ def main() -> None:
 
 def tune(run: RunArguments, args: SMTTrainingArguments) -> None:
     """The whole run: load, warm-up, selection, training, saving."""
-    initialize_process_group(args)
+    args.set_up_process_group()
     supervise(args)
     set_seed(args.seed)
     agree(lambda: check_writable("--output_dir", Path(args.output_dir)), "the output folder")

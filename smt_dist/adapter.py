@@ -91,7 +91,7 @@ def save_adapter(
         model: after :func:`apply_selection`.
         folder: created if missing.
         deltas: (module, fp32 master) in the model's order, written one at a time, where the model's own copies are
-            rounded or partitioned (see :meth:`smt_dist.engines.Engine.read_blocks`); default: the model's.
+            rounded or partitioned (see :meth:`smt_dist.engines.base.Engine.read_blocks`); default: the model's.
         card: extra lines for the model card.
 
     Raises:

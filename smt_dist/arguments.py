@@ -16,9 +16,11 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from smt_dist.data.batches import BatchOrder
-from smt_dist.elementwise import optimizer_class_by_name, parse_options, refuse_unless_elementwise
 from smt_dist.engines import ENGINES
-from smt_dist.engines.units import UNITS
+from smt_dist.engines.base import EngineOptions
+from smt_dist.engines.elementwise import optimizer_class_by_name, parse_options, refuse_unless_elementwise
+from smt_dist.engines.fsdp2_units import UNITS
+from smt_dist.engines.process_group import initialize_process_group
 from smt_dist.errors import SMTError, whole_message
 from smt_dist.files import parse_json_object, read_text
 
@@ -186,6 +188,26 @@ class SMTTrainingArguments(TrainingArguments):
         """The rows that a global step of a warm-up takes."""
         seed = self.seed if self.data_seed is None else self.data_seed
         return BatchOrder(self.per_device_train_batch_size, self.gradient_accumulation_steps, seed)
+
+    @property
+    def engine_options(self) -> EngineOptions:
+        """What :func:`smt_dist.engines.make_engine` makes the engine from."""
+        return EngineOptions(
+            self.engine,
+            self.reduce_torch_dtype,
+            self.dp_replicate_size,
+            self.cpu_offload,
+            self.fsdp2_units,
+            self.fsdp2_prefetch,
+            self.gradient_accumulation_steps,
+            self.filled_deepspeed_config(),
+        )
+
+    def set_up_process_group(self) -> None:
+        """Meet the other ranks, before any model is built; one GPU a process."""
+        initialize_process_group(self.engine, self.ddp_timeout, lambda: self.device)
+        if self.n_gpu > 1:  # one process that sees several GPUs: Trainer would use nn.DataParallel
+            self._n_gpu = 1
 
     def filled_deepspeed_config(self) -> dict[str, Any] | None:
         """The DeepSpeed JSON with every ``"auto"`` that TrainingArguments can fill."""

@@ -19,7 +19,7 @@ from transformers.optimization import GreedyLR
 
 from smt_dist.config import BadNumbersConfig
 from smt_dist.distributed import get_world_size, is_distributed
-from smt_dist.engines import unwrapped
+from smt_dist.engines.base import unwrapped
 from smt_dist.errors import SMTError
 from smt_dist.sparse.surgery import sparse_layers
 

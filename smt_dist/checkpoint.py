@@ -18,7 +18,7 @@ import torch
 from torch.optim.lr_scheduler import LRScheduler
 
 from smt_dist.adapter import BLOCKS_FILE
-from smt_dist.engines import BlockState, Moments
+from smt_dist.engines.base import BlockState, Moments
 from smt_dist.errors import SMTError, first_line
 from smt_dist.files import (
     check_tensors,
@@ -64,7 +64,7 @@ def load_states(
     Args:
         folder: the checkpoint.
         deltas: module -> master.
-        kept: the moments and the counters that the optimizer keeps (:func:`smt_dist.elementwise.state_names`);
+        kept: the moments and the counters that the optimizer keeps (:func:`smt_dist.engines.elementwise.state_names`);
             None where that isn't known.
 
     Raises:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import get_rank, get_world_size, write_on_rank_zero
-from smt_dist.engines import Engine, Tuning
+from smt_dist.engines.base import Engine, Tuning
 from smt_dist.files import save_tokenizer
 from smt_dist.saves import Save
 from smt_dist.scores import BlockScores, make_accumulator

@@ -29,7 +29,7 @@ from smt_dist.drift import (
     refuse_different_blocks,
     refuse_different_sums,
 )
-from smt_dist.engines import Engine, unwrapped
+from smt_dist.engines.base import Engine, unwrapped
 from smt_dist.errors import SMTError
 from smt_dist.phases import enter_phase
 from smt_dist.preemption import Preempted

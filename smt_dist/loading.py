@@ -44,7 +44,7 @@ def load_tokenizer_and_model(
             source = str(main_process_first(lambda: _dequantize(run, args.base_dtype), "dequantising the GGUF file"))
     options = {} if run.attn_implementation is None else {"attn_implementation": run.attn_implementation}
     config = agree(lambda: check_model_folder(source, run.trust_remote_code), "reading the model's config")
-    engine = make_engine(args)
+    engine = make_engine(args.engine_options)
     sharding = engine.load_options(config, args.base_dtype)
     logger.info("engine %s, %d ranks", args.engine, get_world_size())
     tokenizer = agree(lambda: load_tokenizer(source, run.trust_remote_code), "reading the tokenizer")

@@ -36,7 +36,7 @@ from smt_dist.checkpoint import load_states, save_moments
 from smt_dist.config import ReselectConfig, SMTConfig
 from smt_dist.data.batches import TrainingData, warmup_batches
 from smt_dist.distributed import agree, assert_same_on_all_ranks, write_on_rank_zero
-from smt_dist.engines import Moments
+from smt_dist.engines.base import Moments
 from smt_dist.errors import SMTError
 from smt_dist.exchange import exchange
 from smt_dist.files import parse_json_object, read_text

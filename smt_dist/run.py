@@ -173,7 +173,7 @@ def collect(
     observe: Observer | None = None,
 ) -> BlockScores:
     """Run the warm-up under the engine; ``data`` may be None where the score needs none, and ``observe`` looks on."""
-    engine = make_engine(args)
+    engine = make_engine(args.engine_options)
     batches = warmup_batches(data, args.batch_order, config.warmup.steps) if data is not None else ()
     progress = not args.disable_tqdm
     if config.warmup.mode == "full_ft":

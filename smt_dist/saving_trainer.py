@@ -18,7 +18,7 @@ from transformers import Trainer
 from smt_dist.adapter import delta_shape, write_blocks_of
 from smt_dist.checkpoint import random_state, save_moments, save_random_states, save_schedule
 from smt_dist.distributed import agree, from_main_process, gather_objects, get_world_size
-from smt_dist.engines import Engine
+from smt_dist.engines.base import Engine
 from smt_dist.errors import SMTError
 from smt_dist.files import save_tokenizer
 from smt_dist.rotation import (

@@ -47,7 +47,7 @@ def honour_collective_timeout(model: nn.Module, seconds: float, optimizer: Any =
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor
 
-    from smt_dist.engines import unwrapped
+    from smt_dist.engines.base import unwrapped
 
     if not (dist.is_available() and dist.is_initialized()):
         return

@@ -27,11 +27,12 @@ from smt_dist.checkpoint import (
     restore_schedule,
 )
 from smt_dist.distributed import agree, assert_same_on_all_ranks, get_world_size
-from smt_dist.elementwise import state_names
-from smt_dist.engines import BlockState, Engine, make_engine, unwrapped
+from smt_dist.engines import make_engine
+from smt_dist.engines.base import BlockState, Engine, unwrapped
+from smt_dist.engines.elementwise import state_names
+from smt_dist.engines.sharded_optimizer import ShardedBlockOptimizer, release_gradients
 from smt_dist.errors import SMTError
 from smt_dist.guarded_trainer import GuardedTrainer
-from smt_dist.optimizer import ShardedBlockOptimizer, release_gradients
 from smt_dist.reselect import PhaseEnd, train_in_phases
 from smt_dist.saving_trainer import SavingTrainer
 from smt_dist.sparse.blocks import rearrange
@@ -68,7 +69,7 @@ class SMTTrainer(GuardedTrainer, SavingTrainer):
             raise SMTError("SMTTrainer: the model has no blocks; call smt_dist.apply_selection first")
         _refuse_dropped_multipliers(model, args)
         assert_same_on_all_ranks(model.smt_selection.to_json().encode(), "the block selection")
-        self.engine: Engine = make_engine(args)
+        self.engine: Engine = make_engine(args.engine_options)
         self._initial_deltas = deltas
         plan = model.smt_config.reselect if model.smt_config is not None else None
         self.phase_end = PhaseEnd(plan.every) if plan is not None else None

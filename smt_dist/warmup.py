@@ -19,7 +19,7 @@ from smt_dist.activations import block_rms, collect_input_rms
 from smt_dist.config import ACTIVATION, DATA_FREE_SCORES, SMTConfig
 from smt_dist.custom_scores import ScoreFunction, custom_tables, load_score_function
 from smt_dist.distributed import agree
-from smt_dist.engines import Tuning
+from smt_dist.engines.base import Tuning
 from smt_dist.errors import SMTError
 from smt_dist.scores import BlockScores, GradientAccumulator, ScoreAccumulator, WeightReader, make_accumulator
 from smt_dist.sparse.blocks import BlockGrid, resolve_block_size
@@ -49,7 +49,7 @@ def collect_scores(
 
     Args:
         model: a causal language model on its device; under ZeRO-3 with the engine's hooks
-            (:meth:`smt_dist.engines.Engine.probing`). Left as it was.
+            (:meth:`smt_dist.engines.base.Engine.probing`). Left as it was.
         batches: this rank's keyword micro-batches, one a global step, or a list of them for one global step.
             All ranks need as many.
         config: its score, targets, steps and passes. More than one pass reads ``batches`` into a list.

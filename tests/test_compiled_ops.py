@@ -9,7 +9,7 @@ import compiled_ops
 import pytest
 from torch.utils.file_baton import FileBaton
 
-from smt_dist.process_group import warn_of_abandoned_builds
+from smt_dist.engines.process_group import warn_of_abandoned_builds
 
 
 @pytest.fixture

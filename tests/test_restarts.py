@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from smt_dist.process_group import warn_of_a_shared_store
+from smt_dist.engines.process_group import warn_of_a_shared_store
 
 
 @pytest.mark.parametrize(

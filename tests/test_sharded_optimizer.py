@@ -11,9 +11,9 @@ from harness import launch
 from torch import nn
 from workers.optimizer import GROUPS, SHAPES, reference
 
-from smt_dist.elementwise import optimizer_class_by_name, parse_options, refuse_unless_elementwise
+from smt_dist.engines.elementwise import optimizer_class_by_name, parse_options, refuse_unless_elementwise
+from smt_dist.engines.sharded_optimizer import ShardedBlockOptimizer
 from smt_dist.errors import SMTError
-from smt_dist.optimizer import ShardedBlockOptimizer
 
 WORLD_SIZES = (1, 2, 4)
 ELEMENTS = 7 + 15 + 1

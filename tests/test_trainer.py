@@ -12,7 +12,7 @@ import smt_dist
 from smt_dist import BlockSelection
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.checkpoint import OPTIMIZER_FILE, SCHEDULE_FILE, load_schedule, load_states, save_moments
-from smt_dist.engines import Moments
+from smt_dist.engines.base import Moments
 from smt_dist.errors import SMTError
 from smt_dist.rotation import last_checkpoint
 from smt_dist.trainer import SMTTrainer

@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedConfig
 
 from smt_dist.distributed import is_distributed
-from smt_dist.engines import Tuning
+from smt_dist.engines.base import Tuning
 from smt_dist.engines.replicated import ReplicatedBlocks, adamw_step
 
 

@@ -26,14 +26,8 @@ from deepspeed.utils import (
 from torch import nn
 from transformers import PreTrainedConfig
 
-from smt_dist.elementwise import (
-    counter_state,
-    counter_value,
-    is_counter,
-    is_moment,
-    refuse_unless_elementwise,
-)
-from smt_dist.engines import BlockState, Moments, Tuning, unwrapped
+from smt_dist.engines.base import BlockState, Moments, Tuning, unwrapped
+from smt_dist.engines.elementwise import counter_state, counter_value, is_counter, is_moment, refuse_unless_elementwise
 from smt_dist.errors import SMTError
 from smt_dist.sparse.sharded import full_numel, full_shape
 from smt_dist.sparse.surgery import sparse_layers

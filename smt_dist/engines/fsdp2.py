@@ -13,9 +13,9 @@ from transformers import PreTrainedConfig
 from transformers.distributed import DistributedConfig
 
 from smt_dist.distributed import get_world_size
-from smt_dist.engines import Tuning
+from smt_dist.engines.base import Tuning
+from smt_dist.engines.fsdp2_units import release_early, sharding_plan
 from smt_dist.engines.replicated import ReplicatedBlocks, adamw_step
-from smt_dist.engines.units import release_early, sharding_plan
 from smt_dist.errors import SMTError
 
 
@@ -26,7 +26,7 @@ class FSDP2Engine(ReplicatedBlocks):
         reduce_dtype: as for :class:`ReplicatedBlocks`. The blocks' state is sharded over all ranks either way.
         replicas: the number of groups; divides the world size. Each rank holds (base's bytes) x replicas / world size.
         cpu_offload: keep the shards in host memory; GPU only.
-        units: what is gathered at once (:func:`smt_dist.engines.units.sharding_plan`).
+        units: what is gathered at once (:func:`smt_dist.engines.fsdp2_units.sharding_plan`).
         prefetch: gather the next unit of the backward while one computes.
         micro_batches: backwards in a step, if it is known.
     """

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from smt_dist.engines import BlockState, Moments, unwrapped
-from smt_dist.optimizer import ShardedBlockOptimizer
+from smt_dist.engines.base import BlockState, Moments, unwrapped
+from smt_dist.engines.sharded_optimizer import ShardedBlockOptimizer
 from smt_dist.sparse.surgery import sparse_layers
 
 

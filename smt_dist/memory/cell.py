@@ -18,7 +18,8 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.distributed import get_world_size, is_distributed
-from smt_dist.engines import Engine, make_engine
+from smt_dist.engines import make_engine
+from smt_dist.engines.base import Engine
 from smt_dist.memory.base import build_base, make_sharding
 from smt_dist.memory.categories import Memory
 from smt_dist.memory.plan import lora_rank
@@ -27,7 +28,6 @@ from smt_dist.memory.spread import even_counts, measure_shape, selection_of
 from smt_dist.memory.trace import tensors_of
 from smt_dist.memory.trained import attach_lora
 from smt_dist.memory.window import Window
-from smt_dist.process_group import initialize_process_group
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.surgery import apply_selection
 from smt_dist.trainer import block_parameter_groups
@@ -80,11 +80,11 @@ def measure_cell(request: Request, output_dir: str) -> dict[str, tuple[str, Memo
     """
     trainable = _trainable(request)
     args = engine_arguments(request, output_dir)
-    initialize_process_group(args)
+    args.set_up_process_group()
     if get_world_size() != request.world_size:
         raise RuntimeError(f"{get_world_size()} ranks run a request for {request.world_size}")
     torch.manual_seed(0)
-    engine = make_engine(args)
+    engine = make_engine(args.engine_options)
     window = Window()
     model = load_model(request)
     window.open("load", "loaded")

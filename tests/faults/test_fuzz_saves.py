@@ -31,7 +31,7 @@ from smt_dist.checkpoint import (
     save_random_states,
     save_schedule,
 )
-from smt_dist.engines import Moments
+from smt_dist.engines.base import Moments
 from smt_dist.merge_files import merge_adapter_files
 from smt_dist.rotation import check_checkpoint
 from smt_dist.saves import MANIFEST_FILE

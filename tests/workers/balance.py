@@ -15,7 +15,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from smt_dist.arguments import prepare_deepspeed_config
 from smt_dist.distributed import get_rank, get_world_size
-from smt_dist.optimizer import ShardedBlockOptimizer
+from smt_dist.engines.sharded_optimizer import ShardedBlockOptimizer
 
 SIDE = 32
 # Blocks of 24 modules: many in some, few in others, as selections are. 150 in all.

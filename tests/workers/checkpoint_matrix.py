@@ -13,7 +13,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import TrainerCallback
 
 from smt_dist.distributed import barrier, get_world_size
-from smt_dist.engines import BlockState
+from smt_dist.engines.base import BlockState
 from smt_dist.sparse.surgery import sparse_layers
 from smt_dist.trainer import SMTTrainer
 from workers.checkpoints import SAVED_AT, STEPS

@@ -123,7 +123,9 @@ def _load(folder: Path, model: str, engine: str) -> str:
             # Without this check ZeRO-3 hangs on another shape: rank 0 ends up in a collective of its own.
             agree(lambda: check_model_folder(model), "reading the model's config")
             config = AutoConfig.from_pretrained(model)
-            load_causal_lm(model, args.base_dtype, **make_engine(args).load_options(config, args.base_dtype))
+            load_causal_lm(
+                model, args.base_dtype, **make_engine(args.engine_options).load_options(config, args.base_dtype)
+            )
         except SMTError as error:
             return str(error)
     return "nothing"

@@ -31,7 +31,7 @@ def split_tie(folder: Path, model: str) -> dict[str, Any]:
     """What a head tied to the embedding computes with under fsdp2, after weights moved; and what the engine says."""
     with engine_arguments("fsdp2", folder) as args:
         base = load_model(model, args).train()
-        engine, used = make_engine(args), {}
+        engine, used = make_engine(args.engine_options), {}
         base.lm_head.register_forward_hook(lambda head, *_: used.update(head=head.weight.detach().clone()))
         step = adamw_step(base, learning_rate=1e-2, accumulation=1)
         for _ in range(2):
@@ -58,7 +58,7 @@ def _tune(folder: Path, engine: str, model_folder: str) -> dict[str, Any]:
         barrier()
         return {
             "world_size": get_world_size(),
-            "engine": type(make_engine(args)).__name__,
+            "engine": type(make_engine(args.engine_options)).__name__,
             "base_elements_held": held,
             "selection": selection.to_json(),
             "tables": scores.tables,

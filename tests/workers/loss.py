@@ -36,7 +36,7 @@ def _compare(folder: Path, model_folder: str, engine: str, dtype: str, **options
                 model.disable_input_require_grads()
             model.requires_grad_(False).train()
             assert chunk_loss(model, entries) == (entries > 0)
-            with make_engine(args).probing(model), CollectiveCounter() as counter:
+            with make_engine(args.engine_options).probing(model), CollectiveCounter() as counter:
                 cases = {name: _loss(model, vocabulary, **case) for name, case in CASES.items()}
             gathers = [call.bytes for call in counter.collectives if call.kind == "all_gather"]
             found["chunked" if entries else "plain"] = {"cases": cases, "largest_gather": max(gathers, default=0)}
@@ -81,7 +81,7 @@ def recompute(folder: Path, model: str) -> dict[str, int]:
     for units, prefetch in (("layer", False), ("weight", False), ("weight", True)):
         flags = {"fsdp2_units": units, "fsdp2_prefetch": prefetch}
         with engine_arguments("fsdp2", folder / units, activation_checkpointing=True, **flags) as args:
-            assert isinstance(make_engine(args), FSDP2Engine)
+            assert isinstance(make_engine(args.engine_options), FSDP2Engine)
             base = load_model(model, args)
             base.gradient_checkpointing_enable({"use_reentrant": False})
             base.disable_input_require_grads()

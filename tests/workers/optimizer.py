@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from smt_dist.distributed import barrier, get_rank, get_world_size
-from smt_dist.elementwise import optimizer_class_by_name
+from smt_dist.engines.elementwise import optimizer_class_by_name
 from smt_dist.engines.replicated import ReplicatedBlocks
-from smt_dist.optimizer import ShardedBlockOptimizer, release_gradients
+from smt_dist.engines.sharded_optimizer import ShardedBlockOptimizer, release_gradients
 
 # 7 + 15 elements in one group, 1 in the other: neither ranks' slices nor groups end where parameters do.
 SHAPES = [[(7, 1), (3, 5)], [(1, 1)]]
@@ -164,7 +164,7 @@ def _reductions_in_a_backward(may_be_idle: bool) -> int:
     engine = ReplicatedBlocks(micro_batches=1)
     optimizer = engine.make_optimizer(groups, torch.optim.SGD, {"lr": 0.1}, may_be_idle)
     gradients = gradients_of(0, 0, get_rank())
-    with mock.patch("smt_dist.gradients.dist.reduce") as reduce:
+    with mock.patch("smt_dist.engines.gradients.dist.reduce") as reduce:
         if get_rank() == 0:
             rest = [{"params": groups[0]["params"][1:]}, *groups[1:]]
             backward(rest, gradients[1:])

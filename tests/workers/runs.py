@@ -22,7 +22,6 @@ from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.distributed import get_world_size
 from smt_dist.engines import make_engine
-from smt_dist.process_group import initialize_process_group
 from smt_dist.run import TrainingData
 
 # Nothing is kept gathered and nothing fetched early: every forward and backward gathers anew, as in a large model.
@@ -71,7 +70,7 @@ def engine_arguments(
     }
     try:
         args = SMTTrainingArguments(output_dir=str(output), **engine_flags(engine), **(defaults | options))
-        initialize_process_group(args)
+        args.set_up_process_group()
         set_seed(args.seed)
         yield args
     finally:
@@ -86,7 +85,7 @@ def engine_arguments(
 
 def load_model(folder: str | Path, args: SMTTrainingArguments) -> PreTrainedModel:
     """As ``launch/train.py`` loads it: under ZeRO-3 and fsdp2 each rank keeps its part only."""
-    engine, config = make_engine(args), AutoConfig.from_pretrained(folder)
+    engine, config = make_engine(args.engine_options), AutoConfig.from_pretrained(folder)
     options = engine.load_options(config, args.base_dtype)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=args.base_dtype, **options)
     engine.prepare_base(model)

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import nn
 
 from smt_dist.distributed import get_rank, get_world_size, is_distributed, reduce_scatter_rows
-from smt_dist.flat import FlatParameters
+from smt_dist.engines.flat import FlatParameters
 
 
 class GradientSums(Protocol):

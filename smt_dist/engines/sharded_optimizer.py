@@ -23,15 +23,9 @@ from smt_dist.distributed import (
     all_reduce_sum,
     is_distributed,
 )
-from smt_dist.elementwise import (
-    counter_state,
-    counter_value,
-    is_counter,
-    is_moment,
-    refuse_unless_elementwise,
-)
-from smt_dist.flat import FlatParameters, Range
-from smt_dist.gradients import GradientSums, SlicedGradients, WholeGradients
+from smt_dist.engines.elementwise import counter_state, counter_value, is_counter, is_moment, refuse_unless_elementwise
+from smt_dist.engines.flat import FlatParameters, Range
+from smt_dist.engines.gradients import GradientSums, SlicedGradients, WholeGradients
 
 
 class ShardedBlockOptimizer(torch.optim.Optimizer):
@@ -55,7 +49,7 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         options: its keyword arguments.
         reduce_dtype: in which gradients cross the network; they are added up before and used after in fp32.
         micro_batches: backwards in a step, if it is known: gradients then go to the ranks that own them while the last
-            backward runs (:class:`smt_dist.gradients.SlicedGradients`).
+            backward runs (:class:`smt_dist.engines.gradients.SlicedGradients`).
 
     Attributes:
         overflow: whether the last step was left out because the norm that was measured for it wasn't finite.

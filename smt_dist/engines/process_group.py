@@ -6,35 +6,38 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch.utils.cpp_extension import get_default_build_root
 
-if TYPE_CHECKING:
-    from smt_dist.arguments import SMTTrainingArguments
+from smt_dist.distributed import get_rank
 
 logger = logging.getLogger(__name__)
 
 
-def initialize_process_group(args: SMTTrainingArguments) -> None:
-    """Trainer's own set-up of the process group, and DeepSpeed's on top, before any model is built."""
-    if args.engine == "deepspeed" and "RANK" not in os.environ:
+def initialize_process_group(engine: str, timeout: float, begin: Callable[[], object]) -> None:
+    """Set up the process group, and DeepSpeed's own part on top, before any model is built.
+
+    Args:
+        engine: one of :data:`smt_dist.engines.ENGINES`.
+        timeout: seconds of waiting in one of DeepSpeed's collectives.
+        begin: makes the group: ``TrainingArguments`` does as it looks for its device.
+    """
+    if engine == "deepspeed" and "RANK" not in os.environ:
         os.environ |= _single_rank()  # without a launcher DeepSpeed would ask MPI
-    _ = args.device  # sets the process group up
-    if args.process_index == 0:
+    begin()
+    if get_rank() == 0:
         warn_of_a_shared_store()
-    if args.n_gpu > 1:  # one process that sees several GPUs: Trainer would use nn.DataParallel
-        args._n_gpu = 1
-    if args.engine == "deepspeed":
+    if engine == "deepspeed":
         # Imported here: DeepSpeed takes seconds, and ddp doesn't need it.
         import deepspeed
 
-        if args.local_process_index == 0:
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             warn_of_abandoned_builds()
         # Before from_pretrained: without it zero.Init would reckon with one rank.
-        deepspeed.init_distributed(timeout=timedelta(seconds=args.ddp_timeout))
+        deepspeed.init_distributed(timeout=timedelta(seconds=timeout))
 
 
 def warn_of_a_shared_store() -> None:
