@@ -21,9 +21,10 @@ from smt_dist.cli import parse_arguments, run_program
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import agree, get_rank, write_on_rank_zero
 from smt_dist.errors import SMTError
+from smt_dist.fault_tolerance.activity import enter_phase
+from smt_dist.fault_tolerance.supervision import honour_collective_timeout, supervise
 from smt_dist.files import replace_file
 from smt_dist.loading import load_tokenizer_and_model
-from smt_dist.phases import enter_phase
 from smt_dist.run import (
     RunArguments,
     check_writable,
@@ -36,7 +37,6 @@ from smt_dist.score_files import save_scores, scores_path
 from smt_dist.scores import BlockScores
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.stability_runs import Cell, compare, parse_axes, plan_cells, run_cells, table
-from smt_dist.supervision import honour_collective_timeout, supervise
 
 
 @dataclass
@@ -65,7 +65,7 @@ def main() -> None:
     if run.profile_memory:
         raise SMTError("--profile_memory belongs to train.py")
     args.set_up_process_group()
-    supervise(args)
+    supervise(args.heartbeat_timeout)
     set_seed(args.seed)
     output = Path(run.output)
     agree(lambda: check_writable("--output", output.parent), "the output folder")

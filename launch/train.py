@@ -21,13 +21,14 @@ from smt_dist.cli import parse_arguments, run_program
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import agree, from_main_process, get_rank
 from smt_dist.errors import SMTError
+from smt_dist.fault_tolerance.activity import enter_phase
+from smt_dist.fault_tolerance.supervision import honour_collective_timeout, supervise
 from smt_dist.full_ft import save_moved_base
 from smt_dist.loading import load_tokenizer_and_model
 from smt_dist.memory.profiling import prepare_profiling, publish
 from smt_dist.memory.recorder import Recorder
 from smt_dist.memory.report import PAGE
 from smt_dist.models.cpu_products import SinglePrecisionProducts
-from smt_dist.phases import enter_phase
 from smt_dist.rotation import find_checkpoint
 from smt_dist.run import (
     PAGE_FILE,
@@ -47,7 +48,6 @@ from smt_dist.score_files import SCORES_FILE
 from smt_dist.scores import BlockScores
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.surgery import touched_selection
-from smt_dist.supervision import honour_collective_timeout, supervise
 from smt_dist.trainer import SMTTrainer
 
 logger = logging.getLogger("smt_dist.train")  # under the name whose level the command line sets
@@ -67,7 +67,7 @@ def main() -> None:
 def tune(run: RunArguments, args: SMTTrainingArguments) -> None:
     """The whole run: load, warm-up, selection, training, saving."""
     args.set_up_process_group()
-    supervise(args)
+    supervise(args.heartbeat_timeout)
     set_seed(args.seed)
     agree(lambda: check_writable("--output_dir", Path(args.output_dir)), "the output folder")
 

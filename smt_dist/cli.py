@@ -12,9 +12,9 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from smt_dist.errors import RankError, SMTError
-from smt_dist.preemption import Preempted
-from smt_dist.process_end import let_threads_settle
-from smt_dist.supervision import await_explanation, end_supervision
+from smt_dist.fault_tolerance.preemption import Preempted
+from smt_dist.fault_tolerance.process_end import let_threads_settle
+from smt_dist.fault_tolerance.supervision import await_explanation, end_supervision
 
 
 def run_program(main: Callable[[], None]) -> None:
@@ -22,7 +22,7 @@ def run_program(main: Callable[[], None]) -> None:
 
     Every rank exits with 2, but only rank 0 prints, since all ranks see the same error (see
     :func:`smt_dist.distributed.agree`); a :class:`RankError`, which one rank may have alone, is printed by each. Ends
-    what :func:`smt_dist.supervision.supervise` began: whichever way a rank ends, the others are told.
+    what :func:`smt_dist.fault_tolerance.supervision.supervise` began: whichever way a rank ends, the others are told.
     """
     try:
         main()

@@ -1,8 +1,9 @@
 """``GuardedTrainer``: ``transformers.Trainer`` with the guards of a long run on machines that fail.
 
 Before each optimizer step the ranks exchange a few integers, once: whether one of them was asked to end
-(:mod:`smt_dist.preemption`), and whether what should be equal is (:mod:`smt_dist.drift`,
-:mod:`smt_dist.data_order`). :mod:`smt_dist.bad_numbers` looks at the step's numbers.
+(:mod:`~smt_dist.fault_tolerance.preemption`), and whether what should be equal is
+(:mod:`~smt_dist.fault_tolerance.drift`, :mod:`~smt_dist.fault_tolerance.data_order`).
+:mod:`~smt_dist.fault_tolerance.non_finite` looks at the step's numbers.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from accelerate.utils import DeepSpeedEngineWrapper
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from smt_dist.bad_numbers import BadNumbers, poisoned_if_bad
 from smt_dist.config import SMTConfig
-from smt_dist.data_order import HashedSampler, dataset_digest, watch_order
 from smt_dist.distributed import agree, assert_same_on_all_ranks
-from smt_dist.drift import (
+from smt_dist.engines.base import Engine, unwrapped
+from smt_dist.errors import SMTError
+from smt_dist.fault_tolerance.activity import enter_phase
+from smt_dist.fault_tolerance.data_order import HashedSampler, dataset_digest, watch_order
+from smt_dist.fault_tolerance.drift import (
     block_sums,
     check_masters,
     gather_integers,
@@ -29,13 +32,11 @@ from smt_dist.drift import (
     refuse_different_blocks,
     refuse_different_sums,
 )
-from smt_dist.engines.base import Engine, unwrapped
-from smt_dist.errors import SMTError
-from smt_dist.phases import enter_phase
-from smt_dist.preemption import Preempted
+from smt_dist.fault_tolerance.non_finite import BadNumbers, poisoned_if_bad
+from smt_dist.fault_tolerance.preemption import Preempted
+from smt_dist.fault_tolerance.supervision import honour_collective_timeout, preemption
 from smt_dist.rotation import checkpoint_folder
 from smt_dist.sparse.surgery import sparse_layers
-from smt_dist.supervision import honour_collective_timeout, preemption
 
 logger = logging.getLogger(__name__)
 

@@ -39,8 +39,8 @@ from smt_dist.distributed import agree, assert_same_on_all_ranks, write_on_rank_
 from smt_dist.engines.base import Moments
 from smt_dist.errors import SMTError
 from smt_dist.exchange import exchange
+from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.files import parse_json_object, read_text
-from smt_dist.phases import enter_phase
 from smt_dist.rotation import checkpoint_folder, find_checkpoint
 from smt_dist.saves import MANIFEST_FILE, saving
 from smt_dist.sparse.blocks import Block, BlockSelection, rearrange

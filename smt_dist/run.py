@@ -35,9 +35,9 @@ from smt_dist.distributed import (
 )
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
+from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.full_ft import collect_scores_full_ft
 from smt_dist.models.chunked_loss import chunk_loss
-from smt_dist.phases import enter_phase
 from smt_dist.picture import write_pictures
 from smt_dist.score_files import SCORES_FILE, belongs_to, load_scores, save_scores, scores_path
 from smt_dist.scores import BlockScores

@@ -25,7 +25,7 @@ from smt_dist.config import SMTConfig, parse_model
 from smt_dist.custom_scores import load_score_function
 from smt_dist.distributed import broadcast_first, get_rank
 from smt_dist.errors import SMTError
-from smt_dist.phases import enter_phase
+from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.run import RunArguments, TrainingData, collect, keep_scores, load_data
 from smt_dist.score_files import load_scores
 from smt_dist.selection import choose_blocks

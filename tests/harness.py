@@ -152,7 +152,7 @@ def _run_worker(worker: str, folder: Path) -> None:
 
     import torch.distributed as dist
 
-    from smt_dist.process_end import let_threads_settle
+    from smt_dist.fault_tolerance.process_end import let_threads_settle
 
     faulthandler.enable()
     torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from smt_dist import heartbeat_peers
+from smt_dist.fault_tolerance import peers
 
 
 def call(line: bytes, pause: float = 0.0) -> int | None:
@@ -28,7 +28,7 @@ def call(line: bytes, pause: float = 0.0) -> int | None:
     speaker = threading.Thread(target=speak)
     speaker.start()
     try:
-        return heartbeat_peers._caller(ours, "secret")
+        return peers._caller(ours, "secret")
     finally:
         ended.set()
         ours.close()
@@ -49,13 +49,13 @@ def test_a_rank_is_known_by_the_secret():
 @pytest.mark.parametrize("line", [b"", b"GET / HTTP/1.1\n", b"[]\n", b"{}\n", hello(rank="x"), b"\xff" * 2000])
 def test_anything_else_is_a_stranger(line, monkeypatch):
     """Its words must not end the job."""
-    monkeypatch.setattr(heartbeat_peers, "HELLO_SECONDS", 0.2)
+    monkeypatch.setattr(peers, "HELLO_SECONDS", 0.2)
     assert call(line) is None
 
 
 def test_a_stranger_that_speaks_slowly_is_not_waited_for(monkeypatch):
     """The time is for the whole line: at a byte a time it would keep all ranks from starting."""
-    monkeypatch.setattr(heartbeat_peers, "HELLO_SECONDS", 0.5)
+    monkeypatch.setattr(peers, "HELLO_SECONDS", 0.5)
     started = time.monotonic()
     assert call(hello(), pause=0.1) is None
     assert time.monotonic() - started < 0.1 * len(hello())

@@ -13,12 +13,13 @@ from tiny_models import make_rows
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 import smt_dist
-from smt_dist import BlockSelection, SMTConfig, supervision
+from smt_dist import BlockSelection, SMTConfig
 from smt_dist.adapter import attach_adapter, read_adapter, trained_deltas
 from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.checkpoint import load_schedule, save_schedule
 from smt_dist.data.dataset import CausalLMCollator
-from smt_dist.preemption import Preempted
+from smt_dist.fault_tolerance import supervision
+from smt_dist.fault_tolerance.preemption import Preempted
 from smt_dist.trainer import SMTTrainer
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
@@ -61,7 +62,7 @@ def make(model_folder, tmp_path):
             model = AutoModelForCausalLM.from_pretrained(model_folder)
             smt_dist.apply_selection(model, BlockSelection(block_size=(16, 16), blocks={Q: [(0, 0)]}))
         supervision._active.preemption = None
-        supervision.supervise(args)
+        supervision.supervise(args.heartbeat_timeout)
         data = {"train_dataset": make_rows(8), "eval_dataset": make_rows(4, seed=5)}
         return SMTTrainer(model, args, deltas, data_collator=CausalLMCollator(0), callbacks=[*callbacks], **data)
 

@@ -9,13 +9,13 @@ import time
 
 import pytest
 
-from smt_dist import process_end
+from smt_dist.fault_tolerance import process_end
 
 # A thread of gloo's computes, with Python's lock now and then, when the main thread is done; something holds the group.
 RANK = """
 import sys, threading, time
 import torch, torch.distributed as dist
-from smt_dist.process_end import let_threads_settle
+from smt_dist.fault_tolerance.process_end import let_threads_settle
 
 began = threading.Event()
 

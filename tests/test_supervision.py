@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from smt_dist import cli, supervision
+from smt_dist import cli
 from smt_dist.errors import RankError, SMTError
+from smt_dist.fault_tolerance import supervision
 
 
 class Ended(BaseException):

@@ -106,7 +106,7 @@ def _watch_phases(folder: Path, rank: int, fault: dict[str, Any] | None) -> None
     A fault: ``signal``; ``phase``, by how its name begins; ``delay`` in seconds from there; ``pause``, after which it
     is continued (by the parent).
     """
-    from smt_dist.phases import current_phase, on_phase
+    from smt_dist.fault_tolerance.activity import current_phase, on_phase
 
     log = os.open(folder / PHASES.format(rank), os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
     armed = [fault is not None]

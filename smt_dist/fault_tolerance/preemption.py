@@ -11,7 +11,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from smt_dist.phases import current_phase
+from smt_dist.fault_tolerance.activity import current_phase
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 

@@ -9,13 +9,11 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from smt_dist.errors import SMTError, first_line
-from smt_dist.heartbeat import FAILED_GRACE, Heartbeat, start_heartbeat
-from smt_dist.preemption import Preempted, Preemption
+from smt_dist.fault_tolerance.heartbeat import FAILED_GRACE, Heartbeat, start_heartbeat
+from smt_dist.fault_tolerance.preemption import Preempted, Preemption
 
 if TYPE_CHECKING:
     from torch import nn
-
-    from smt_dist.arguments import SMTTrainingArguments
 
 # Seconds in which the heartbeat finds out whether another rank's end explains an exception.
 EXPLANATION_SECONDS = 3.0
@@ -29,11 +27,15 @@ class _Supervision:
 _active = _Supervision()
 
 
-def supervise(args: SMTTrainingArguments) -> None:
-    """Begin: once the process group exists; collective. :func:`smt_dist.cli.run_program` ends it."""
+def supervise(heartbeat_timeout: float) -> None:
+    """Begin: once the process group exists; collective. :func:`smt_dist.cli.run_program` ends it.
+
+    Args:
+        heartbeat_timeout: seconds of silence after which a rank counts as lost; 0: no heartbeat.
+    """
     if threading.current_thread() is threading.main_thread():  # others can't catch signals
         _active.preemption = Preemption()
-    _active.heartbeat = start_heartbeat(args.heartbeat_timeout)
+    _active.heartbeat = start_heartbeat(heartbeat_timeout)
 
 
 def honour_collective_timeout(model: nn.Module, seconds: float, optimizer: Any = None) -> None:

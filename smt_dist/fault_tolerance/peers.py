@@ -1,4 +1,4 @@
-"""The connections between rank 0 and the other ranks that :mod:`smt_dist.heartbeat` uses."""
+"""The connections between rank 0 and the other ranks that :mod:`smt_dist.fault_tolerance.heartbeat` uses."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from smt_dist.heartbeat_peers import Peer, connect_ranks
-from smt_dist.phases import current_phase
+from smt_dist.fault_tolerance.activity import current_phase
+from smt_dist.fault_tolerance.peers import Peer, connect_ranks
 
 logger = logging.getLogger(__name__)
 

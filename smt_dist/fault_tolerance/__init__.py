@@ -1,0 +1,1 @@
+"""Fault tolerance: lost ranks, signals, ranks that differ, non-finite numbers. Knows of SMT only its blocks."""
