@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from smt_dist import BlockSelection, SMTConfig
-from smt_dist.adapter import config_of
 from smt_dist.arguments import SMTTrainingArguments
+from smt_dist.checkpoint.adapter import config_of
 from smt_dist.cli import configure_logging, run_program
 from smt_dist.communication import Collective, CollectiveCounter, totals
 from smt_dist.data.dataset import CausalLMCollator

@@ -9,9 +9,9 @@ import argparse
 
 import torch
 
+from smt_dist.checkpoint.merge_files import merge_adapter_files
 from smt_dist.cli import HelpFormatter, raise_usage_error, run_program
 from smt_dist.errors import SMTError
-from smt_dist.merge_files import merge_adapter_files
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -121,7 +121,7 @@ def make_request(arguments: argparse.Namespace) -> Request:
 
 def _config(path: str | None, selection: BlockSelection | None) -> SMTConfig:
     """The SMT config, or what a selection without one amounts to, as train.py has it."""
-    from smt_dist.adapter import config_of
+    from smt_dist.checkpoint.adapter import config_of
     from smt_dist.config import SMTConfig
 
     if path is not None:

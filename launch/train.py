@@ -15,21 +15,21 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from smt_dist.adapter import trained_deltas
 from smt_dist.arguments import SMTTrainingArguments
+from smt_dist.checkpoint.adapter import trained_deltas
+from smt_dist.checkpoint.moved_base import save_moved_base
+from smt_dist.checkpoint.rotation import find_checkpoint
 from smt_dist.cli import parse_arguments, run_program
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import agree, from_main_process, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.fault_tolerance.supervision import honour_collective_timeout, supervise
-from smt_dist.full_ft import save_moved_base
 from smt_dist.loading import load_tokenizer_and_model
 from smt_dist.memory.profiling import prepare_profiling, publish
 from smt_dist.memory.recorder import Recorder
 from smt_dist.memory.report import PAGE
 from smt_dist.models.cpu_products import SinglePrecisionProducts
-from smt_dist.rotation import find_checkpoint
 from smt_dist.run import (
     PAGE_FILE,
     RunArguments,

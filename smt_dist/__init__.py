@@ -1,6 +1,6 @@
 """Sparse Matrix Tuning (arXiv 2405.15525) for models that outgrow one device."""
 
-from smt_dist.adapter import Adapter, load_adapter, read_adapter, save_adapter
+from smt_dist.checkpoint.adapter import Adapter, load_adapter, read_adapter, save_adapter
 from smt_dist.config import SMTConfig
 from smt_dist.errors import SMTError
 from smt_dist.scores import BlockScores

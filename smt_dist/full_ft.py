@@ -5,20 +5,15 @@ Its peak memory is full fine-tuning's, and it moves the base: the blocks then be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smt_dist.config import SMTConfig
-from smt_dist.distributed import get_rank, get_world_size, write_on_rank_zero
+from smt_dist.distributed import get_world_size
 from smt_dist.engines.base import Engine, Tuning
-from smt_dist.files import save_tokenizer
-from smt_dist.saves import Save
 from smt_dist.scores import BlockScores, make_accumulator
-from smt_dist.sparse.sharded import gathered
 from smt_dist.steps import Batch, Observer, run_steps
 from smt_dist.warmup import build_scores, plan_grids, probe_modules
 
@@ -67,42 +62,3 @@ def _summed(tuning: Tuning) -> Tuning:
         tuning.backward(loss * get_world_size())
 
     return tuning._replace(backward=backward)
-
-
-def save_moved_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the base as the warm-up moved it, an ordinary model folder, whole or not at all; collective.
-
-    Weights are gathered one at a time; rank 0 holds them all, on the CPU.
-
-    Raises:
-        SMTError: it can't be written (a full disk); on all ranks.
-    """
-    save = Save(folder)
-
-    def on_rank_zero(action: Callable[[], object]) -> None:
-        write_on_rank_zero(action, str(folder), "saving the moved base")
-
-    try:
-        on_rank_zero(save.begin)
-        if model.is_distributed_loading_by_transformers:  # fsdp2: its own save_pretrained gathers, on all ranks
-            model.save_pretrained(save.folder)
-        else:
-            state = _gathered_state(model)
-            on_rank_zero(lambda: model.save_pretrained(save.folder, state_dict=state))
-        on_rank_zero(lambda: save_tokenizer(tokenizer, save.folder))
-        on_rank_zero(save.commit)
-    finally:
-        save.close()
-
-
-def _gathered_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """All weights and buffers on rank 0, on the CPU; nothing on the others."""
-    state: dict[str, torch.Tensor] = {}
-    for name, parameter in model.named_parameters():
-        with gathered(parameter) as weight:
-            if get_rank() == 0:
-                state[name] = weight.detach().cpu().clone()
-    if get_rank() == 0:
-        kept = model.state_dict().keys()
-        state |= {name: buffer.detach().cpu() for name, buffer in model.named_buffers() if name in kept}
-    return state

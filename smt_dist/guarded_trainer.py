@@ -17,6 +17,7 @@ from accelerate.utils import DeepSpeedEngineWrapper
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from smt_dist.checkpoint.rotation import checkpoint_folder
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import agree, assert_same_on_all_ranks
 from smt_dist.engines.base import Engine, unwrapped
@@ -35,7 +36,6 @@ from smt_dist.fault_tolerance.drift import (
 from smt_dist.fault_tolerance.non_finite import BadNumbers, poisoned_if_bad
 from smt_dist.fault_tolerance.preemption import Preempted
 from smt_dist.fault_tolerance.supervision import honour_collective_timeout, preemption
-from smt_dist.rotation import checkpoint_folder
 from smt_dist.sparse.surgery import sparse_layers
 
 logger = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from smt_dist.adapter import (
+from smt_dist.checkpoint.adapter import (
     ACTIVE_FILE,
     ActiveBlocks,
     Adapter,
@@ -32,7 +32,9 @@ from smt_dist.adapter import (
     trained_deltas,
     write_adapter,
 )
-from smt_dist.checkpoint import load_states, save_moments
+from smt_dist.checkpoint.atomic import MANIFEST_FILE, saving
+from smt_dist.checkpoint.rotation import checkpoint_folder, find_checkpoint
+from smt_dist.checkpoint.training_state import load_states, save_moments
 from smt_dist.config import ReselectConfig, SMTConfig
 from smt_dist.data.batches import TrainingData, warmup_batches
 from smt_dist.distributed import agree, assert_same_on_all_ranks, write_on_rank_zero
@@ -41,8 +43,6 @@ from smt_dist.errors import SMTError
 from smt_dist.exchange import exchange
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.files import parse_json_object, read_text
-from smt_dist.rotation import checkpoint_folder, find_checkpoint
-from smt_dist.saves import MANIFEST_FILE, saving
 from smt_dist.sparse.blocks import Block, BlockSelection, rearrange
 from smt_dist.sparse.fingerprint import base_fingerprint
 from smt_dist.sparse.surgery import attach_touched

@@ -12,7 +12,8 @@ from typing import Any
 import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from smt_dist.adapter import (
+from smt_dist.arguments import SMTTrainingArguments
+from smt_dist.checkpoint.adapter import (
     CONFIG_FILE,
     SELECTION_FILE,
     Adapter,
@@ -21,7 +22,6 @@ from smt_dist.adapter import (
     read_active,
     read_adapter,
 )
-from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.config import SMTConfig
 from smt_dist.data.batches import TrainingData, warmup_batches
 from smt_dist.data.dataset import CausalLMCollator, build_dataset, get_pad_token_id, load_rows

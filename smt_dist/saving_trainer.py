@@ -15,22 +15,22 @@ from typing import Any
 from torch import nn
 from transformers import Trainer
 
-from smt_dist.adapter import delta_shape, write_blocks_of
-from smt_dist.checkpoint import random_state, save_moments, save_random_states, save_schedule
-from smt_dist.distributed import agree, from_main_process, gather_objects, get_world_size
-from smt_dist.engines.base import Engine
-from smt_dist.errors import SMTError
-from smt_dist.files import save_tokenizer
-from smt_dist.rotation import (
+from smt_dist.checkpoint.adapter import delta_shape, write_blocks_of
+from smt_dist.checkpoint.atomic import Save
+from smt_dist.checkpoint.rotation import (
     checkpoint_folder,
     find_checkpoint,
     is_whole,
     prune_checkpoints,
     remove_leftovers,
 )
-from smt_dist.saves import Save
+from smt_dist.checkpoint.trainer_state import save_metrics, save_trainer_state
+from smt_dist.checkpoint.training_state import random_state, save_moments, save_random_states, save_schedule
+from smt_dist.distributed import agree, from_main_process, gather_objects, get_world_size
+from smt_dist.engines.base import Engine
+from smt_dist.errors import SMTError
+from smt_dist.files import save_tokenizer
 from smt_dist.sparse.surgery import group_multipliers, sparse_layers
-from smt_dist.trainer_state import save_metrics, save_trainer_state
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers.trainer_utils import TrainOutput
 
-from smt_dist.adapter import read_adapter, trained_deltas, verify_fingerprint
 from smt_dist.arguments import SMTTrainingArguments
-from smt_dist.checkpoint import (
+from smt_dist.checkpoint.adapter import read_adapter, trained_deltas, verify_fingerprint
+from smt_dist.checkpoint.training_state import (
     GLOBAL_BATCH,
     load_random_state,
     load_schedule,

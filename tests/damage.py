@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from smt_dist.checkpoint.atomic import write_manifest
 from smt_dist.errors import SMTError
-from smt_dist.saves import write_manifest
 
 HEADROOM = 2 * 1024**3  # bytes of address space; what is damaged are kilobytes
 

@@ -15,10 +15,10 @@ from workers.checkpoints import BEST_AT, STEPS
 from workers.training import BLOCK, BLOCKS
 
 import smt_dist
-from smt_dist.adapter import BLOCKS_FILE, CARD_FILE, CONFIG_FILE, SELECTION_FILE, read_adapter
-from smt_dist.checkpoint import OPTIMIZER_FILE, SCHEDULE_FILE
+from smt_dist.checkpoint.adapter import BLOCKS_FILE, CARD_FILE, CONFIG_FILE, SELECTION_FILE, read_adapter
+from smt_dist.checkpoint.atomic import MANIFEST_FILE
+from smt_dist.checkpoint.training_state import OPTIMIZER_FILE, SCHEDULE_FILE
 from smt_dist.guarded_trainer import GuardedTrainer
-from smt_dist.saves import MANIFEST_FILE
 from smt_dist.saving_trainer import SavingTrainer
 from smt_dist.trainer import SMTTrainer
 

@@ -15,8 +15,8 @@ from workers.checkpoints import SAVED_AT, STEPS
 from workers.runs import engine_arguments
 from workers.training import BLOCK, BLOCKS, MULTIPLIERS, fixed_data, make_trainer
 
-from smt_dist.adapter import BLOCKS_FILE, SELECTION_FILE
-from smt_dist.checkpoint import OPTIMIZER_FILE, SCHEDULE_FILE
+from smt_dist.checkpoint.adapter import BLOCKS_FILE, SELECTION_FILE
+from smt_dist.checkpoint.training_state import OPTIMIZER_FILE, SCHEDULE_FILE
 
 TOLERANCE = 1e-5
 # Numbers of bf16 lie up to 2^-7 of their size apart. Activations and single gradients differ by that where another

@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import smt_dist
 from smt_dist import BlockSelection, SMTConfig
+from smt_dist.checkpoint.merge_files import merge_adapter_files
 from smt_dist.errors import SMTError
-from smt_dist.merge_files import merge_adapter_files
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 SELECTION = BlockSelection(block_size=(8, 8), blocks={Q: [(0, 1), (3, 0)], V: [(1, 2)]})
@@ -179,7 +179,7 @@ def test_a_merge_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
     def full_disk(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr("smt_dist.merge_files.save_file", full_disk)
+    monkeypatch.setattr("smt_dist.checkpoint.merge_files.save_file", full_disk)
     with pytest.raises(SMTError, match=r"can't be written \(disk full\)"):
         case.merge()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "base"]

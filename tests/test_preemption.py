@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import smt_dist
 from smt_dist import BlockSelection, SMTConfig
-from smt_dist.adapter import attach_adapter, read_adapter, trained_deltas
 from smt_dist.arguments import SMTTrainingArguments
-from smt_dist.checkpoint import load_schedule, save_schedule
+from smt_dist.checkpoint.adapter import attach_adapter, read_adapter, trained_deltas
+from smt_dist.checkpoint.training_state import load_schedule, save_schedule
 from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.fault_tolerance import supervision
 from smt_dist.fault_tolerance.preemption import Preempted

@@ -15,9 +15,9 @@ from workers.reselect import EVERY, MIDDLE, STEPS
 from workers.training import BLOCK, BLOCKS
 
 import smt_dist
-from smt_dist.adapter import ACTIVE_FILE, BLOCKS_FILE, read_adapter
-from smt_dist.checkpoint import OPTIMIZER_FILE
-from smt_dist.merge_files import merge_adapter_files
+from smt_dist.checkpoint.adapter import ACTIVE_FILE, BLOCKS_FILE, read_adapter
+from smt_dist.checkpoint.merge_files import merge_adapter_files
+from smt_dist.checkpoint.training_state import OPTIMIZER_FILE
 
 LAUNCHES = {1: ["ddp"], 2: ["ddp", "fsdp2", "zero1", "zero2", "zero3"], 4: ["ddp"]}
 KILLED = ["ddp", "zero3"]  # these on two ranks at most
@@ -183,7 +183,7 @@ def test_the_reselected_adapter_loads_computes_and_merges_as_it_was_trained(foun
     loaded = logits(model)
     assert not torch.allclose(loaded, before, atol=1e-3)
     smt_dist.remove_blocks(model)
-    smt_dist.adapter.attach_adapter(model, adapter, "a", adapter.config, torch.float32, train_active=True)
+    smt_dist.checkpoint.adapter.attach_adapter(model, adapter, "a", adapter.config, torch.float32, train_active=True)
     torch.testing.assert_close(logits(model), loaded)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {f"{module}.delta" for module in adapter.trained.blocks}

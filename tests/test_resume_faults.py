@@ -11,7 +11,7 @@ from damage import reseal
 from harness import launch
 from safetensors.torch import load_file, save_file
 
-from smt_dist.checkpoint import OPTIMIZER_FILE, SCHEDULE_FILE
+from smt_dist.checkpoint.training_state import OPTIMIZER_FILE, SCHEDULE_FILE
 
 CHECKPOINT = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
 MOMENTUM = {"optim": "torch.optim.SGD", "optim_args": "momentum=0.9"}

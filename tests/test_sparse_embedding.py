@@ -8,7 +8,7 @@ from architectures import logits_of, make_batches, make_model
 from torch import nn
 
 import smt_dist
-from smt_dist.merge_files import merge_adapter_files
+from smt_dist.checkpoint.merge_files import merge_adapter_files
 from smt_dist.sparse.blocks import BlockGrid, read_blocks, write_blocks
 from smt_dist.sparse.embedding import SparseEmbedding
 

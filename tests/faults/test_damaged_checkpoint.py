@@ -9,9 +9,9 @@ import pytest
 from damage import reseal
 from programs import Outcome, logged_losses
 
+from smt_dist.checkpoint.atomic import MANIFEST_FILE
+from smt_dist.checkpoint.rotation import check_checkpoint, last_checkpoint
 from smt_dist.errors import SMTError
-from smt_dist.rotation import check_checkpoint, last_checkpoint
-from smt_dist.saves import MANIFEST_FILE
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
 FILES = (

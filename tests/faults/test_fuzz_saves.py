@@ -20,7 +20,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import smt_dist
 from smt_dist import BlockSelection
-from smt_dist.checkpoint import (
+from smt_dist.checkpoint.atomic import MANIFEST_FILE
+from smt_dist.checkpoint.merge_files import merge_adapter_files
+from smt_dist.checkpoint.rotation import check_checkpoint
+from smt_dist.checkpoint.training_state import (
     GLOBAL_BATCH,
     load_random_state,
     load_schedule,
@@ -32,9 +35,6 @@ from smt_dist.checkpoint import (
     save_schedule,
 )
 from smt_dist.engines.base import Moments
-from smt_dist.merge_files import merge_adapter_files
-from smt_dist.rotation import check_checkpoint
-from smt_dist.saves import MANIFEST_FILE
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 SELECTION = BlockSelection(block_size=(8, 8), blocks={Q: [(0, 1), (3, 0)], V: [(1, 2)]})

@@ -12,11 +12,11 @@ import pytest
 from harness import TESTS, rank_environment
 from transformers.trainer_utils import rotate_checkpoints
 
-from smt_dist import saves
+from smt_dist.checkpoint import atomic
+from smt_dist.checkpoint.atomic import MANIFEST_FILE, read_manifest, saving, verify
+from smt_dist.checkpoint.rotation import checkpoint_folders, last_checkpoint, prune_checkpoints, remove_leftovers
 from smt_dist.errors import SMTError
 from smt_dist.files import read_header
-from smt_dist.rotation import checkpoint_folders, last_checkpoint, prune_checkpoints, remove_leftovers
-from smt_dist.saves import MANIFEST_FILE, read_manifest, saving, verify
 
 OLD = {"a.json": "old a", "b.json": "old b", "gone.json": "old only"}
 NEW = {"a.json": "new a, longer", "b.json": "new b", "sub/c.json": "new only"}
@@ -63,7 +63,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, moment: int) -> None:
     for owner, names in ((os, ("fsync", "replace", "rename")), (shutil, ("rmtree",)), (Path, ("write_text", "unlink"))):
         for name in names:
             monkeypatch.setattr(owner, name, dying(getattr(owner, name)))
-    monkeypatch.setattr(saves.Save, "close", lambda _: None)
+    monkeypatch.setattr(atomic.Save, "close", lambda _: None)
 
 
 @pytest.mark.parametrize("before", [None, OLD], ids=["new folder", "overwritten"])
@@ -147,7 +147,7 @@ def test_link_in_an_unfinished_save_does_not_lead_outside(tmp_path):
     outside.mkdir()
     (folder / ".smt_saving").mkdir(parents=True)
     write(folder / ".smt_saving", {"sub/c.json": "planted"})
-    saves.write_manifest(folder / ".smt_saving")
+    atomic.write_manifest(folder / ".smt_saving")
     (folder / "sub").symlink_to(outside)
     with pytest.raises(SMTError, match="leads out"):
         read_manifest(folder)
@@ -165,7 +165,7 @@ def test_link_in_an_unfinished_save_takes_nothing_from_outside(tmp_path, whole):
     else:
         (folder / ".smt_saving").mkdir()
         write(folder / ".smt_saving", {"sub/id.json": "planted"})
-        saves.write_manifest(folder / ".smt_saving")
+        atomic.write_manifest(folder / ".smt_saving")
         shutil.rmtree(folder / ".smt_saving" / "sub")
         (folder / ".smt_saving" / "sub").symlink_to(mine)
     with pytest.raises(SMTError, match="leads out"):
@@ -178,7 +178,7 @@ def test_reader_that_finishes_a_save_leaves_nothing_of_the_old_one(tmp_path, mon
     folder = tmp_path / "s"
     save(folder, OLD)
     with monkeypatch.context() as patch:
-        patch.setattr(saves, "_finish", lambda _: None)  # killed when its own manifest was written
+        patch.setattr(atomic, "_finish", lambda _: None)  # killed when its own manifest was written
         save(folder, NEW)
     assert content(folder) == NEW
     assert not (folder / "gone.json").exists()

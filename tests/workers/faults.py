@@ -12,11 +12,11 @@ from unittest import mock
 from damage import reseal
 from transformers import AutoConfig, TrainerCallback
 
+from smt_dist.checkpoint.rotation import last_checkpoint
 from smt_dist.distributed import agree, barrier, get_rank
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
 from smt_dist.models.folder import check_model_folder, load_causal_lm
-from smt_dist.rotation import last_checkpoint
 from workers.runs import engine_arguments
 from workers.training import fixed_data, logged, make_trainer, release
 

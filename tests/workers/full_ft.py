@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from tiny_tokenizer import make_tokenizer
 
+from smt_dist.checkpoint.moved_base import save_moved_base
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import barrier, get_world_size
 from smt_dist.engines import make_engine
 from smt_dist.engines.replicated import adamw_step
 from smt_dist.errors import SMTError
-from smt_dist.full_ft import save_moved_base
 from smt_dist.run import collect_and_select
 from workers.runs import elements_held, engine_arguments, load_model, standard_data
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.optim.lr_scheduler import LRScheduler
 
-from smt_dist.adapter import BLOCKS_FILE
+from smt_dist.checkpoint.adapter import BLOCKS_FILE
 from smt_dist.engines.base import BlockState, Moments
 from smt_dist.errors import SMTError, first_line
 from smt_dist.files import (

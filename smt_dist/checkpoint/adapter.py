@@ -17,10 +17,10 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
+from smt_dist.checkpoint.atomic import MANIFEST_FILE, read_manifest, saving, verify
 from smt_dist.config import GroupConfig, SMTConfig, parse_model
 from smt_dist.errors import SMTError
 from smt_dist.files import check_tensors, read_header, read_tensors, read_text, write_tensors
-from smt_dist.saves import MANIFEST_FILE, read_manifest, saving, verify
 from smt_dist.sparse.blocks import BlockSelection, rearrange, without
 from smt_dist.sparse.fingerprint import base_fingerprint
 from smt_dist.sparse.surgery import (
@@ -85,7 +85,9 @@ def save_adapter(
     deltas: Iterable[tuple[str, torch.Tensor]] | None = None,
     card: str = "",
 ) -> None:
-    """Write ``model``'s blocks as an adapter folder, whole or not at all (:mod:`smt_dist.saves`). Call it on one rank.
+    """Write ``model``'s blocks as an adapter folder; call it on one rank.
+
+    It is saved whole or not at all (:mod:`smt_dist.checkpoint.atomic`).
 
     Args:
         model: after :func:`apply_selection`.

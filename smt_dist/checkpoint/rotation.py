@@ -11,11 +11,11 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from smt_dist.checkpoint import OPTIMIZER_FILE, SCHEDULE_FILE
+from smt_dist.checkpoint.atomic import MANIFEST_FILE, read_manifest, verify
+from smt_dist.checkpoint.trainer_state import check_trainer_state
+from smt_dist.checkpoint.training_state import OPTIMIZER_FILE, SCHEDULE_FILE
 from smt_dist.distributed import agree, from_main_process
 from smt_dist.errors import SMTError
-from smt_dist.saves import MANIFEST_FILE, read_manifest, verify
-from smt_dist.trainer_state import check_trainer_state
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from smt_dist.adapter import Adapter, read_adapter, verify_fingerprint
+from smt_dist.checkpoint.adapter import Adapter, read_adapter, verify_fingerprint
 from smt_dist.errors import SMTError, first_line
 from smt_dist.models.folder import INDEX_FILE, SINGLE_FILE, check_model_folder, empty_model, read_config, weight_files
 from smt_dist.sparse.blocks import read_blocks, write_blocks
