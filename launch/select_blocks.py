@@ -33,8 +33,7 @@ from smt_dist.run import (
     load_config,
     load_data,
 )
-from smt_dist.score_files import save_scores, scores_path
-from smt_dist.scores import BlockScores
+from smt_dist.selection.block_scores import BlockScores, save_scores, scores_path
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.stability_runs import Cell, compare, parse_axes, plan_cells, run_cells, table
 

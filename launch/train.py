@@ -44,8 +44,7 @@ from smt_dist.run import (
     load_config,
     load_data,
 )
-from smt_dist.score_files import SCORES_FILE
-from smt_dist.scores import BlockScores
+from smt_dist.selection.block_scores import SCORES_FILE, BlockScores
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.surgery import touched_selection
 from smt_dist.trainer import SMTTrainer

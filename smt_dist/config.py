@@ -105,8 +105,8 @@ class SelectionConfig(_Strict):
     """How blocks are ranked.
 
     Attributes:
-        score: one of :data:`SCORES`, or the dotted name of a function of yours (:mod:`smt_dist.custom_scores`).
-            Of the gradient ``G`` summed over the warm-up: ``mean_abs``, ``abs_mean``, ``l1``, ``l2``; the mean over
+        score: one of :data:`SCORES`, or the dotted name of a function of yours
+            (:mod:`smt_dist.selection.custom_scores`). Of the gradient ``G`` summed over the warm-up: ``mean_abs``, ``abs_mean``, ``l1``, ``l2``; the mean over
             steps of the score of each step's gradient: the same names with ``_per_step``; the mean of
             ``|G * weight|``: ``grad_x_weight``; of the layers' inputs: ``activation``; of the weight alone:
             ``magnitude``; of nothing: ``random`` and ``diagonal``.

@@ -40,14 +40,14 @@ from smt_dist.data.batches import TrainingData, warmup_batches
 from smt_dist.distributed import agree, assert_same_on_all_ranks, write_on_rank_zero
 from smt_dist.engines.base import Moments
 from smt_dist.errors import SMTError
-from smt_dist.exchange import exchange
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.files import parse_json_object, read_text
+from smt_dist.selection.exchange import exchange
+from smt_dist.selection.warmup import collect_scores
 from smt_dist.sparse.blocks import Block, BlockSelection, rearrange
 from smt_dist.sparse.fingerprint import base_fingerprint
 from smt_dist.sparse.surgery import attach_touched
 from smt_dist.sparse.targets import base_modules, weight_shape
-from smt_dist.warmup import collect_scores
 
 if TYPE_CHECKING:
     from smt_dist.arguments import SMTTrainingArguments

@@ -36,18 +36,17 @@ from smt_dist.distributed import (
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
-from smt_dist.full_ft import collect_scores_full_ft
 from smt_dist.models.chunked_loss import chunk_loss
 from smt_dist.picture import write_pictures
-from smt_dist.score_files import SCORES_FILE, belongs_to, load_scores, save_scores, scores_path
-from smt_dist.scores import BlockScores
-from smt_dist.selection import select_blocks
+from smt_dist.selection.block_scores import SCORES_FILE, BlockScores, belongs_to, load_scores, save_scores, scores_path
+from smt_dist.selection.full_ft import collect_scores_full_ft
+from smt_dist.selection.select import select_blocks
+from smt_dist.selection.steps import Observer
+from smt_dist.selection.warmup import collect_scores
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.surgery import apply_selection, describe_blocks
 from smt_dist.sparse.targets import find_targets
-from smt_dist.steps import Observer
 from smt_dist.trainer import STATE_BYTES, state_bytes_per_rank
-from smt_dist.warmup import collect_scores
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from smt_dist.arguments import DTYPES, SMTTrainingArguments, prepare_deepspeed_config
 from smt_dist.config import SMTConfig
 from smt_dist.run import RunArguments
+from smt_dist.selection.warmup import plan_grids
 from smt_dist.sparse.targets import count_parameters_2d
 from smt_dist.trainer import STATE_BYTES
-from smt_dist.warmup import plan_grids
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

@@ -130,7 +130,7 @@ def test_tokens_in_an_order_of_their_own_are_refused_where_there_is_padding():
 
 def test_padding_of_packed_rows_is_the_segment_without_labels():
     """Packed rows have no mask; their padding's positions start over at 0 like any row's."""
-    from smt_dist.activations import real_tokens
+    from smt_dist.selection.activations import real_tokens
 
     positions = torch.tensor([[0, 1, 2, 0, 1, 0, 1], [0, 1, 0, 1, 2, 3, 4]])
     labels = torch.tensor([[-100, 5, 6, -100, 7, -100, -100], [-100, 8, -100, -100, -100, -100, 9]])

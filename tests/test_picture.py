@@ -19,7 +19,7 @@ from smt_dist.picture import summary as picture_summary
 from smt_dist.picture import write_pictures
 from smt_dist.picture.page import write_page
 from smt_dist.picture.summary import MAX_CELLS, short_kinds, summarise
-from smt_dist.score_files import SCORES_FILE, belongs_to, load_scores, save_scores
+from smt_dist.selection.block_scores import SCORES_FILE, belongs_to, load_scores, save_scores
 
 SIDE = 8
 # Names that would be markup if they weren't escaped.

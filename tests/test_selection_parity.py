@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from workers.runs import GLOBAL_BATCH, shard_group, standard_data
 from workers.selection import CUSTOM, PASSES, SCORES, STEPS, STRATEGIES, make_config
 
+from smt_dist.selection.warmup import collect_scores
 from smt_dist.sparse.targets import count_parameters_2d, find_targets
-from smt_dist.warmup import collect_scores
 
 LAUNCHES = {1: ["ddp"], 2: ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"], 4: ["ddp", "hsdp"]}
 RUNS = [(world_size, engine) for world_size, engines in LAUNCHES.items() for engine in engines]

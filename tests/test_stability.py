@@ -11,7 +11,7 @@ from programs import ROWS, write_json
 
 from smt_dist import BlockScores, BlockSelection, SMTConfig, stability_runs
 from smt_dist.errors import SMTError
-from smt_dist.stability import chance_jaccard, chosen_share, jaccard, rank_correlation
+from smt_dist.selection.stability import chance_jaccard, chosen_share, jaccard, rank_correlation
 from smt_dist.stability_runs import parse_axes, plan_cells, table
 
 

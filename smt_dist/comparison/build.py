@@ -16,10 +16,10 @@ from smt_dist.comparison.settings import Settings
 from smt_dist.comparison.table import markdown
 from smt_dist.comparison.tasks import Counts, prepare
 from smt_dist.config import SMTConfig, parse_model
-from smt_dist.custom_scores import load_score_function
 from smt_dist.errors import SMTError
 from smt_dist.files import replace_file
 from smt_dist.models.folder import check_model_folder, empty_model, load_tokenizer
+from smt_dist.selection.custom_scores import load_score_function
 
 DATA_SEED = 0  # of the sets: all seeds of a comparison train on the same rows, in another order
 

@@ -9,9 +9,9 @@ from torch import nn
 
 from smt_dist.config import SCORES, SMTConfig
 from smt_dist.errors import SMTError, require_peft
+from smt_dist.selection.warmup import plan_grids
+from smt_dist.selection.weight_scores import diagonal
 from smt_dist.sparse.blocks import BlockGrid
-from smt_dist.warmup import plan_grids
-from smt_dist.weight_scores import diagonal
 
 FAMILIES = ("base", "full", "smt", "lora", "dora", "shira")
 PEFT_FAMILIES = ("lora", "dora", "shira")

@@ -28,10 +28,10 @@ from smt_dist.memory.spread import even_counts, measure_shape, selection_of
 from smt_dist.memory.trace import tensors_of
 from smt_dist.memory.trained import attach_lora
 from smt_dist.memory.window import Window
+from smt_dist.selection.warmup import collect_scores
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.surgery import apply_selection
 from smt_dist.trainer import block_parameter_groups
-from smt_dist.warmup import collect_scores
 
 # The first makes the optimizer's state, which the second has from its beginning.
 STEPS = 2

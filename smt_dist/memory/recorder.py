@@ -20,8 +20,8 @@ from smt_dist.memory.allocations import CudaStatistics, forget_resident_peak, re
 from smt_dist.memory.recording import Recording
 from smt_dist.memory.trace import tensors_of
 from smt_dist.memory.window import Window
-from smt_dist.scores import ScoreAccumulator
-from smt_dist.steps import Observer
+from smt_dist.selection.scores import ScoreAccumulator
+from smt_dist.selection.steps import Observer
 
 PHASES = ("load", "warmup", "selection", "setup", "training", "save")
 
@@ -70,7 +70,9 @@ class Recorder:
             self._window.register_model(model)
 
     def observe_warmup(self, model: PreTrainedModel, steps: int) -> Observer | None:
-        """For :func:`smt_dist.warmup.collect_scores`: records its first steps, and from its last step on to the end.
+        """For :func:`smt_dist.selection.warmup.collect_scores`: records its first steps, and its end.
+
+        The end begins with its last step.
 
         Args:
             model: the bare model.

@@ -14,11 +14,11 @@ from smt_dist.errors import SMTError
 from smt_dist.memory.base import chunk_base_loss
 from smt_dist.memory.fake import decoder_layers
 from smt_dist.memory.request import Request, text_config
-from smt_dist.selection import even_level
+from smt_dist.selection.select import even_level
+from smt_dist.selection.warmup import plan_grids
 from smt_dist.sparse.blocks import BlockGrid, BlockSelection
 from smt_dist.sparse.layer_names import layer_key
 from smt_dist.sparse.targets import count_parameters_2d
-from smt_dist.warmup import plan_grids
 
 
 @dataclass(frozen=True)

@@ -21,10 +21,11 @@ from smt_dist.memory.request import Request
 from smt_dist.memory.tracker import BACKWARD, FORWARD, RECOMPUTE, MemoryTracker
 from smt_dist.memory.trained import Task, prepare
 from smt_dist.memory.zero_linear import linear_of
-from smt_dist.scores import ElementwiseAccumulator, make_accumulator
+from smt_dist.selection.probe import probe_modules
+from smt_dist.selection.scores import ElementwiseAccumulator, make_accumulator
+from smt_dist.selection.steps import frozen
+from smt_dist.selection.warmup import _split_layers, plan_grids
 from smt_dist.sparse.blocks import BlockGrid, BlockSelection
-from smt_dist.steps import frozen
-from smt_dist.warmup import _split_layers, plan_grids, probe_modules
 
 # The lowest and highest layers are different moments; between them peaks grow evenly.
 EDGE = 2

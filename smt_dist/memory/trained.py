@@ -16,11 +16,11 @@ from smt_dist.engines.replicated import ReplicatedBlocks
 from smt_dist.errors import SMTError, require_peft
 from smt_dist.memory.request import Request
 from smt_dist.memory.tracker import MemoryTracker
+from smt_dist.selection.warmup import plan_grids
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.linear import SparseLinear, _Layout, _Place
 from smt_dist.sparse.surgery import apply_selection, sparse_layers
 from smt_dist.trainer import block_parameter_groups
-from smt_dist.warmup import plan_grids
 
 Step = Callable[[], None]
 

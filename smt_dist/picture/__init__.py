@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smt_dist.scores import BlockScores
+from smt_dist.selection.block_scores import BlockScores
 from smt_dist.sparse.blocks import BlockSelection
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from smt_dist.scores import BlockScores
+from smt_dist.selection.block_scores import BlockScores
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.layer_names import layer_key
 

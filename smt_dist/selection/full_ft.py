@@ -13,9 +13,11 @@ from torch import nn
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import get_world_size
 from smt_dist.engines.base import Engine, Tuning
-from smt_dist.scores import BlockScores, make_accumulator
-from smt_dist.steps import Batch, Observer, run_steps
-from smt_dist.warmup import build_scores, plan_grids, probe_modules
+from smt_dist.selection.block_scores import BlockScores
+from smt_dist.selection.probe import probe_modules
+from smt_dist.selection.scores import make_accumulator
+from smt_dist.selection.steps import Batch, Observer, run_steps
+from smt_dist.selection.warmup import build_scores, plan_grids
 
 
 def collect_scores_full_ft(

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 from smt_dist.distributed import all_reduce_sum, collective_device, get_rank, is_distributed
 from smt_dist.engines.base import Tuning
 from smt_dist.errors import SMTError
-from smt_dist.scores import ScoreAccumulator
+from smt_dist.selection.scores import ScoreAccumulator
 
 Batch = Mapping[str, torch.Tensor]
 GlobalStep = list[Batch]

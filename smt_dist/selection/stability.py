@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from smt_dist.errors import SMTError
-from smt_dist.scores import BlockScores
+from smt_dist.selection.block_scores import BlockScores
 from smt_dist.sparse.blocks import BlockSelection
 
 

@@ -8,26 +8,27 @@ on any base that can compute gradients of its activations: plain, partitioned by
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from smt_dist.activations import block_rms, collect_input_rms
 from smt_dist.config import ACTIVATION, DATA_FREE_SCORES, SMTConfig
-from smt_dist.custom_scores import ScoreFunction, custom_tables, load_score_function
 from smt_dist.distributed import agree
 from smt_dist.engines.base import Tuning
 from smt_dist.errors import SMTError
-from smt_dist.scores import BlockScores, GradientAccumulator, ScoreAccumulator, WeightReader, make_accumulator
+from smt_dist.selection.activations import block_rms, collect_input_rms
+from smt_dist.selection.block_scores import BlockScores
+from smt_dist.selection.custom_scores import ScoreFunction, custom_tables, load_score_function
+from smt_dist.selection.probe import probe_modules
+from smt_dist.selection.scores import GradientAccumulator, ScoreAccumulator, WeightReader, make_accumulator
+from smt_dist.selection.steps import Batch, Observer, device_of, frozen, run_steps, seeded
+from smt_dist.selection.weight_scores import score_without_data
 from smt_dist.sparse.blocks import BlockGrid, resolve_block_size
 from smt_dist.sparse.layer_names import layer_key
 from smt_dist.sparse.sharded import gathered
-from smt_dist.sparse.targets import count_parameters_2d, find_targets, is_embedding, weight_shape
-from smt_dist.steps import Batch, Observer, device_of, frozen, run_steps, seeded
-from smt_dist.weight_scores import score_without_data
+from smt_dist.sparse.targets import count_parameters_2d, find_targets, weight_shape
 
 logger = logging.getLogger(__name__)
 
@@ -179,62 +180,6 @@ def build_scores(
         score=config.selection.score,
         steps=steps,
     )
-
-
-@contextmanager
-def probe_modules(model: nn.Module, accumulator: ScoreAccumulator, modules: Iterable[str]) -> Iterator[None]:
-    """Feed ``accumulator`` from each forward and backward of ``modules`` inside the context."""
-    # Makes every probed output require a gradient, so that frozen layers below the lowest target cost nothing
-    # and no hook on the embedding is needed.
-    anchor = torch.zeros((), requires_grad=True)
-
-    def hook_for(name: str):
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
-            if not torch.is_grad_enabled():
-                return None
-            return _Probe.apply(output, _flat_input(module, args[0]), anchor, accumulator, name)
-
-        return hook
-
-    handles = [model.get_submodule(name).register_forward_hook(hook_for(name)) for name in modules]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _flat_input(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``[tokens, in]``; of an embedding the ids ``[tokens]``, with -1 for those that it takes no gradient for."""
-    if not is_embedding(module):
-        return x.reshape(-1, x.shape[-1])
-    ids = x.reshape(-1)
-    return ids if module.padding_idx is None else ids.masked_fill(ids == module.padding_idx, -1)
-
-
-class _Probe(torch.autograd.Function):
-    """Identity on a target's output; its backward shows the output gradient to the accumulator."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        y: torch.Tensor,
-        x: torch.Tensor,
-        anchor: torch.Tensor,  # noqa: ARG004 (makes the output require a gradient)
-        accumulator: ScoreAccumulator,
-        name: str,
-    ) -> torch.Tensor:
-        ctx.accumulator, ctx.name = accumulator, name
-        # Saved by autograd, not in a closure, so that gradient checkpointing can drop and recompute it.
-        ctx.save_for_backward(accumulator.keep(name, x))
-        # A copy: model code may write into a target's output, which autograd forbids on a view from here.
-        return y.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        (kept,) = ctx.saved_tensors
-        ctx.accumulator.add(ctx.name, grad_y.reshape(-1, grad_y.shape[-1]), kept)
-        return grad_y, None, None, None, None
 
 
 def _split_layers(grids: dict[str, BlockGrid], passes: int) -> list[dict[str, BlockGrid]]:

@@ -12,10 +12,10 @@ from tqdm.auto import tqdm
 
 from smt_dist.distributed import all_reduce_sum, get_rank
 from smt_dist.errors import SMTError
+from smt_dist.selection.steps import Batch, Observer, device_of, frozen, next_step, refuse_module
 from smt_dist.sparse.blocks import BlockGrid
 from smt_dist.sparse.sharded import reshard
 from smt_dist.sparse.targets import is_embedding
-from smt_dist.steps import Batch, Observer, device_of, frozen, next_step, refuse_module
 
 IGNORED = -100
 

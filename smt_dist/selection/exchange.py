@@ -8,11 +8,11 @@ from collections.abc import Mapping
 
 from smt_dist.config import SelectionConfig, SMTConfig
 from smt_dist.errors import SMTError
-from smt_dist.scores import BlockScores
-from smt_dist.selection import Pool, budget_pools, choose_blocks, even_level
+from smt_dist.selection.block_scores import BlockScores
+from smt_dist.selection.select import Pool, budget_pools, choose_blocks, even_level
+from smt_dist.selection.weight_scores import NEVER
 from smt_dist.sparse.blocks import Block, BlockSelection
 from smt_dist.sparse.layer_names import layer_key
-from smt_dist.weight_scores import NEVER
 
 
 def exchange(

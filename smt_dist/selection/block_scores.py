@@ -1,8 +1,9 @@
-"""Scores on disk: one fp64 table a module, with what a ranking needs to know beside them."""
+"""``BlockScores``: one fp64 table a module, with what a ranking needs to know beside them; in memory and on disk."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,7 +11,6 @@ from safetensors.torch import save_file
 
 from smt_dist.errors import SMTError
 from smt_dist.files import parse_json_object, read_tensors, replace_file
-from smt_dist.scores import BlockScores
 from smt_dist.sparse.blocks import BlockSelection
 
 SCORES_FILE = "smt_scores.safetensors"
@@ -66,3 +66,26 @@ def belongs_to(scores: BlockScores, selection: BlockSelection) -> bool:
         module in scores.tables and selection.shapes.get(module, shape) == shape
         for module, shape in ((name, scores.shapes.get(name, (0, 0))) for name in selection.blocks)
     )
+
+
+@dataclass(frozen=True)
+class BlockScores:
+    """One number for each block of each target; the same on every rank.
+
+    Attributes:
+        block_size: (rows, cols) in elements.
+        tables: module name -> fp64 CPU tensor ``[block rows, block columns]``, in the model's order.
+        shapes: module name -> weight shape (out, in).
+        groups: config group name -> its module names.
+        parameters_2d: elements of all 2-D parameters of the model, which fractions refer to.
+        score: the score's name in the config.
+        steps: global steps that were scored.
+    """
+
+    block_size: tuple[int, int]
+    tables: dict[str, torch.Tensor]
+    shapes: dict[str, tuple[int, int]]
+    groups: dict[str, list[str]]
+    parameters_2d: int
+    score: str
+    steps: int

@@ -12,10 +12,10 @@ from typing import NamedTuple
 from smt_dist.config import SelectionConfig, SMTConfig
 from smt_dist.distributed import assert_same_on_all_ranks
 from smt_dist.errors import SMTError
-from smt_dist.scores import BlockScores
+from smt_dist.selection.block_scores import BlockScores
+from smt_dist.selection.weight_scores import NEVER
 from smt_dist.sparse.blocks import Block, BlockSelection
 from smt_dist.sparse.layer_names import layer_key
-from smt_dist.weight_scores import NEVER
 
 logger = logging.getLogger(__name__)
 

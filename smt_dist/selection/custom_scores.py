@@ -30,7 +30,7 @@ import torch
 
 from smt_dist.distributed import agree, broadcast_first
 from smt_dist.errors import SMTError, first_line
-from smt_dist.scores import GradientAccumulator, WeightReader
+from smt_dist.selection.scores import GradientAccumulator, WeightReader
 from smt_dist.sparse.blocks import BlockGrid
 
 ARGUMENTS = ("module", "grid", "weight", "gradient", "input_rms")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -24,34 +23,11 @@ from smt_dist.distributed import (
     is_distributed,
     reduce_scatter_rows,
 )
+from smt_dist.selection.layer_queue import LayerQueue
 from smt_dist.sparse.blocks import BlockGrid
-from smt_dist.sparse.layer_names import LayerQueue
 
 # Module -> its whole weight [out, in] inside the context; collective where the base is sharded.
 WeightReader = Callable[[str], AbstractContextManager[torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class BlockScores:
-    """One number for each block of each target; the same on every rank.
-
-    Attributes:
-        block_size: (rows, cols) in elements.
-        tables: module name -> fp64 CPU tensor ``[block rows, block columns]``, in the model's order.
-        shapes: module name -> weight shape (out, in).
-        groups: config group name -> its module names.
-        parameters_2d: elements of all 2-D parameters of the model, which fractions refer to.
-        score: the score's name in the config.
-        steps: global steps that were scored.
-    """
-
-    block_size: tuple[int, int]
-    tables: dict[str, torch.Tensor]
-    shapes: dict[str, tuple[int, int]]
-    groups: dict[str, list[str]]
-    parameters_2d: int
-    score: str
-    steps: int
 
 
 class ScoreAccumulator(Protocol):

@@ -10,7 +10,7 @@ import torch
 from tqdm.auto import tqdm
 
 from smt_dist.distributed import get_rank
-from smt_dist.scores import WeightReader
+from smt_dist.selection.scores import WeightReader
 from smt_dist.sparse.blocks import Block, BlockGrid
 
 NEVER = -math.inf  # the score of a block that may not be chosen

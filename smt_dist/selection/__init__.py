@@ -1,0 +1,1 @@
+"""Selection: batches become scores of blocks, scores become the blocks to train."""
