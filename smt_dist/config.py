@@ -106,10 +106,10 @@ class SelectionConfig(_Strict):
 
     Attributes:
         score: one of :data:`SCORES`, or the dotted name of a function of yours
-            (:mod:`smt_dist.selection.custom_scores`). Of the gradient ``G`` summed over the warm-up: ``mean_abs``, ``abs_mean``, ``l1``, ``l2``; the mean over
-            steps of the score of each step's gradient: the same names with ``_per_step``; the mean of
-            ``|G * weight|``: ``grad_x_weight``; of the layers' inputs: ``activation``; of the weight alone:
-            ``magnitude``; of nothing: ``random`` and ``diagonal``.
+            (:mod:`smt_dist.selection.custom_scores`). Of the gradient ``G`` summed over the warm-up: ``mean_abs``,
+            ``abs_mean``, ``l1``, ``l2``; the mean over steps of the score of each step's gradient: the same names with
+            ``_per_step``; the mean of ``|G * weight|``: ``grad_x_weight``; of the layers' inputs: ``activation``; of
+            the weight alone: ``magnitude``; of nothing: ``random`` and ``diagonal``.
         strategy: ``even`` takes as many blocks from every weight, or all that it has, and the rest where the next
             best ones are. ``no_restriction`` takes the budget's best blocks over all its weights (the paper's).
             ``norm_dist`` takes the same number from every weight, and fails where one has less; the rest goes to the

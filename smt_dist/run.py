@@ -37,7 +37,7 @@ from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.models.chunked_loss import chunk_loss
-from smt_dist.picture import write_pictures
+from smt_dist.report import write_pictures
 from smt_dist.selection.block_scores import SCORES_FILE, BlockScores, belongs_to, load_scores, save_scores, scores_path
 from smt_dist.selection.full_ft import collect_scores_full_ft
 from smt_dist.selection.select import select_blocks

@@ -15,10 +15,10 @@ from PIL import Image
 from selenium.webdriver.support.ui import WebDriverWait
 
 from smt_dist import BlockScores, BlockSelection, SMTConfig, select_blocks
-from smt_dist.picture import summary as picture_summary
-from smt_dist.picture import write_pictures
-from smt_dist.picture.page import write_page
-from smt_dist.picture.summary import MAX_CELLS, short_kinds, summarise
+from smt_dist.report import summary as picture_summary
+from smt_dist.report import write_pictures
+from smt_dist.report.page import write_page
+from smt_dist.report.summary import MAX_CELLS, short_kinds, summarise
 from smt_dist.selection.block_scores import SCORES_FILE, belongs_to, load_scores, save_scores
 
 SIDE = 8
@@ -218,7 +218,7 @@ def test_png_files_show_the_marks(tmp_path):
 @pytest.mark.parametrize("missing", ["plotly", "matplotlib"])
 def test_without_a_plotting_library_one_line_is_logged_and_nothing_fails(tmp_path, monkeypatch, caplog, missing):
     """A training run may not end for a picture."""
-    for module in [name for name in __import__("sys").modules if name.startswith(("smt_dist.picture.p", missing))]:
+    for module in [name for name in __import__("sys").modules if name.startswith(("smt_dist.report.p", missing))]:
         monkeypatch.delitem(__import__("sys").modules, module)
     real = builtins.__import__
 
@@ -242,7 +242,7 @@ def test_a_picture_that_fails_is_named_and_no_more(tmp_path, monkeypatch, caplog
     def broken(*_):
         raise OverflowError("too wide")
 
-    monkeypatch.setattr("smt_dist.picture.paper.overview", broken)
+    monkeypatch.setattr("smt_dist.report.paper.overview", broken)
     with caplog.at_level(logging.WARNING, "smt_dist"):
         assert not write_pictures(tmp_path / "selection.html", choose(make_scores()))
     assert "OverflowError: too wide" in caplog.text

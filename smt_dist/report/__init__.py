@@ -36,12 +36,12 @@ def write_pictures(
     """
     # Imported here, and these import plotly and matplotlib: an optional extra, and slow to load.
     try:
-        from smt_dist.picture.page import write_page
-        from smt_dist.picture.paper import write_png
+        from smt_dist.report.page import write_page
+        from smt_dist.report.paper import write_png
     except ImportError as error:
         logger.info('no %s: %s; pip install "smt_dist[plots]"', page.name, error)
         return False
-    from smt_dist.picture.summary import summarise
+    from smt_dist.report.summary import summarise
 
     try:
         summary = summarise(selection, scores, log_history, facts or {})

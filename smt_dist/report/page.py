@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from smt_dist.files import replace_file
-from smt_dist.picture.sheet import lay_out
-from smt_dist.picture.summary import Summary, Tile
+from smt_dist.report.sheet import lay_out
+from smt_dist.report.summary import Summary, Tile
 
 MARK = "#d62728"
 NOTE_SHARES = "Share of each weight's blocks that is chosen; a layer without a number is outside the decoder layers."

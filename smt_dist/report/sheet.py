@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from smt_dist.picture.summary import Summary, Tile
+from smt_dist.report.summary import Summary, Tile
 
 ASPECT = 2.2  # width to height that a sheet comes near to
 

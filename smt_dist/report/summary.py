@@ -97,7 +97,7 @@ def summarise(
     log_history: Sequence[Mapping[str, Any]],
     facts: Mapping[str, str],
 ) -> Summary:
-    """Work the numbers out; arguments as for :func:`smt_dist.picture.write_pictures`."""
+    """Work the numbers out; arguments as for :func:`smt_dist.report.write_pictures`."""
     tables = _tables(selection, scores)
     marks = {module: _marks(selection, module, table.shape) for module, table in tables.items()}
     kinds = short_kinds(tables)

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from smt_dist.files import replace_file
-from smt_dist.picture.sheet import lay_out
-from smt_dist.picture.summary import Summary
+from smt_dist.report.sheet import lay_out
+from smt_dist.report.summary import Summary
 
 DPI = 200
 MARK = "#d62728"
