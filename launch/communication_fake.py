@@ -23,7 +23,7 @@ from smt_dist.engines.fsdp2 import FSDP2Engine
 from smt_dist.engines.replicated import ReplicatedBlocks, adamw_step
 from smt_dist.memory.fake import fake_group
 from smt_dist.models.chunked_loss import chunk_loss
-from smt_dist.trainer import block_parameter_groups
+from smt_dist.training.trainer import block_parameter_groups
 
 NODE = 8  # ranks
 FRACTION = 0.0084

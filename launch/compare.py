@@ -84,7 +84,7 @@ def main() -> None:
     # Imported late: `--help` and bad flags should answer at once.
     from smt_dist.comparison.build import build_plan, write_report
     from smt_dist.comparison.runner import Limits, list_cells, run_missing
-    from smt_dist.run import check_writable
+    from smt_dist.training.pipeline import check_writable
 
     check_writable("--output", arguments.output)
     counts = Counts(arguments.train_items, arguments.validation_items, arguments.test_items)

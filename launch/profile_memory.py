@@ -148,7 +148,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
     """Make one plan, or search."""
     from smt_dist.memory.plan import make_plan
     from smt_dist.memory.search import search
-    from smt_dist.run import check_writable
+    from smt_dist.training.pipeline import check_writable
 
     request = make_request(arguments)
     if arguments.output is not None:
@@ -220,7 +220,7 @@ def run_validate(arguments: argparse.Namespace) -> None:
     from validate_memory import choose_cells, table, validate
 
     from smt_dist.memory.grid import deviations
-    from smt_dist.run import check_writable
+    from smt_dist.training.pipeline import check_writable
 
     if arguments.output is not None:
         check_writable("--output", arguments.output.absolute().parent)

@@ -16,7 +16,6 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.cli import parse_arguments, run_program
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import agree, get_rank, write_on_rank_zero
@@ -24,18 +23,13 @@ from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.fault_tolerance.supervision import honour_collective_timeout, supervise
 from smt_dist.files import replace_file
-from smt_dist.loading import load_tokenizer_and_model
-from smt_dist.run import (
-    RunArguments,
-    check_writable,
-    collect_and_select,
-    draw,
-    load_config,
-    load_data,
-)
 from smt_dist.selection.block_scores import BlockScores, save_scores, scores_path
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.stability_runs import Cell, compare, parse_axes, plan_cells, run_cells, table
+from smt_dist.training.arguments import SMTTrainingArguments
+from smt_dist.training.loading import load_tokenizer_and_model
+from smt_dist.training.pipeline import check_writable, collect_and_select, draw, load_config, load_data
+from smt_dist.training.run_arguments import RunArguments
 
 
 @dataclass

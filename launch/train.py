@@ -15,7 +15,6 @@ from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.checkpoint.adapter import trained_deltas
 from smt_dist.checkpoint.moved_base import save_moved_base
 from smt_dist.checkpoint.rotation import find_checkpoint
@@ -25,14 +24,17 @@ from smt_dist.distributed import agree, from_main_process, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.fault_tolerance.supervision import honour_collective_timeout, supervise
-from smt_dist.loading import load_tokenizer_and_model
 from smt_dist.memory.profiling import prepare_profiling, publish
 from smt_dist.memory.recorder import Recorder
 from smt_dist.memory.report import PAGE
 from smt_dist.models.cpu_products import SinglePrecisionProducts
-from smt_dist.run import (
+from smt_dist.selection.block_scores import SCORES_FILE, BlockScores
+from smt_dist.sparse.blocks import BlockSelection
+from smt_dist.sparse.surgery import touched_selection
+from smt_dist.training.arguments import SMTTrainingArguments
+from smt_dist.training.loading import load_tokenizer_and_model
+from smt_dist.training.pipeline import (
     PAGE_FILE,
-    RunArguments,
     TrainingData,
     attach_blocks,
     check_writable,
@@ -44,10 +46,8 @@ from smt_dist.run import (
     load_config,
     load_data,
 )
-from smt_dist.selection.block_scores import SCORES_FILE, BlockScores
-from smt_dist.sparse.blocks import BlockSelection
-from smt_dist.sparse.surgery import touched_selection
-from smt_dist.trainer import SMTTrainer
+from smt_dist.training.run_arguments import RunArguments
+from smt_dist.training.trainer import SMTTrainer
 
 logger = logging.getLogger("smt_dist.train")  # under the name whose level the command line sets
 MOVED_BASE = "moved_base"

@@ -78,7 +78,7 @@ def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
     """
     from transformers import HfArgumentParser
 
-    from smt_dist.arguments import SMTTrainingArguments
+    from smt_dist.training.arguments import SMTTrainingArguments
 
     parser = HfArgumentParser([kind, SMTTrainingArguments], description=description, allow_abbrev=False)
     parser.formatter_class = HelpFormatter

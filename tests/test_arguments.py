@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from smt_dist.arguments import SMTTrainingArguments, prepare_deepspeed_config
 from smt_dist.errors import SMTError
+from smt_dist.training.arguments import SMTTrainingArguments, prepare_deepspeed_config
 
 REFUSED = {
     "auto_find_batch_size": True,
@@ -49,7 +49,7 @@ def test_a_flag_that_cannot_be_honoured_is_refused_by_name(tmp_path, name):
 
 def test_every_refusal_is_tested_here():
     """A flag added to the table without a test could be misspelt, and would then refuse nothing."""
-    from smt_dist.arguments import _REFUSED
+    from smt_dist.training.arguments import _REFUSED
 
     assert set(_REFUSED) == set(REFUSED)
     assert set(_REFUSED) <= set(SMTTrainingArguments.__dataclass_fields__)

@@ -18,9 +18,9 @@ import smt_dist
 from smt_dist.checkpoint.adapter import BLOCKS_FILE, CARD_FILE, CONFIG_FILE, SELECTION_FILE, read_adapter
 from smt_dist.checkpoint.atomic import MANIFEST_FILE
 from smt_dist.checkpoint.training_state import OPTIMIZER_FILE, SCHEDULE_FILE
-from smt_dist.guarded_trainer import GuardedTrainer
-from smt_dist.saving_trainer import SavingTrainer
-from smt_dist.trainer import SMTTrainer
+from smt_dist.training.guards import GuardedTrainer
+from smt_dist.training.saving import SavingTrainer
+from smt_dist.training.trainer import SMTTrainer
 
 DTYPES = ("float32", "bfloat16")
 PLANS = {

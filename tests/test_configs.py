@@ -19,12 +19,12 @@ from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch.distributed.run import get_args_parser as torchrun_parser
 from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 
-from smt_dist.arguments import DTYPES, SMTTrainingArguments, prepare_deepspeed_config
 from smt_dist.config import SMTConfig
-from smt_dist.run import RunArguments
 from smt_dist.selection.warmup import plan_grids
 from smt_dist.sparse.targets import count_parameters_2d
-from smt_dist.trainer import STATE_BYTES
+from smt_dist.training.arguments import DTYPES, SMTTrainingArguments, prepare_deepspeed_config
+from smt_dist.training.run_arguments import RunArguments
+from smt_dist.training.trainer import STATE_BYTES
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"

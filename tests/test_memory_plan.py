@@ -147,7 +147,7 @@ def test_blocks_and_state_are_what_the_real_optimizer_holds(dtype):
     from smt_dist import apply_selection
     from smt_dist.engines.replicated import ReplicatedBlocks
     from smt_dist.memory.cell import load_model
-    from smt_dist.trainer import block_parameter_groups
+    from smt_dist.training.trainer import block_parameter_groups
 
     request = small_request(dtype=dtype)
     shape = measure_shape(request)

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 
 import smt_dist
 from smt_dist import BlockSelection, SMTConfig
-from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.checkpoint.adapter import attach_adapter, read_adapter, trained_deltas
 from smt_dist.checkpoint.training_state import load_schedule, save_schedule
 from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.fault_tolerance import supervision
 from smt_dist.fault_tolerance.preemption import Preempted
-from smt_dist.trainer import SMTTrainer
+from smt_dist.training.arguments import SMTTrainingArguments
+from smt_dist.training.trainer import SMTTrainer
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
 BEST = {"metric_for_best_model": "loss", "greater_is_better": False}

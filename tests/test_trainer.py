@@ -10,12 +10,12 @@ from architectures import make_batches, make_model
 
 import smt_dist
 from smt_dist import BlockSelection
-from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.checkpoint.rotation import last_checkpoint
 from smt_dist.checkpoint.training_state import OPTIMIZER_FILE, SCHEDULE_FILE, load_schedule, load_states, save_moments
 from smt_dist.engines.base import Moments
 from smt_dist.errors import SMTError
-from smt_dist.trainer import SMTTrainer
+from smt_dist.training.arguments import SMTTrainingArguments
+from smt_dist.training.trainer import SMTTrainer
 
 TOP = BlockSelection(block_size=(8, 8), blocks={"model.layers.1.self_attn.v_proj": [(0, 1)]})
 

@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from smt_dist import load_adapter, merge_blocks
-from smt_dist.arguments import DTYPES
 from smt_dist.cli import configure_logging, run_program
 from smt_dist.comparison.methods import PEFT_FAMILIES, Method, parse_method
 from smt_dist.comparison.training import base_dtype, prepare
@@ -32,6 +31,7 @@ from smt_dist.evaluation import EvaluationResult, evaluate, make_items
 from smt_dist.files import parse_json_object, read_text, replace_file
 from smt_dist.memory.resident import own_bytes
 from smt_dist.models.folder import check_model_folder, load_causal_lm, load_tokenizer
+from smt_dist.training.arguments import DTYPES
 
 Figures = dict[str, Any]
 

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from smt_dist.arguments import DTYPES, SMTTrainingArguments
 from smt_dist.comparison.methods import Method
 from smt_dist.config import SMTConfig, parse_model
 from smt_dist.data.batches import TrainingData
 from smt_dist.data.dataset import CausalLMCollator
-from smt_dist.run import attach_blocks, collect_and_select
 from smt_dist.sparse.targets import find_targets
-from smt_dist.trainer import SMTTrainer
+from smt_dist.training.arguments import DTYPES, SMTTrainingArguments
+from smt_dist.training.pipeline import attach_blocks, collect_and_select
+from smt_dist.training.trainer import SMTTrainer
 
 UNTIMED_STEPS = 2  # the first ones allocate
 WARMUP_SHARE = 0.1  # of the steps: the learning rate rises

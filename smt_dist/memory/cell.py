@@ -16,7 +16,6 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.distributed import get_world_size, is_distributed
 from smt_dist.engines import make_engine
 from smt_dist.engines.base import Engine
@@ -31,7 +30,8 @@ from smt_dist.memory.window import Window
 from smt_dist.selection.warmup import collect_scores
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.surgery import apply_selection
-from smt_dist.trainer import block_parameter_groups
+from smt_dist.training.arguments import SMTTrainingArguments
+from smt_dist.training.trainer import block_parameter_groups
 
 # The first makes the optimizer's state, which the second has from its beginning.
 STEPS = 2

@@ -16,7 +16,6 @@ from typing import Any
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import agree, get_rank, get_world_size, is_distributed
 from smt_dist.errors import SMTError, first_line
@@ -25,6 +24,7 @@ from smt_dist.memory.plan import make_plan
 from smt_dist.memory.recorder import Recorder
 from smt_dist.memory.report import table, write_report
 from smt_dist.memory.request import Request
+from smt_dist.training.arguments import SMTTrainingArguments
 
 FLAG = "--profile_memory"
 

@@ -11,12 +11,12 @@ import torch
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from smt_dist.arguments import DTYPES
 from smt_dist.config import GRADIENT_SCORES, SALIENCY, SMTConfig
 from smt_dist.engines.fsdp2_units import UNITS
 from smt_dist.errors import SMTError, first_line
 from smt_dist.models.chunked_loss import CHUNK
 from smt_dist.sparse.blocks import BlockSelection
+from smt_dist.training.arguments import DTYPES
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 METHODS = ("smt", "full", "lora")

@@ -20,7 +20,7 @@ from smt_dist.selection.warmup import plan_grids
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.linear import SparseLinear, _Layout, _Place
 from smt_dist.sparse.surgery import apply_selection, sparse_layers
-from smt_dist.trainer import block_parameter_groups
+from smt_dist.training.trainer import block_parameter_groups
 
 Step = Callable[[], None]
 

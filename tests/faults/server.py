@@ -58,7 +58,7 @@ def _prepare() -> None:
     import smt_dist.engines.ddp
     import smt_dist.engines.deepspeed
     import smt_dist.engines.fsdp2
-    import smt_dist.trainer  # noqa: F401
+    import smt_dist.training.trainer  # noqa: F401
 
     torch.set_num_threads(1)
     load_program("train.py")

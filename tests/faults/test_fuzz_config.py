@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from programs import CONFIG, command_line
 
 from smt_dist import SMTConfig
-from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.cli import parse_arguments
-from smt_dist.run import RunArguments
+from smt_dist.training.arguments import SMTTrainingArguments
+from smt_dist.training.run_arguments import RunArguments
 
 scalars = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=6) | st.sampled_from(
     ["auto", "attention", "mlp", "l1", "norm_dist", "full_ft", 8, [8, 8], 10**30, -1, "(a+)+$", "[", "\ud800"]

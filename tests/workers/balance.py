@@ -13,9 +13,9 @@ from deepspeed.runtime.zero import partitioned_param_coordinator
 from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from smt_dist.arguments import prepare_deepspeed_config
 from smt_dist.distributed import get_rank, get_world_size
 from smt_dist.engines.sharded_optimizer import ShardedBlockOptimizer
+from smt_dist.training.arguments import prepare_deepspeed_config
 
 SIDE = 32
 # Blocks of 24 modules: many in some, few in others, as selections are. 150 in all.

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from smt_dist.distributed import barrier, get_world_size
 from smt_dist.engines.base import BlockState
 from smt_dist.sparse.surgery import sparse_layers
-from smt_dist.trainer import SMTTrainer
+from smt_dist.training.trainer import SMTTrainer
 from workers.checkpoints import SAVED_AT, STEPS
 from workers.runs import engine_arguments
 from workers.training import engine_type, fixed_data, logged, make_trainer, release

@@ -10,7 +10,7 @@ from transformers import TrainerCallback
 
 from smt_dist.checkpoint.rotation import last_checkpoint
 from smt_dist.distributed import barrier, get_rank, get_world_size
-from smt_dist.trainer import SMTTrainer
+from smt_dist.training.trainer import SMTTrainer
 from workers.runs import engine_arguments
 from workers.training import engine_type, fixed_data, logged, make_trainer, release
 

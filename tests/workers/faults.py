@@ -34,7 +34,7 @@ def _full_disk(folder: Path, model: str, engine: str) -> str:
     with engine_arguments(engine, folder, max_steps=1) as args:
         trainer = make_trainer(model, args, fixed_data())
         trainer.train()
-        with mock.patch("smt_dist.saving_trainer.write_blocks_of", write_one):
+        with mock.patch("smt_dist.training.saving.write_blocks_of", write_one):
             try:
                 trainer.save_model()
                 said = "nothing"

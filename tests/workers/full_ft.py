@@ -14,7 +14,7 @@ from smt_dist.distributed import barrier, get_world_size
 from smt_dist.engines import make_engine
 from smt_dist.engines.replicated import adamw_step
 from smt_dist.errors import SMTError
-from smt_dist.run import collect_and_select
+from smt_dist.training.pipeline import collect_and_select
 from workers.runs import elements_held, engine_arguments, load_model, standard_data
 
 CONFIG = SMTConfig.model_validate(

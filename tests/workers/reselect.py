@@ -10,13 +10,14 @@ from unittest import mock
 import torch
 from transformers import TrainerCallback
 
-from smt_dist import reselect
-from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import barrier, get_rank, get_world_size
-from smt_dist.run import RunArguments, attach_blocks, find_selection
 from smt_dist.sparse.surgery import frozen_layers, sparse_layers, touched_selection
-from smt_dist.trainer import SMTTrainer
+from smt_dist.training import reselect
+from smt_dist.training.arguments import SMTTrainingArguments
+from smt_dist.training.pipeline import attach_blocks, find_selection
+from smt_dist.training.run_arguments import RunArguments
+from smt_dist.training.trainer import SMTTrainer
 from workers.runs import engine_arguments, load_model
 from workers.training import engine_type, fixed_config, fixed_data, fixed_selection, logged, release
 

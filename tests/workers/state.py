@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from smt_dist.distributed import get_world_size
-from smt_dist.trainer import state_bytes_per_rank
+from smt_dist.training.trainer import state_bytes_per_rank
 from workers.runs import engine_arguments
 from workers.training import engine_type, fixed_data, make_trainer, release
 

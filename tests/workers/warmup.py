@@ -23,11 +23,11 @@ from smt_dist.distributed import (
 )
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
-from smt_dist.run import warmup_batches
 from smt_dist.selection import warmup
 from smt_dist.selection.scores import ElementwiseAccumulator
 from smt_dist.selection.warmup import collect_scores
 from smt_dist.sparse.layer_names import layer_key
+from smt_dist.training.pipeline import warmup_batches
 from workers.runs import elements_held, engine_arguments, load_model, standard_data
 
 ROUTED_SCORES = ["mean_abs", "abs_mean", "l1", "l2", "mean_abs_per_step", "l2_per_step"]

@@ -15,17 +15,17 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.distributed import agree, get_world_size, main_process_first
 from smt_dist.engines import make_engine
 from smt_dist.models.folder import check_model_folder, load_causal_lm, load_tokenizer
 from smt_dist.models.gguf import dequantize_gguf, find_gguf_file
 from smt_dist.models.packing import prepare_model_for_packing
+from smt_dist.training.arguments import SMTTrainingArguments
 
 if TYPE_CHECKING:
     import torch
 
-    from smt_dist.run import RunArguments
+    from smt_dist.training.run_arguments import RunArguments
 
 logger = logging.getLogger(__name__)
 

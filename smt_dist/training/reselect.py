@@ -50,8 +50,8 @@ from smt_dist.sparse.surgery import attach_touched
 from smt_dist.sparse.targets import base_modules, weight_shape
 
 if TYPE_CHECKING:
-    from smt_dist.arguments import SMTTrainingArguments
-    from smt_dist.trainer import SMTTrainer
+    from smt_dist.training.arguments import SMTTrainingArguments
+    from smt_dist.training.trainer import SMTTrainer
 
 logger = logging.getLogger(__name__)
 

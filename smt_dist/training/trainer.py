@@ -16,7 +16,6 @@ import torch
 from torch import nn
 from transformers.trainer_utils import TrainOutput
 
-from smt_dist.arguments import SMTTrainingArguments
 from smt_dist.checkpoint.adapter import read_adapter, trained_deltas, verify_fingerprint
 from smt_dist.checkpoint.training_state import (
     GLOBAL_BATCH,
@@ -32,12 +31,13 @@ from smt_dist.engines.base import BlockState, Engine, unwrapped
 from smt_dist.engines.elementwise import state_names
 from smt_dist.engines.sharded_optimizer import ShardedBlockOptimizer, release_gradients
 from smt_dist.errors import SMTError
-from smt_dist.guarded_trainer import GuardedTrainer
-from smt_dist.reselect import PhaseEnd, train_in_phases
-from smt_dist.saving_trainer import SavingTrainer
 from smt_dist.sparse.blocks import rearrange
 from smt_dist.sparse.surgery import frozen_layers, group_multipliers, multiplier_of, sparse_layers, touched_selection
 from smt_dist.sparse.targets import may_be_idle
+from smt_dist.training.arguments import SMTTrainingArguments
+from smt_dist.training.guards import GuardedTrainer
+from smt_dist.training.reselect import PhaseEnd, train_in_phases
+from smt_dist.training.saving import SavingTrainer
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,1 @@
+"""Training: the job, from its flags to its adapter."""

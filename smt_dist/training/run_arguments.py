@@ -1,0 +1,63 @@
+"""``RunArguments``: what to tune, on what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from smt_dist.errors import SMTError
+
+
+@dataclass
+class RunArguments:
+    """What to tune, on what."""
+
+    model_name_or_path: str | None = field(default=None, metadata={"help": "model folder or hub name"})
+    smt_config: str | None = field(
+        default=None, metadata={"help": "SMT config, JSON; without it: q, k, v; blocks of 256; 0.84 %% of parameters"}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "JSON or JSONL rows: instruction/input/output, messages, or text"}
+    )
+    eval_file: str | None = field(default=None, metadata={"help": "rows for the evaluation loss, same formats"})
+    dataset_name: str | None = field(default=None, metadata={"help": "hub data set, instead of --train_file"})
+    dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
+    max_seq_length: int = field(default=1024, metadata={"help": "tokens; longer rows are cut, and counted"})
+    packing: bool = field(default=False, metadata={"help": "put whole rows together up to --max_seq_length"})
+    prompt_style: str = field(
+        default="plain", metadata={"help": "instruction rows: plain (Alpaca template) or chat (chat template)"}
+    )
+    selection: str | None = field(default=None, metadata={"help": "selection file: use it, run no warm-up"})
+    adapter: str | None = field(default=None, metadata={"help": "adapter folder: go on training its blocks"})
+    gguf_file: str | None = field(
+        default=None, metadata={"help": "GGUF file (in the model folder, or a path): dequantised once and cached"}
+    )
+    attn_implementation: str | None = field(default=None, metadata={"help": "such as sdpa or flash_attention_2"})
+    picture: bool = field(
+        default=True, metadata={"help": "write selection.html and PNG files (needs plotly and matplotlib)"}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
+    profile_memory: str | None = field(
+        default=None,
+        metadata={"help": "folder: record each rank's memory in every phase, and write it beside its plan (train.py)"},
+    )
+    profile_memory_steps: int = field(
+        default=2, metadata={"help": "first steps of the warm-up and of training to record change by change"}
+    )
+
+    def check(self) -> None:
+        """Raise SMTError for what can be seen without reading anything."""
+        if self.model_name_or_path is None and self.gguf_file is None:
+            raise SMTError("--model_name_or_path is missing (or --gguf_file)")
+        if self.prompt_style not in ("plain", "chat"):
+            raise SMTError(f"--prompt_style: {self.prompt_style!r} is not one of plain, chat")
+        if self.train_file is not None and self.dataset_name is not None:
+            raise SMTError("--train_file together with --dataset_name: give one of them")
+        if self.profile_memory_steps < 1:
+            raise SMTError(f"--profile_memory_steps: must be at least 1, not {self.profile_memory_steps}")
+        if self.selection and self.adapter:
+            raise SMTError("--selection together with --adapter: the adapter brings its own selection")
+
+    def check_data(self) -> None:
+        """Raise SMTError where there is nothing to read."""
+        if self.train_file is None and self.dataset_name is None:
+            raise SMTError("--train_file is missing (or --dataset_name)")
