@@ -25,7 +25,7 @@ from smt_dist import BlockScores, BlockSelection, SMTConfig, SMTError, apply_sel
 from smt_dist.cli import natural, positive_int, raise_usage_error, run_program
 from smt_dist.config import parse_model
 from smt_dist.errors import require_peft
-from smt_dist.memory.resident import own_bytes
+from smt_dist.memory.record.resident import own_bytes
 from smt_dist.sparse.blocks import resolve_block_size
 from smt_dist.sparse.targets import count_parameters_2d, find_targets, weight_shape
 

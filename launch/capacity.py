@@ -22,7 +22,7 @@ from smt_dist.cli import HelpFormatter, configure_logging, positive_int, raise_u
 from smt_dist.errors import SMTError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` should not wait for torch
-    from smt_dist.memory.resident import Resident, ResidentSampler
+    from smt_dist.memory.record.resident import Resident, ResidentSampler
 
 TRAIN = Path(__file__).resolve().parent / "train.py"
 SHAPE = {
@@ -58,7 +58,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     """Make what is missing, run, judge, write ``capacity_*.json``."""
-    from smt_dist.memory.categories import parse_size
+    from smt_dist.memory.plan.categories import parse_size
 
     arguments = parse_arguments()
     configure_logging()
@@ -87,7 +87,7 @@ def main() -> None:
 
 def run(program: list[str], ranks: int, every: float) -> tuple[ResidentSampler, float]:
     """Run a program and sample it, to its end. Raises SMTError if it fails."""
-    from smt_dist.memory.resident import ResidentSampler
+    from smt_dist.memory.record.resident import ResidentSampler
 
     cores = len(os.sched_getaffinity(0))
     environment = os.environ | {

@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from smt_dist import apply_selection
-from smt_dist.communication import CollectiveCounter
 from smt_dist.engines.fsdp2 import FSDP2Engine
 from smt_dist.engines.replicated import ReplicatedBlocks, adamw_step
-from smt_dist.memory.fake import fake_group
+from smt_dist.memory.plan.collectives import CollectiveCounter
+from smt_dist.memory.plan.fake import fake_group
 from smt_dist.models.chunked_loss import chunk_loss
 from smt_dist.training.trainer import block_parameter_groups
 

@@ -28,10 +28,10 @@ from transformers import (
 from smt_dist import BlockSelection, SMTConfig
 from smt_dist.checkpoint.adapter import config_of
 from smt_dist.cli import configure_logging, run_program
-from smt_dist.communication import Collective, CollectiveCounter, totals
 from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.distributed import get_rank, get_world_size
 from smt_dist.engines import make_engine
+from smt_dist.memory.plan.collectives import Collective, CollectiveCounter, totals
 from smt_dist.sparse.sharded import full_numel
 from smt_dist.sparse.surgery import sparse_layers
 from smt_dist.sparse.targets import count_parameters_2d, find_targets, weight_shape

@@ -21,8 +21,8 @@ from smt_dist.errors import SMTError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` should not wait for torch
     from smt_dist.config import SMTConfig
-    from smt_dist.memory.plan import Plan
-    from smt_dist.memory.request import Request
+    from smt_dist.memory.plan.plan import Plan
+    from smt_dist.memory.plan.request import Request
     from smt_dist.sparse.blocks import BlockSelection
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -87,8 +87,8 @@ def _add_validate_flags(add: Any) -> None:
 
 def make_request(arguments: argparse.Namespace) -> Request:
     """What the flags ask for. Raises SMTError for what is wrong with them."""
-    from smt_dist.memory.categories import parse_size
-    from smt_dist.memory.request import Request, read_model_config
+    from smt_dist.memory.plan.categories import parse_size
+    from smt_dist.memory.plan.request import Request, read_model_config
     from smt_dist.sparse.blocks import BlockSelection
 
     if (arguments.model_config is None) == (arguments.model_name_or_path is None):
@@ -146,8 +146,8 @@ def _read_zero(path: str | None, engine: str) -> dict[str, Any]:
 
 def run_plan(arguments: argparse.Namespace) -> None:
     """Make one plan, or search."""
-    from smt_dist.memory.plan import make_plan
-    from smt_dist.memory.search import search
+    from smt_dist.memory.plan.plan import make_plan
+    from smt_dist.memory.plan.search import search
     from smt_dist.training.pipeline import check_writable
 
     request = make_request(arguments)
@@ -174,7 +174,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
 
 def plan_table(plan: Plan) -> str:
     """Categories down, phases across."""
-    from smt_dist.memory.categories import CATEGORIES, format_size
+    from smt_dist.memory.plan.categories import CATEGORIES, format_size
 
     columns = dict(plan.phases) | ({"training, worst": plan.worst} if plan.worst else {})
     rows = [["", *columns]]
@@ -205,7 +205,7 @@ def _aligned(cells: list[str], width: list[int]) -> str:
 
 def search_table(found: Any) -> str:
     """One line a value that was planned."""
-    from smt_dist.memory.categories import format_size
+    from smt_dist.memory.plan.categories import format_size
 
     lines = [
         f"{found.what} {value:>8}  {format_size(plan.peak_bytes):>12}  {'fits' if plan.fits else 'does not fit'}"

@@ -24,9 +24,9 @@ from smt_dist.distributed import agree, from_main_process, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.fault_tolerance.supervision import honour_collective_timeout, supervise
-from smt_dist.memory.profiling import prepare_profiling, publish
-from smt_dist.memory.recorder import Recorder
-from smt_dist.memory.report import PAGE
+from smt_dist.memory.record.profiling import prepare_profiling, publish
+from smt_dist.memory.record.recorder import Recorder
+from smt_dist.memory.record.report import PAGE
 from smt_dist.models.cpu_products import SinglePrecisionProducts
 from smt_dist.selection.block_scores import SCORES_FILE, BlockScores
 from smt_dist.sparse.blocks import BlockSelection

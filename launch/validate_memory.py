@@ -22,9 +22,9 @@ from tqdm import tqdm
 
 from smt_dist.errors import SMTError
 from smt_dist.files import parse_json_object, read_text
-from smt_dist.memory.categories import format_size
 from smt_dist.memory.grid import Cell, Deviation, deviations, make_grid, summarize
-from smt_dist.memory.plan import make_plan
+from smt_dist.memory.plan.categories import format_size
+from smt_dist.memory.plan.plan import make_plan
 
 # Of one cell, and of what its ranks import and compile before the first.
 CELL_SECONDS = 300

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from smt_dist.memory.resident import Resident, ResidentSampler, descendants, resident_of
+from smt_dist.memory.record.resident import Resident, ResidentSampler, descendants, resident_of
 from smt_dist.models.cpu_products import PIECE, SinglePrecisionProducts, product
 from smt_dist.random_model import write_random_llama
 

@@ -16,7 +16,7 @@ from test_training_parity import ENGINE_TYPES
 from workers.communication import STEPS
 from workers.training import BLOCK, BLOCKS
 
-from smt_dist.communication import NAMESPACES, OPERATORS, SILENT, Collective, totals
+from smt_dist.memory.plan.collectives import NAMESPACES, OPERATORS, SILENT, Collective, totals
 from smt_dist.models.chunked_loss import CHUNK
 
 ELEMENTS = sum(map(len, BLOCKS.values())) * BLOCK[0] * BLOCK[1]

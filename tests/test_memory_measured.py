@@ -10,16 +10,16 @@ import pytest
 import torch
 from programs import LAUNCH, write_json
 
-from smt_dist.memory import pictures
-from smt_dist.memory.allocations import Allocation, CpuAllocations, CudaStatistics, forget_resident_peak
-from smt_dist.memory.categories import CATEGORIES, Memory
 from smt_dist.memory.grid import Deviation, deviations, make_grid, summarize
-from smt_dist.memory.real_tracker import Mark, Place, RealTracker
-from smt_dist.memory.recording import Recording
-from smt_dist.memory.report import BARS, JSON_FILE, PAGE, fullest, render_page
-from smt_dist.memory.request import ENGINES, METHODS
-from smt_dist.memory.timeline import timeline_of_allocations
-from smt_dist.memory.window import Window
+from smt_dist.memory.plan.categories import CATEGORIES, Memory
+from smt_dist.memory.plan.request import ENGINES, METHODS
+from smt_dist.memory.record import pictures
+from smt_dist.memory.record.allocations import Allocation, CpuAllocations, CudaStatistics, forget_resident_peak
+from smt_dist.memory.record.real_tracker import Mark, Place, RealTracker
+from smt_dist.memory.record.recording import Recording
+from smt_dist.memory.record.report import BARS, JSON_FILE, PAGE, fullest, render_page
+from smt_dist.memory.record.timeline import timeline_of_allocations
+from smt_dist.memory.record.window import Window
 
 MIB = 2**20
 MS = 1_000_000  # nanoseconds

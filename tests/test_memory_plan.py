@@ -13,14 +13,14 @@ from transformers import BertConfig, LlamaConfig, T5Config
 from workers.memory import SHAPE, small_request
 
 from smt_dist import SMTConfig, SMTError
-from smt_dist.memory.categories import CATEGORIES, GIB, Memory, parse_size
 from smt_dist.memory.grid import GATHERED
-from smt_dist.memory.plan import make_plan
-from smt_dist.memory.request import Request
-from smt_dist.memory.search import _changed, _largest, search
-from smt_dist.memory.spread import even_counts, measure_shape, selection_of, worst_counts
-from smt_dist.memory.trace import trace_training
-from smt_dist.memory.zero import ZeroModel, ZeroSettings
+from smt_dist.memory.plan.categories import CATEGORIES, GIB, Memory, parse_size
+from smt_dist.memory.plan.plan import make_plan
+from smt_dist.memory.plan.request import Request
+from smt_dist.memory.plan.search import _changed, _largest, search
+from smt_dist.memory.plan.spread import even_counts, measure_shape, selection_of, worst_counts
+from smt_dist.memory.plan.trace import trace_training
+from smt_dist.memory.plan.zero import ZeroModel, ZeroSettings
 
 MIB = 2**20
 # The cells that are run for real. Targets: 5 % or 16 MiB; these models are small, so the percentage is what counts.
@@ -314,7 +314,7 @@ def test_a_model_that_is_no_causal_one_is_refused(run, tmp_path, config):
 
 def test_engines_are_the_planners():
     """``--help`` lists them without importing torch, so the list stands twice."""
-    from smt_dist.memory.request import ENGINES
+    from smt_dist.memory.plan.request import ENGINES
 
     assert load_program("profile_memory.py").ENGINES == ENGINES
     with pytest.raises(SMTError, match="--method"):

@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 from workers.memory import SHAPE, small_request
 
 from smt_dist import BlockSelection, SMTConfig, SMTError
-from smt_dist.memory.plan import make_plan
-from smt_dist.memory.spread import measure_shape
+from smt_dist.memory.plan.plan import make_plan
+from smt_dist.memory.plan.spread import measure_shape
 
 # Enough for all layers, and quick.
 FEW = {"groups": [{"blocks": 66}]}

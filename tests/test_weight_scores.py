@@ -13,7 +13,7 @@ from transformers import LlamaConfig
 from smt_dist import SMTConfig, collect_scores, select_blocks
 from smt_dist.config import DATA_FREE_SCORES
 from smt_dist.errors import SMTError
-from smt_dist.memory.request import Request
+from smt_dist.memory.plan.request import Request
 from smt_dist.selection.weight_scores import NEVER, diagonal, diagonal_scores, random_scores
 from smt_dist.sparse.blocks import BlockGrid
 

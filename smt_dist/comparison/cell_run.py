@@ -29,7 +29,7 @@ from smt_dist.data.rows import read_rows
 from smt_dist.errors import SMTError
 from smt_dist.evaluation import EvaluationResult, evaluate, make_items
 from smt_dist.files import parse_json_object, read_text, replace_file
-from smt_dist.memory.resident import own_bytes
+from smt_dist.memory.record.resident import own_bytes
 from smt_dist.models.folder import check_model_folder, load_causal_lm, load_tokenizer
 from smt_dist.training.arguments import DTYPES
 

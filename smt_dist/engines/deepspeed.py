@@ -241,7 +241,7 @@ def _flat_partitions(zero: Any) -> list[torch.Tensor]:
 
 
 def held_tensors(zero: Any) -> Iterator[tuple[str, Any]]:
-    """(category of :mod:`smt_dist.memory.categories`, tensors) that DeepSpeed's optimizer holds on this rank."""
+    """(category of :mod:`smt_dist.memory.plan.categories`, tensors) that DeepSpeed's optimizer holds on this rank."""
     flats = _flat_partitions(zero)
     yield "base_weights", getattr(zero, "fp16_partitioned_groups_flat", [])
     yield "optimizer_state", [flats, [list(zero.optimizer.state[flat].values()) for flat in flats]]

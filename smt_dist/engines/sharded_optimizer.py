@@ -247,7 +247,7 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         }
 
     def held_tensors(self) -> Iterator[tuple[str, Any]]:
-        """(category of :mod:`smt_dist.memory.categories`, tensors) of everything that this rank holds."""
+        """(category of :mod:`smt_dist.memory.plan.categories`, tensors) of everything that this rank holds."""
         yield "gradients", self.gradients.tensors()
         yield "optimizer_state", [self._masters, [list(state.values()) for state in self.inner.state.values()]]
         yield "blocks", self._flat.values  # last: in fp32 the masters are a part of them

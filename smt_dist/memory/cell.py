@@ -19,14 +19,14 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from smt_dist.distributed import get_world_size, is_distributed
 from smt_dist.engines import make_engine
 from smt_dist.engines.base import Engine
-from smt_dist.memory.base import build_base, make_sharding
-from smt_dist.memory.categories import Memory
-from smt_dist.memory.plan import lora_rank
-from smt_dist.memory.request import Request
-from smt_dist.memory.spread import even_counts, measure_shape, selection_of
-from smt_dist.memory.trace import tensors_of
-from smt_dist.memory.trained import attach_lora
-from smt_dist.memory.window import Window
+from smt_dist.memory.plan.base import build_base, make_sharding
+from smt_dist.memory.plan.categories import Memory
+from smt_dist.memory.plan.plan import lora_rank
+from smt_dist.memory.plan.request import Request
+from smt_dist.memory.plan.spread import even_counts, measure_shape, selection_of
+from smt_dist.memory.plan.trace import tensors_of
+from smt_dist.memory.plan.trained import attach_lora
+from smt_dist.memory.record.window import Window
 from smt_dist.selection.warmup import collect_scores
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.surgery import apply_selection

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import LlamaConfig
 
 from smt_dist.config import SMTConfig
-from smt_dist.memory.request import ENGINES, METHODS, Request
+from smt_dist.memory.plan.request import ENGINES, METHODS, Request
 
 DTYPES = ("float32", "bfloat16")
 PHASES = ("warmup", "training")

@@ -9,10 +9,10 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from smt_dist.communication import CollectiveCounter
 from smt_dist.distributed import get_rank, get_world_size
 from smt_dist.engines import make_engine
 from smt_dist.engines.fsdp2 import FSDP2Engine
+from smt_dist.memory.plan.collectives import CollectiveCounter
 from smt_dist.models.chunked_loss import IGNORED, ChunkedLossHead, chunk_loss
 from workers.runs import engine_arguments, load_model
 

@@ -9,7 +9,7 @@ from transformers import LlamaConfig
 
 from smt_dist import SMTConfig
 from smt_dist.memory.cell import measure_cell
-from smt_dist.memory.request import Request
+from smt_dist.memory.plan.request import Request
 
 SHAPE = {
     "hidden_size": 256,

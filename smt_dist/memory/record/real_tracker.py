@@ -10,7 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from smt_dist.memory.tracker import OTHER, MemoryTracker, Record, local_tensor
+from smt_dist.memory.plan.tracker import OTHER, MemoryTracker, Record, local_tensor
 
 
 class Place(NamedTuple):

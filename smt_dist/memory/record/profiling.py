@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import agree, get_rank, get_world_size, is_distributed
 from smt_dist.errors import SMTError, first_line
-from smt_dist.memory.pictures import require_matplotlib
-from smt_dist.memory.plan import make_plan
-from smt_dist.memory.recorder import Recorder
-from smt_dist.memory.report import table, write_report
-from smt_dist.memory.request import Request
+from smt_dist.memory.plan.plan import make_plan
+from smt_dist.memory.plan.request import Request
+from smt_dist.memory.record.pictures import require_matplotlib
+from smt_dist.memory.record.recorder import Recorder
+from smt_dist.memory.record.report import table, write_report
 from smt_dist.training.arguments import SMTTrainingArguments
 
 FLAG = "--profile_memory"

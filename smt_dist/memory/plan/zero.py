@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smt_dist.errors import SMTError
-from smt_dist.memory.categories import Memory
+from smt_dist.memory.plan.categories import Memory
 
 FP32 = 4
 

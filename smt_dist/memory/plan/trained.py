@@ -14,8 +14,8 @@ from torch import nn
 from smt_dist.distributed import is_distributed
 from smt_dist.engines.replicated import ReplicatedBlocks
 from smt_dist.errors import SMTError, require_peft
-from smt_dist.memory.request import Request
-from smt_dist.memory.tracker import MemoryTracker
+from smt_dist.memory.plan.request import Request
+from smt_dist.memory.plan.tracker import MemoryTracker
 from smt_dist.selection.warmup import plan_grids
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.linear import SparseLinear, _Layout, _Place

@@ -12,13 +12,13 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from smt_dist.memory.allocations import CpuAllocations, CudaStatistics
-from smt_dist.memory.held import all_tensors, held_by_model, held_by_optimizer
-from smt_dist.memory.real_tracker import RealTracker
-from smt_dist.memory.request import text_config
-from smt_dist.memory.timeline import Timeline, timeline_of_allocations, timeline_of_stretches
-from smt_dist.memory.trace import watch_layers
-from smt_dist.memory.tracker import BACKWARD, FORWARD
+from smt_dist.memory.plan.request import text_config
+from smt_dist.memory.plan.trace import watch_layers
+from smt_dist.memory.plan.tracker import BACKWARD, FORWARD
+from smt_dist.memory.record.allocations import CpuAllocations, CudaStatistics
+from smt_dist.memory.record.held import all_tensors, held_by_model, held_by_optimizer
+from smt_dist.memory.record.real_tracker import RealTracker
+from smt_dist.memory.record.timeline import Timeline, timeline_of_allocations, timeline_of_stretches
 
 OnBatch = Callable[[str, int, int], None]
 

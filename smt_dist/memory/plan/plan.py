@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any
 
 from smt_dist.errors import SMTError
-from smt_dist.memory.categories import Memory, largest
-from smt_dist.memory.depth import at_full_depth
-from smt_dist.memory.load import host_bytes_per_node, load_peak
-from smt_dist.memory.request import Request, text_config
-from smt_dist.memory.spread import Shape, even_counts, highest_layer, measure_shape, selection_of, worst_counts
-from smt_dist.memory.trace import EDGE, trace_training, trace_warmup
-from smt_dist.memory.zero import FP32, ZeroModel, ZeroSettings
+from smt_dist.memory.plan.categories import Memory, largest
+from smt_dist.memory.plan.depth import at_full_depth
+from smt_dist.memory.plan.load import host_bytes_per_node, load_peak
+from smt_dist.memory.plan.request import Request, text_config
+from smt_dist.memory.plan.spread import Shape, even_counts, highest_layer, measure_shape, selection_of, worst_counts
+from smt_dist.memory.plan.trace import EDGE, trace_training, trace_warmup
+from smt_dist.memory.plan.zero import FP32, ZeroModel, ZeroSettings
 from smt_dist.sparse.blocks import BlockSelection
 
 Report = Callable[[str], None]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from smt_dist.memory.categories import Memory
-from smt_dist.memory.timeline import Timeline
+from smt_dist.memory.plan.categories import Memory
+from smt_dist.memory.record.timeline import Timeline
 
 
 @dataclass

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from smt_dist.errors import SMTError
-from smt_dist.memory.plan import Plan, Report, make_plan
-from smt_dist.memory.request import Request
-from smt_dist.memory.spread import measure_shape
+from smt_dist.memory.plan.plan import Plan, Report, make_plan
+from smt_dist.memory.plan.request import Request
+from smt_dist.memory.plan.spread import measure_shape
 
 SEARCHES = ("batch", "world_size", "blocks")
 MAX_BATCH = 4096
@@ -37,7 +37,7 @@ def search(request: Request, what: str, exact: bool = False, report: Report = la
     Args:
         request: all other values; with ``device_memory``.
         what: one of :data:`SEARCHES`.
-        exact: as for :func:`smt_dist.memory.plan.make_plan`.
+        exact: as for :func:`smt_dist.memory.plan.plan.make_plan`.
         report: is told each value that is planned.
 
     Raises:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from smt_dist.memory.categories import CATEGORIES, Memory
-from smt_dist.memory.trace import EDGE
+from smt_dist.memory.plan.categories import CATEGORIES, Memory
+from smt_dist.memory.plan.trace import EDGE
 
 STEP = 2
 

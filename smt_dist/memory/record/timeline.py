@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from smt_dist.memory.allocations import Allocation
-from smt_dist.memory.categories import CATEGORIES, Memory
-from smt_dist.memory.real_tracker import Mark, Place
+from smt_dist.memory.plan.categories import CATEGORIES, Memory
+from smt_dist.memory.record.allocations import Allocation
+from smt_dist.memory.record.real_tracker import Mark, Place
 
 # The tracker notes a tensor when its operator is done, so after the allocator gave the memory out. The two clocks are
 # one, but the profiler's is read from the processor's counter and set right at the end: they differ by under this.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smt_dist.errors import SMTError
-from smt_dist.memory.categories import CATEGORIES
+from smt_dist.memory.plan.categories import CATEGORIES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

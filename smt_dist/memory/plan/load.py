@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from smt_dist.memory.categories import GIB, Memory
-from smt_dist.memory.request import Request
-from smt_dist.memory.spread import Shape
+from smt_dist.memory.plan.categories import GIB, Memory
+from smt_dist.memory.plan.request import Request
+from smt_dist.memory.plan.spread import Shape
 
 # Python, torch, transformers and DeepSpeed in one process.
 HOST_PROCESS = GIB

@@ -15,12 +15,12 @@ from transformers import PreTrainedModel
 
 from smt_dist.distributed import get_world_size, is_distributed
 from smt_dist.errors import SMTError, first_line
-from smt_dist.memory.categories import Memory
-from smt_dist.memory.fake import decoder_layers, fake_batch, fake_model
-from smt_dist.memory.request import Request
-from smt_dist.memory.tracker import BACKWARD, FORWARD, RECOMPUTE, MemoryTracker
-from smt_dist.memory.trained import Task, prepare
-from smt_dist.memory.zero_linear import linear_of
+from smt_dist.memory.plan.categories import Memory
+from smt_dist.memory.plan.fake import decoder_layers, fake_batch, fake_model
+from smt_dist.memory.plan.request import Request
+from smt_dist.memory.plan.tracker import BACKWARD, FORWARD, RECOMPUTE, MemoryTracker
+from smt_dist.memory.plan.trained import Task, prepare
+from smt_dist.memory.plan.zero_linear import linear_of
 from smt_dist.selection.probe import probe_modules
 from smt_dist.selection.scores import ElementwiseAccumulator, make_accumulator
 from smt_dist.selection.steps import frozen

@@ -11,8 +11,8 @@ from typing import Any
 
 from jinja2 import Environment
 
-from smt_dist.memory.categories import CATEGORIES, format_size
-from smt_dist.memory.pictures import bars_picture, timeline_picture
+from smt_dist.memory.plan.categories import CATEGORIES, format_size
+from smt_dist.memory.record.pictures import bars_picture, timeline_picture
 
 JSON_FILE, PAGE, BARS = "memory.json", "memory.html", "plan_and_measured.png"
 
@@ -41,7 +41,7 @@ def render_page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str
         report: as for :func:`write_report`.
         pictures: name -> PNG.
     """
-    template = resources.files("smt_dist.memory").joinpath("report.html").read_text()
+    template = resources.files("smt_dist.memory.record").joinpath("report.html").read_text()
     images = {name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in pictures.items()}
     return (
         Environment(autoescape=True)

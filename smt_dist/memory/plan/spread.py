@@ -11,9 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from smt_dist.errors import SMTError
-from smt_dist.memory.base import chunk_base_loss
-from smt_dist.memory.fake import decoder_layers
-from smt_dist.memory.request import Request, text_config
+from smt_dist.memory.plan.base import chunk_base_loss
+from smt_dist.memory.plan.fake import decoder_layers
+from smt_dist.memory.plan.request import Request, text_config
 from smt_dist.selection.select import even_level
 from smt_dist.selection.warmup import plan_grids
 from smt_dist.sparse.blocks import BlockGrid, BlockSelection

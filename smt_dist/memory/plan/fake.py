@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from smt_dist.errors import SMTError, first_line
-from smt_dist.memory.base import build_base, make_sharding
-from smt_dist.memory.request import Request
+from smt_dist.memory.plan.base import build_base, make_sharding
+from smt_dist.memory.plan.request import Request
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from torch.distributed.tensor._sharding_prop import ShardingPropagator
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from smt_dist.communication import NAMESPACES
-from smt_dist.memory.categories import Memory
+from smt_dist.memory.plan.categories import Memory
+from smt_dist.memory.plan.collectives import NAMESPACES
 
 # What gloo copies whole (torch 2.13.0, ProcessGroupGloo.cpp: it flattens outputs, or inputs, once more).
 _COPYING = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_")

@@ -16,10 +16,10 @@ import torch
 from transformers import PreTrainedModel, TrainerCallback
 
 from smt_dist.distributed import get_rank
-from smt_dist.memory.allocations import CudaStatistics, forget_resident_peak, resident_bytes
-from smt_dist.memory.recording import Recording
-from smt_dist.memory.trace import tensors_of
-from smt_dist.memory.window import Window
+from smt_dist.memory.plan.trace import tensors_of
+from smt_dist.memory.record.allocations import CudaStatistics, forget_resident_peak, resident_bytes
+from smt_dist.memory.record.recording import Recording
+from smt_dist.memory.record.window import Window
 from smt_dist.selection.scores import ScoreAccumulator
 from smt_dist.selection.steps import Observer
 

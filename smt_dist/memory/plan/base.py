@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from smt_dist.distributed import is_distributed
 from smt_dist.engines.fsdp2 import FSDP2Engine
 from smt_dist.errors import SMTError
-from smt_dist.memory.request import Request
+from smt_dist.memory.plan.request import Request
 from smt_dist.models.chunked_loss import chunk_loss
 from smt_dist.sparse.targets import find_targets
 from smt_dist.training.arguments import DTYPES
