@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm, trange
 
 from smt_dist import BlockScores, BlockSelection, SMTConfig, SMTError, apply_selection, select_blocks
-from smt_dist.cli import natural, positive_int, raise_usage_error, run_program
+from smt_dist.cli.program import natural, positive_int, raise_usage_error, run_program
 from smt_dist.config import parse_model
 from smt_dist.errors import require_peft
 from smt_dist.memory.record.resident import own_bytes

@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smt_dist.cli import HelpFormatter, configure_logging, positive_int, raise_usage_error, run_program
+from smt_dist.cli.program import HelpFormatter, configure_logging, positive_int, raise_usage_error, run_program
 from smt_dist.errors import SMTError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` should not wait for torch

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from smt_dist import SMTError
-from smt_dist.cli import HelpFormatter, positive_int, raise_usage_error
+from smt_dist.cli.program import HelpFormatter, positive_int, raise_usage_error
 
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 MODEL_NAMES = ("llama-2-7b", "llama-3-70b")  # the keys of communication_fake.MODELS, which takes seconds to import

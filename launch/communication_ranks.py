@@ -27,7 +27,7 @@ from transformers import (
 
 from smt_dist import BlockSelection, SMTConfig
 from smt_dist.checkpoint.adapter import config_of
-from smt_dist.cli import configure_logging, run_program
+from smt_dist.cli.program import configure_logging, run_program
 from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.distributed import get_rank, get_world_size
 from smt_dist.engines import make_engine

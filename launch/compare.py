@@ -14,7 +14,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from smt_dist.cli import HelpFormatter, configure_logging, positive_int, raise_usage_error, run_program
+from smt_dist.cli.program import HelpFormatter, configure_logging, positive_int, raise_usage_error, run_program
 from smt_dist.comparison.methods import DEFAULT_METHODS, DEFAULT_RATES
 from smt_dist.comparison.settings import DTYPES, TUNE, Settings, parse_methods, parse_rates
 from smt_dist.comparison.tasks import TASKS, Counts
@@ -82,9 +82,9 @@ def main() -> None:
     configure_logging()
     settings = read_settings(arguments)
     # Imported late: `--help` and bad flags should answer at once.
+    from smt_dist.cli.program import check_writable
     from smt_dist.comparison.build import build_plan, write_report
     from smt_dist.comparison.runner import Limits, list_cells, run_missing
-    from smt_dist.training.pipeline import check_writable
 
     check_writable("--output", arguments.output)
     counts = Counts(arguments.train_items, arguments.validation_items, arguments.test_items)

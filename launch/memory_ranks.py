@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from smt_dist.cli import configure_logging, run_program
+from smt_dist.cli.program import configure_logging, run_program
 from smt_dist.distributed import get_rank, get_world_size, is_distributed
 from smt_dist.memory.cell import measure_cell
 from smt_dist.memory.grid import Cell

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import reasoning_gym
 
-from smt_dist.cli import HelpFormatter, run_program
+from smt_dist.cli.program import HelpFormatter, run_program
 from smt_dist.errors import SMTError
 from smt_dist.files import replace_file
 from smt_dist.models.gguf import dequantize_gguf

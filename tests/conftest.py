@@ -15,7 +15,7 @@ from programs import CONFIG, LAUNCH, QUESTIONS, ROWS, Outcome, command_line, loa
 from tiny_models import save_tiny_llama
 from tiny_tokenizer import make_tokenizer
 
-from smt_dist.cli import run_program
+from smt_dist.cli.program import run_program
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,10 +9,11 @@ import pytest
 import torch
 from programs import ROWS, write_json
 
-from smt_dist import BlockScores, BlockSelection, SMTConfig, stability_runs
+from smt_dist import BlockScores, BlockSelection, SMTConfig
+from smt_dist.cli import stability_runs
+from smt_dist.cli.stability_runs import parse_axes, plan_cells, table
 from smt_dist.errors import SMTError
 from smt_dist.selection.stability import chance_jaccard, chosen_share, jaccard, rank_correlation
-from smt_dist.stability_runs import parse_axes, plan_cells, table
 
 
 def select(size: int, **blocks: list) -> BlockSelection:

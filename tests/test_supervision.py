@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from smt_dist import cli
+from smt_dist.cli import program
 from smt_dist.errors import RankError, SMTError
 from smt_dist.fault_tolerance import supervision
 
@@ -51,7 +51,7 @@ def test_a_file_is_not_blamed_for_another_ranks_end(watched, capsys):
     """
     watched(knows=True)
     with pytest.raises(Ended):
-        cli.run_program(fail(RankError("model: can't be loaded (Connection closed by peer)")))
+        program.run_program(fail(RankError("model: can't be loaded (Connection closed by peer)")))
     assert capsys.readouterr().err == ""
 
 
@@ -59,7 +59,7 @@ def test_an_error_of_one_rank_alone_is_printed_when_nobody_is_gone(watched, caps
     """The file may be wrong here only."""
     heartbeat = watched(knows=False)
     with pytest.raises(SystemExit) as ended:
-        cli.run_program(fail(RankError("model: can't be loaded")))
+        program.run_program(fail(RankError("model: can't be loaded")))
     assert ended.value.code == 2
     assert "model: can't be loaded" in capsys.readouterr().err
     assert heartbeat.left == [("failed: model: can't be loaded", 2)]
@@ -69,5 +69,5 @@ def test_an_error_that_all_ranks_have_is_not_waited_with(watched):
     """It is nobody's end."""
     heartbeat = watched(knows=True)
     with pytest.raises(SystemExit):
-        cli.run_program(fail(SMTError("--flag: wrong")))
+        program.run_program(fail(SMTError("--flag: wrong")))
     assert heartbeat.asked == 0

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from smt_dist import load_adapter, merge_blocks
-from smt_dist.cli import configure_logging, run_program
+from smt_dist.cli.program import configure_logging, run_program
 from smt_dist.comparison.methods import PEFT_FAMILIES, Method, parse_method
 from smt_dist.comparison.training import base_dtype, prepare
 from smt_dist.data.dataset import IGNORED, CausalLMCollator, build_dataset, get_pad_token_id

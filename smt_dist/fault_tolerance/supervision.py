@@ -28,7 +28,7 @@ _active = _Supervision()
 
 
 def supervise(heartbeat_timeout: float) -> None:
-    """Begin: once the process group exists; collective. :func:`smt_dist.cli.run_program` ends it.
+    """Begin: once the process group exists; collective. :func:`smt_dist.cli.program.run_program` ends it.
 
     Args:
         heartbeat_timeout: seconds of silence after which a rank counts as lost; 0: no heartbeat.

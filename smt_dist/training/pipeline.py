@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,17 +23,14 @@ from smt_dist.data.dataset import CausalLMCollator, build_dataset, get_pad_token
 from smt_dist.distributed import (
     agree,
     assert_same_on_all_ranks,
-    get_rank,
     get_world_size,
     main_process_first,
-    write_on_rank_zero,
 )
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.models.chunked_loss import chunk_loss
-from smt_dist.report import write_pictures
-from smt_dist.selection.block_scores import SCORES_FILE, BlockScores, belongs_to, load_scores, save_scores, scores_path
+from smt_dist.selection.block_scores import BlockScores
 from smt_dist.selection.full_ft import collect_scores_full_ft
 from smt_dist.selection.select import select_blocks
 from smt_dist.selection.steps import Observer
@@ -192,54 +186,3 @@ def attach_blocks(
 def _may_get_blocks(model: PreTrainedModel, config: SMTConfig) -> set[str]:
     """The modules in which re-selection may put blocks later."""
     return {name for names in find_targets(model, config).values() for name in names} if config.reselect else set()
-
-
-PAGE_FILE = "selection.html"
-
-
-def known_scores(run: RunArguments, output_dir: Path, selection: BlockSelection) -> BlockScores | None:
-    """The scores of a selection that was made earlier, for its picture: beside its file, or in its run's folder."""
-    if not run.picture:
-        return None
-    folder = Path(run.adapter) if run.adapter is not None else output_dir
-    path = scores_path(run.selection) if run.selection is not None else folder / SCORES_FILE
-    try:
-        scores = load_scores(path) if path.is_file() else None
-    except SMTError as error:  # a picture isn't worth a run
-        logger.warning("the picture goes without scores: %s", error)
-        return None
-    return scores if scores is not None and belongs_to(scores, selection) else None
-
-
-def draw(
-    run: RunArguments,
-    page: Path,
-    selection: BlockSelection,
-    scores: BlockScores | None,
-    log_history: Sequence[Mapping[str, Any]] = (),
-) -> None:
-    """Write the selection's picture, where it is wanted, on rank 0."""
-    if run.picture and get_rank() == 0:
-        source = run.model_name_or_path or run.gguf_file or ""
-        write_pictures(page, selection, scores, log_history, {"model": Path(source).name})
-
-
-def keep_scores(scores: BlockScores, path: Path) -> None:
-    """Write the scores, for the picture of a run that is resumed or that uses this selection; collective.
-
-    Raises:
-        SMTError: they can't be written (a full disk); on all ranks.
-    """
-
-    def write() -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_scores(scores, path)
-
-    write_on_rank_zero(write, str(path), "writing the scores")
-
-
-def check_writable(flag: str, path: Path) -> None:
-    """Fail before the work, not after it. ``path`` is a folder to be. Raises SMTError, naming the flag."""
-    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise SMTError(f"{flag}: {path}: {nearest} is {'not writable' if nearest.is_dir() else 'not a folder'}")

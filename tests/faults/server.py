@@ -84,7 +84,7 @@ def _rank(job: dict[str, Any], rank: int, told: dict[str, Any]) -> None:
 
     from programs import load_program
 
-    from smt_dist.cli import run_program
+    from smt_dist.cli.program import run_program
 
     # Python's own end but for freeing memory, for which a fork must first copy what it shares: half of a job's time.
     try:

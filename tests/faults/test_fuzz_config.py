@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from programs import CONFIG, command_line
 
 from smt_dist import SMTConfig
-from smt_dist.cli import parse_arguments
+from smt_dist.cli.program import parse_arguments
 from smt_dist.training.arguments import SMTTrainingArguments
 from smt_dist.training.run_arguments import RunArguments
 

@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from smt_dist.errors import RankError, SMTError
@@ -122,3 +123,10 @@ def natural(text: str) -> int:
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
     return value
+
+
+def check_writable(flag: str, path: Path) -> None:
+    """Fail before the work, not after it. ``path`` is a folder to be. Raises SMTError, naming the flag."""
+    nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise SMTError(f"{flag}: {path}: {nearest} is {'not writable' if nearest.is_dir() else 'not a folder'}")

@@ -1,0 +1,1 @@
+"""Programs: the bodies of the console commands and of ``launch/*.py``."""
