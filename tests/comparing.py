@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+from comparison.plan import Plan, Slot
 from programs import write_json
-
-from smt_dist.comparison.plan import Plan, Slot
 
 FIGURES = {
     "trainable": 704, "validation_loss": 1.0, "step_seconds": 0.5, "peak_bytes": 2**20, "artefact_bytes": 2**12,

@@ -25,6 +25,7 @@ import compiled_ops
 import torch
 
 TESTS = Path(__file__).resolve().parent
+BENCHMARKS = TESTS.parent / "launch" / "benchmarks"
 TIMEOUT = 150
 GRACE = 10
 
@@ -104,7 +105,9 @@ def rank_environment(rank: int, world_size: int) -> dict[str, str]:
         "TOKENIZERS_PARALLELISM": "false",
         "HF_HUB_OFFLINE": "1",
         "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]).strip(
+            os.pathsep
+        ),
         # DeepSpeed looks for ninja on the path when it loads its compiled collective.
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
     }

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-PROGRAM = Path(__file__).parents[1] / "launch" / "benchmark.py"
+PROGRAM = Path(__file__).parents[1] / "launch" / "benchmarks" / "step.py"
 # Few tokens for many weights: full fine-tuning's AdamW alone takes longer than SMT's whole step. One thread, as
 # threads that wait for each other measure how busy the machine is.
 SMALL = {"hidden_size": 512, "intermediate_size": 2048, "layers": 4, "heads": 8, "vocab_size": 4000, "threads": 1}

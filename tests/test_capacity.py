@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_model import write_random_llama
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smt_dist.memory.record.resident import Resident, ResidentSampler, descendants, resident_of
 from smt_dist.models.cpu_products import PIECE, SinglePrecisionProducts, product
-from smt_dist.random_model import write_random_llama
 
-PROGRAM = Path(__file__).parents[1] / "launch" / "capacity.py"
+PROGRAM = Path(__file__).parents[1] / "launch" / "benchmarks" / "capacity.py"
 SHAPE = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 256, "layers": 2, "heads": 2}
 MIB = 2**20
 

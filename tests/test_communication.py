@@ -210,9 +210,8 @@ def test_what_a_rank_sends_follows_from_the_ring():
 
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_a_large_model_on_the_fake_group_moves_as_a_small_one_on_real_ranks(engine, monkeypatch):
+def test_a_large_model_on_the_fake_group_moves_as_a_small_one_on_real_ranks(engine):
     """The benchmark's large rows say something only if they follow the law that real ranks follow."""
-    monkeypatch.syspath_prepend(LAUNCH)
     benchmark = importlib.import_module("communication_fake")
     smt, full = (benchmark.count("llama-2-7b", engine, method, layers=2) for method in ("smt", "full"))
     assert smt["ranks"] == 8
@@ -235,10 +234,9 @@ def test_a_large_model_on_the_fake_group_moves_as_a_small_one_on_real_ranks(engi
 
 
 def test_the_program_prints_and_writes_every_row(tmp_path):
-    """A failure means that `benchmark.py --communication` is broken."""
+    """A failure means that `communication.py` is broken."""
     output = tmp_path / "new" / "communication.json"
     flags = [
-        "--communication",
         "--engines",
         "ddp",
         "--models",
@@ -249,7 +247,7 @@ def test_the_program_prints_and_writes_every_row(tmp_path):
         "--output",
         str(output),
     ]
-    command = [sys.executable, str(LAUNCH / "benchmark.py"), *flags, "--output", str(output)]
+    command = [sys.executable, str(LAUNCH / "benchmarks" / "communication.py"), *flags, "--output", str(output)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert finished.returncode == 0, finished.stderr
     smt, full = json.loads(output.read_text())["real_ranks"]
@@ -261,7 +259,7 @@ def test_the_program_prints_and_writes_every_row(tmp_path):
 
 def test_the_program_refuses_what_it_cannot_count():
     """A failure means a traceback where one line would do."""
-    command = [sys.executable, str(LAUNCH / "benchmark.py"), "--communication", "--ranks", "1"]
+    command = [sys.executable, str(LAUNCH / "benchmarks" / "communication.py"), "--ranks", "1"]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert finished.returncode == 2
     assert finished.stderr.strip().endswith("--ranks 1: one rank sends nothing, and hsdp needs an even number")

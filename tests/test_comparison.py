@@ -7,13 +7,13 @@ import math
 
 import pytest
 from comparing import ask, write_folder
+from comparison.methods import parse_method, size_of
+from comparison.statistics import NO_INTERVAL, mean_and_spread, paired_difference, t_quantile
+from comparison.tasks import SPLITS, Counts, prepare, question, refuse_overlap
 from programs import write_json
 from torch import nn
 
 from smt_dist import SMTError
-from smt_dist.comparison.methods import parse_method, size_of
-from smt_dist.comparison.statistics import NO_INTERVAL, mean_and_spread, paired_difference, t_quantile
-from smt_dist.comparison.tasks import SPLITS, Counts, prepare, question, refuse_overlap
 from smt_dist.config import SMTConfig
 
 TARGETS = ("attention", "o_proj", "mlp")
@@ -85,7 +85,7 @@ def test_rows_that_cannot_be_compared_are_refused(task, train, test, named, tmp_
 def test_too_many_questions_are_refused(tmp_path, monkeypatch):
     """Small numbers have few products; repeating them would leak."""
     pytest.importorskip("reasoning_gym")
-    monkeypatch.setattr("smt_dist.comparison.tasks.DRAWS", 1)
+    monkeypatch.setattr("comparison.tasks.DRAWS", 1)
     with pytest.raises(SMTError, match=r"different questions, .* are wanted"):
         prepare("products", None, Counts(3000, 1, 1), 0, tmp_path)
 

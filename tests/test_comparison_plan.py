@@ -8,18 +8,18 @@ from dataclasses import replace
 
 import pytest
 from comparing import FIGURES, finish, write_folder
+from comparison.build import build_plan
+from comparison.cells import CellStore
+from comparison.plan import WHOLE, Plan, Slot, check_batches
+from comparison.plots import Line, _png, is_beyond, lines_of, write_plots
+from comparison.report import build_report
+from comparison.runner import Limits, list_cells, run_missing
+from comparison.settings import Settings, parse_methods, parse_rates
+from comparison.statistics import NO_INTERVAL
+from comparison.table import markdown
+from comparison.tasks import Counts
 
 from smt_dist import SMTError
-from smt_dist.comparison.build import build_plan
-from smt_dist.comparison.cells import CellStore
-from smt_dist.comparison.plan import WHOLE, Plan, Slot, check_batches
-from smt_dist.comparison.plots import Line, _png, is_beyond, lines_of, write_plots
-from smt_dist.comparison.report import build_report
-from smt_dist.comparison.runner import Limits, list_cells, run_missing
-from smt_dist.comparison.settings import Settings, parse_methods, parse_rates
-from smt_dist.comparison.statistics import NO_INTERVAL
-from smt_dist.comparison.table import markdown
-from smt_dist.comparison.tasks import Counts
 
 GRIDS = tuple(f"{name}=1e-3" for name in ("full", "smt", "lora", "dora", "shira"))
 
@@ -291,7 +291,9 @@ def test_bad_input_is_one_line(changes, named, run, folder, tmp_path):
         "block_size": 8, "validation_items": 4, **changes,
     }  # fmt: skip
     many = [part for name, value in flags.items() if isinstance(value, list) for part in (f"--{name}", *value)]
-    outcome = run("compare.py", *many, **{name: value for name, value in flags.items() if not isinstance(value, list)})
+    outcome = run(
+        "benchmarks/compare.py", *many, **{name: value for name, value in flags.items() if not isinstance(value, list)}
+    )
     assert named in outcome.error
     assert not (tmp_path / "out" / "cells").exists()
 

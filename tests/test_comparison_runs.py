@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 from comparing import ask, write_folder
+from comparison import cell_run, runner, training
+from comparison.build import build_plan
+from comparison.cell_run import restore, token_loss
+from comparison.plan import Plan, Slot
+from comparison.settings import Settings, parse_methods, parse_rates
+from comparison.tasks import Counts
 from programs import Outcome, write_json
 
 from smt_dist import SMTError
-from smt_dist.comparison import cell_run, runner, training
-from smt_dist.comparison.build import build_plan
-from smt_dist.comparison.cell_run import restore, token_loss
-from smt_dist.comparison.plan import Plan, Slot
-from smt_dist.comparison.settings import Settings, parse_methods, parse_rates
-from smt_dist.comparison.tasks import Counts
 from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.models.folder import load_causal_lm
 
@@ -62,7 +62,7 @@ def here(monkeypatch) -> list[str]:
 @pytest.fixture
 def unpictured(monkeypatch) -> None:
     """Plotting takes longer than the cells."""
-    monkeypatch.setattr("smt_dist.comparison.build.write_plots", lambda *_: True)
+    monkeypatch.setattr("comparison.build.write_plots", lambda *_: True)
 
 
 @pytest.fixture(scope="module")
@@ -153,7 +153,7 @@ def compare(run, folder, rows, tmp_path):
         }  # fmt: skip
         many = {name: list(map(str, value)) for name, value in flags.items() if isinstance(value, (list, tuple))}
         parts = [part for name, values in many.items() for part in (f"--{name}", *values)]
-        return run("compare.py", *parts, *extra, **{k: v for k, v in flags.items() if k not in many})
+        return run("benchmarks/compare.py", *parts, *extra, **{k: v for k, v in flags.items() if k not in many})
 
     return compare_it
 

@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from memory_grid import Deviation, deviations, make_grid, summarize
 from programs import LAUNCH, write_json
 
-from smt_dist.memory.grid import Deviation, deviations, make_grid, summarize
 from smt_dist.memory.plan.categories import CATEGORIES, Memory
 from smt_dist.memory.plan.request import ENGINES, METHODS
 from smt_dist.memory.record import pictures

@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from harness import launch
+from memory_grid import GATHERED
 from programs import load_program
 from transformers import BertConfig, LlamaConfig, T5Config
 from workers.memory import SHAPE, small_request
 
 from smt_dist import SMTConfig, SMTError
-from smt_dist.memory.grid import GATHERED
 from smt_dist.memory.plan.categories import CATEGORIES, GIB, Memory, parse_size
 from smt_dist.memory.plan.plan import make_plan
 from smt_dist.memory.plan.request import Request
@@ -144,9 +144,10 @@ def test_zero_partitions_what_its_stage_says(stage, base, gradients, blocks, buc
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_blocks_and_state_are_what_the_real_optimizer_holds(dtype):
     """The same bytes as ``ShardedBlockOptimizer.memory_bytes`` counts on a real model."""
+    from memory_cell import load_model
+
     from smt_dist import apply_selection
     from smt_dist.engines.replicated import ReplicatedBlocks
-    from smt_dist.memory.cell import load_model
     from smt_dist.training.trainer import block_parameter_groups
 
     request = small_request(dtype=dtype)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from smt_dist.cli.benchmarks import run_benchmark
 from smt_dist.cli.program import HelpFormatter, configure_logging, raise_usage_error, run_program
 from smt_dist.errors import SMTError
 
@@ -34,11 +36,8 @@ def parse_arguments() -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True)
     plan = commands.add_parser("plan", help="what a rank will need", formatter_class=HelpFormatter, allow_abbrev=False)
     _add_plan_flags(plan.add_argument)
-    validate = commands.add_parser(
-        "validate", help="plans beside real runs", formatter_class=HelpFormatter, allow_abbrev=False
-    )
-    _add_validate_flags(validate.add_argument)
-    parser.error = plan.error = validate.error = raise_usage_error
+    commands.add_parser("validate", help="plans beside real runs of small models; needs the benchmarks")
+    parser.error = plan.error = raise_usage_error
     return parser.parse_args()
 
 
@@ -74,15 +73,6 @@ def yes_or_no(text: str) -> bool:
     if text.lower() not in ("yes", "true", "1", "no", "false", "0"):
         raise ValueError(text)
     return text.lower() in ("yes", "true", "1")
-
-
-def _add_validate_flags(add: Any) -> None:
-    add("--engines", nargs="+", help=f"of {', '.join(ENGINES)}; None: all")
-    add("--methods", nargs="+", help="of smt, full, lora; None: all")
-    add("--dtypes", nargs="+", help="of float32, bfloat16; None: both")
-    add("--ranks", nargs="+", type=int, help="of 1, 2: real gloo processes; None: both")
-    add("--small", action="store_true", help="about a twentieth of the weights, for a quick check")
-    add("--output", type=Path, help="JSON file to write, cell by cell; cells that it holds already aren't run again")
 
 
 def make_request(arguments: argparse.Namespace) -> Request:
@@ -215,26 +205,14 @@ def search_table(found: Any) -> str:
     return "\n".join([*lines, best])
 
 
-def run_validate(arguments: argparse.Namespace) -> None:
-    """Run the grid; fails if a plan is too far off."""
-    from validate_memory import choose_cells, table, validate
-
-    from smt_dist.cli.program import check_writable
-    from smt_dist.memory.grid import deviations
-
-    if arguments.output is not None:
-        check_writable("--output", arguments.output.absolute().parent)
-    found = validate(choose_cells(arguments), arguments.output)
-    print(table(found))
-    if any("error" in result for result in found.values()) or not all(d.holds for d in deviations(found)):
-        raise SMTError("validate: a cell failed, or its plan is too far off")
-
-
 def main() -> None:
     """One subcommand."""
+    if sys.argv[1:2] == ["validate"]:  # its flags are the benchmark's own
+        run_benchmark("validate_memory", sys.argv[2:])
+        return
     arguments = parse_arguments()
     configure_logging()
-    {"plan": run_plan, "validate": run_validate}[arguments.command](arguments)
+    run_plan(arguments)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from memory_cell import measure_cell
 from transformers import LlamaConfig
 
 from smt_dist import SMTConfig
-from smt_dist.memory.cell import measure_cell
 from smt_dist.memory.plan.request import Request
 
 SHAPE = {

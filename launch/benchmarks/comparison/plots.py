@@ -8,7 +8,8 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smt_dist.comparison.plan import WHOLE
+from comparison.plan import WHOLE
+
 from smt_dist.files import replace_file
 
 logger = logging.getLogger(__name__)

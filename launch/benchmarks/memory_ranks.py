@@ -12,11 +12,11 @@ import warnings
 from pathlib import Path
 
 import torch.distributed as dist
+from memory_cell import measure_cell
+from memory_grid import Cell
 
 from smt_dist.cli.program import configure_logging, run_program
 from smt_dist.distributed import get_rank, get_world_size, is_distributed
-from smt_dist.memory.cell import measure_cell
-from smt_dist.memory.grid import Cell
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""``python -m smt_dist.comparison.cell_run REQUEST FIGURES``: one cell, in a process of its own.
+"""``python -m comparison.cell_run REQUEST FIGURES``: one cell, in a process of its own.
 
 A ``train`` cell trains, finds the validation loss and saves what it trained. A ``test`` cell merges that into the base,
 and tests the plain model that users would deploy.
@@ -16,14 +16,14 @@ from typing import Any
 
 import datasets
 import torch
+from comparison.methods import PEFT_FAMILIES, Method, parse_method
+from comparison.training import base_dtype, prepare
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from smt_dist import load_adapter, merge_blocks
 from smt_dist.cli.program import configure_logging, run_program
-from smt_dist.comparison.methods import PEFT_FAMILIES, Method, parse_method
-from smt_dist.comparison.training import base_dtype, prepare
 from smt_dist.data.dataset import IGNORED, CausalLMCollator, build_dataset, get_pad_token_id
 from smt_dist.data.rows import read_rows
 from smt_dist.errors import SMTError

@@ -1,4 +1,4 @@
-"""Calls and bytes that a training step moves between ranks, SMT beside full fine-tuning: benchmark.py --communication.
+"""Calls and bytes that a training step moves between ranks, SMT beside full fine-tuning.
 
 First on real gloo ranks with a small Llama, every engine; then for large models on the fake process group, at full
 depth, with ZeRO's figures derived from those of the real ranks. A call's bytes are those of the whole tensor: what an
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from step import check_output
 from tqdm import tqdm
 
 from smt_dist import SMTError
-from smt_dist.cli.program import HelpFormatter, positive_int, raise_usage_error
+from smt_dist.cli.program import HelpFormatter, positive_int, raise_usage_error, run_program
 
 ENGINES = ("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
 MODEL_NAMES = ("llama-2-7b", "llama-3-70b")  # the keys of communication_fake.MODELS, which takes seconds to import
@@ -33,7 +34,6 @@ def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     add = parser.add_argument
-    add("--communication", action="store_true", help="choose this benchmark")
     add("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="hsdp: two replicas, or one a node of 8")
     add("--ranks", type=positive_int, default=2, help="real processes; an even number for hsdp")
     add("--steps", type=positive_int, default=3, help="counted steps on real ranks, after two that aren't")
@@ -149,7 +149,7 @@ def print_report(report: dict[str, Any]) -> None:
                 print_rows(rows, "GB", 1e9)
 
 
-def main(check_output: Any) -> None:
+def main() -> None:
     """Count, print both tables, write the JSON."""
     arguments = parse_arguments()
     if arguments.output:
@@ -165,3 +165,7 @@ def main(check_output: Any) -> None:
     print_report(report)
     if arguments.output:
         arguments.output.write_text(json.dumps(report, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    run_program(main)

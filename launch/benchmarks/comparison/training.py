@@ -12,10 +12,10 @@ from typing import Any
 
 import datasets
 import torch
+from comparison.methods import Method
 from torch import nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 
-from smt_dist.comparison.methods import Method
 from smt_dist.config import SMTConfig, parse_model
 from smt_dist.data.batches import TrainingData
 from smt_dist.data.dataset import CausalLMCollator

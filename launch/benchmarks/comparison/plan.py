@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from smt_dist.comparison.cells import Cell, CellStore, folder_mark
-from smt_dist.comparison.methods import Method, Size
-from smt_dist.comparison.settings import Settings
-from smt_dist.comparison.tasks import Data
+from comparison.cells import Cell, CellStore, folder_mark
+from comparison.methods import Method, Size
+from comparison.settings import Settings
+from comparison.tasks import Data
 
 Sizes = dict[tuple[str, float], Size]
 WHOLE = 1.0  # the budget of methods that have none

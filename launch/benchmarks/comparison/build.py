@@ -5,16 +5,16 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from comparison.cells import CellStore
+from comparison.methods import Size, check_installed, size_of
+from comparison.plan import WHOLE, Plan, Sizes
+from comparison.plots import write_plots
+from comparison.report import build_report
+from comparison.settings import Settings
+from comparison.table import markdown
+from comparison.tasks import Counts, prepare
 from torch import nn
 
-from smt_dist.comparison.cells import CellStore
-from smt_dist.comparison.methods import Size, check_installed, size_of
-from smt_dist.comparison.plan import WHOLE, Plan, Sizes
-from smt_dist.comparison.plots import write_plots
-from smt_dist.comparison.report import build_report
-from smt_dist.comparison.settings import Settings
-from smt_dist.comparison.table import markdown
-from smt_dist.comparison.tasks import Counts, prepare
 from smt_dist.config import SMTConfig, parse_model
 from smt_dist.errors import SMTError
 from smt_dist.files import replace_file

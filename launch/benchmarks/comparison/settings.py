@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from smt_dist.comparison.methods import DEFAULT_RATES, Method, parse_method
+from comparison.methods import DEFAULT_RATES, Method, parse_method
+
 from smt_dist.config import MAX_SEED, SMTConfig
 from smt_dist.errors import SMTError
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from smt_dist.comparison.plan import WHOLE
-from smt_dist.comparison.report import Row
+from comparison.plan import WHOLE
+from comparison.report import Row
 
 HEAD = (
     "method", "trainable", "learning rate", "validation loss", "test loss", "accuracy", "step", "peak memory",

@@ -1,4 +1,6 @@
-"""The planner beside real runs of small models: ``profile_memory.py validate``.
+"""The planner beside real runs of small models.
+
+python launch/benchmarks/validate_memory.py --output validation.json      (or: profile_memory.py validate ...)
 
 Every engine, method and dtype, with and without gradient checkpointing, on real gloo ranks; the error is of the
 fullest rank's peak, as the CPU profiler saw the allocator. A run that is cut short goes on where it stopped.
@@ -18,18 +20,34 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from memory_grid import Cell, Deviation, deviations, make_grid, summarize
 from tqdm import tqdm
 
+from smt_dist.cli.program import HelpFormatter, check_writable, configure_logging, raise_usage_error, run_program
 from smt_dist.errors import SMTError
 from smt_dist.files import parse_json_object, read_text
-from smt_dist.memory.grid import Cell, Deviation, deviations, make_grid, summarize
 from smt_dist.memory.plan.categories import format_size
 from smt_dist.memory.plan.plan import make_plan
+from smt_dist.memory.plan.request import ENGINES
 
 # Of one cell, and of what its ranks import and compile before the first.
 CELL_SECONDS = 300
 START_SECONDS = 900
 Found = dict[str, dict[str, Any]]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """Read the command line. Raises SMTError, naming the flag."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
+    add = parser.add_argument
+    add("--engines", nargs="+", help=f"of {', '.join(ENGINES)}; None: all")
+    add("--methods", nargs="+", help="of smt, full, lora; None: all")
+    add("--dtypes", nargs="+", help="of float32, bfloat16; None: both")
+    add("--ranks", nargs="+", type=int, help="of 1, 2: real gloo processes; None: both")
+    add("--small", action="store_true", help="about a twentieth of the weights, for a quick check")
+    add("--output", type=Path, help="JSON file to write, cell by cell; cells that it holds already aren't run again")
+    parser.error = raise_usage_error
+    return parser.parse_args()
 
 
 def choose_cells(arguments: argparse.Namespace) -> list[Cell]:
@@ -174,3 +192,19 @@ def _line(deviation: Deviation) -> str:
     sizes = f"{format_size(deviation.planned):>12}{format_size(deviation.measured):>12}"
     mark = "" if deviation.holds else "  too far"
     return f"{deviation.cell:<44}{deviation.phase:<10}{sizes}{deviation.relative:>+9.2%}{mark}"
+
+
+def main() -> None:
+    """Run the grid; fails if a plan is too far off."""
+    arguments = parse_arguments()
+    configure_logging()
+    if arguments.output is not None:
+        check_writable("--output", arguments.output.absolute().parent)
+    found = validate(choose_cells(arguments), arguments.output)
+    print(table(found))
+    if any("error" in result for result in found.values()) or not all(d.holds for d in deviations(found)):
+        raise SMTError("validate: a cell failed, or its plan is too far off")
+
+
+if __name__ == "__main__":
+    run_program(main)

@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smt_dist.comparison.cells import Cell
-from smt_dist.comparison.plan import Plan, check_batches, mean_seconds
+from comparison.cells import Cell
+from comparison.plan import Plan, check_batches, mean_seconds
 
+BENCHMARKS = Path(__file__).resolve().parents[1]  # where a cell's process finds this package
 TERMINATION_SECONDS = 30  # for a cell to end by itself when the program is interrupted
 
 
@@ -88,7 +89,7 @@ def run_cell(plan: Plan, cell: Cell) -> str | None:
     with tempfile.TemporaryDirectory() as folder:
         request, figures = Path(folder, "request.json"), Path(folder, "figures.json")
         request.write_text(json.dumps({"kind": cell.kind, "request": cell.request, "paths": cell.paths}))
-        command = [sys.executable, "-m", "smt_dist.comparison.cell_run", str(request), str(figures)]
+        command = [sys.executable, "-m", "comparison.cell_run", str(request), str(figures)]
         start = time.monotonic()
         try:
             with open(store.log(cell), "w") as log:
@@ -110,6 +111,7 @@ def run_cell(plan: Plan, cell: Cell) -> str | None:
 def _run(command: list[str], log: Any) -> int:
     # One device for all methods: Trainer would spread a model over several, SMT's wouldn't.
     environment = {"CUDA_VISIBLE_DEVICES": "0", "TOKENIZERS_PARALLELISM": "false", **os.environ}
+    environment["PYTHONPATH"] = os.pathsep.join([str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)
     with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment) as process:
         try:
             return process.wait()

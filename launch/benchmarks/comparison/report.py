@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from smt_dist.comparison.methods import REFERENCE_SCORE, Method
-from smt_dist.comparison.plan import WHOLE, Plan, Tuning
-from smt_dist.comparison.settings import as_json
-from smt_dist.comparison.statistics import mean_and_spread, paired_difference
+from comparison.methods import REFERENCE_SCORE, Method
+from comparison.plan import WHOLE, Plan, Tuning
+from comparison.settings import as_json
+from comparison.statistics import mean_and_spread, paired_difference
 
 MEASURES = ("validation_loss", "test_loss", "accuracy")
 Row = dict[str, Any]

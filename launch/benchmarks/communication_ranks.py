@@ -1,4 +1,4 @@
-"""Counts the collectives of training steps on real gloo ranks; ``communication_benchmark.py`` starts one a rank.
+"""Counts the collectives of training steps on real gloo ranks; ``communication.py`` starts one a rank.
 
 SMT's steps are SMTTrainer's, with all that Trainer itself communicates (token counts, logs). Full fine-tuning's are the
 engine's own, without a Trainer around them and without clipping.

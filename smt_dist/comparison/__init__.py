@@ -1,1 +1,0 @@
-"""SMT beside full fine-tuning, LoRA, DoRA and SHiRA at matched budgets: ``launch/compare.py``."""
