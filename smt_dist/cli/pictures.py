@@ -7,10 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from smt_dist.distributed import (
-    get_rank,
-    write_on_rank_zero,
-)
+from smt_dist.distributed import get_rank, write_on_rank_zero
 from smt_dist.errors import SMTError
 from smt_dist.report import write_pictures
 from smt_dist.selection.block_scores import SCORES_FILE, BlockScores, belongs_to, load_scores, save_scores, scores_path

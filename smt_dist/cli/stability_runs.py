@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from smt_dist.cli.pictures import keep_scores
 from smt_dist.config import SMTConfig, parse_model
+from smt_dist.data.batches import TrainingData
 from smt_dist.distributed import broadcast_first, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
@@ -30,7 +31,7 @@ from smt_dist.selection.custom_scores import load_score_function
 from smt_dist.selection.select import choose_blocks
 from smt_dist.selection.stability import chance_jaccard, chosen_share, jaccard, rank_correlation
 from smt_dist.training.arguments import SMTTrainingArguments
-from smt_dist.training.pipeline import TrainingData, collect, load_data
+from smt_dist.training.pipeline import collect, load_data
 from smt_dist.training.run_arguments import RunArguments
 
 AXES = ("seeds", "steps", "halves", "files", "block_sizes")

@@ -21,6 +21,7 @@ from smt_dist.checkpoint.rotation import find_checkpoint
 from smt_dist.cli.pictures import PAGE_FILE, draw, keep_scores, known_scores
 from smt_dist.cli.program import check_writable, parse_arguments, run_program
 from smt_dist.config import SMTConfig
+from smt_dist.data.batches import TrainingData
 from smt_dist.distributed import agree, from_main_process, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
@@ -34,14 +35,7 @@ from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.surgery import touched_selection
 from smt_dist.training.arguments import SMTTrainingArguments
 from smt_dist.training.loading import load_tokenizer_and_model
-from smt_dist.training.pipeline import (
-    TrainingData,
-    attach_blocks,
-    collect_and_select,
-    find_selection,
-    load_config,
-    load_data,
-)
+from smt_dist.training.pipeline import attach_blocks, collect_and_select, find_selection, load_config, load_data
 from smt_dist.training.run_arguments import RunArguments
 from smt_dist.training.trainer import SMTTrainer
 

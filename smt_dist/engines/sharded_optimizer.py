@@ -18,11 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
-from smt_dist.distributed import (
-    all_gather_rows,
-    all_reduce_sum,
-    is_distributed,
-)
+from smt_dist.distributed import all_gather_rows, all_reduce_sum, is_distributed
 from smt_dist.engines.elementwise import counter_state, counter_value, is_counter, is_moment, refuse_unless_elementwise
 from smt_dist.engines.flat import FlatParameters, Range
 from smt_dist.engines.gradients import GradientSums, SlicedGradients, WholeGradients

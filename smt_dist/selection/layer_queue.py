@@ -6,10 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from smt_dist.distributed import (
-    all_reduce_sum,
-    collective_device,
-)
+from smt_dist.distributed import all_reduce_sum, collective_device
 from smt_dist.sparse.layer_names import layer_key
 
 

@@ -10,10 +10,7 @@ from torch import nn
 from smt_dist.sparse.blocks import BlockSelection, read_blocks
 from smt_dist.sparse.layer import bare
 from smt_dist.sparse.sharded import gathered
-from smt_dist.sparse.targets import (
-    base_modules,
-    weight_shape,
-)
+from smt_dist.sparse.targets import base_modules, weight_shape
 
 
 def base_fingerprint(model: nn.Module, selection: BlockSelection) -> str:

@@ -20,12 +20,7 @@ from smt_dist.checkpoint.adapter import (
 from smt_dist.config import SMTConfig
 from smt_dist.data.batches import TrainingData, warmup_batches
 from smt_dist.data.dataset import CausalLMCollator, build_dataset, get_pad_token_id, load_rows
-from smt_dist.distributed import (
-    agree,
-    assert_same_on_all_ranks,
-    get_world_size,
-    main_process_first,
-)
+from smt_dist.distributed import agree, assert_same_on_all_ranks, get_world_size, main_process_first
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase

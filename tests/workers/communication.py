@@ -13,12 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, TrainerCallback
 
+from smt_dist.data.batches import warmup_batches
 from smt_dist.distributed import get_rank, get_world_size
 from smt_dist.engines import make_engine
 from smt_dist.memory.plan.collectives import Collective, CollectiveCounter
 from smt_dist.models.chunked_loss import chunk_loss
 from smt_dist.training.arguments import SMTTrainingArguments
-from smt_dist.training.pipeline import attach_blocks, warmup_batches
+from smt_dist.training.pipeline import attach_blocks
 from smt_dist.training.trainer import SMTTrainer
 from workers.runs import engine_arguments, load_model
 from workers.training import engine_type, fixed_config, fixed_data, fixed_selection, release

@@ -14,11 +14,12 @@ import torch
 from transformers import TrainerCallback
 
 from smt_dist.config import SMTConfig
+from smt_dist.data.batches import TrainingData
 from smt_dist.distributed import barrier, get_rank
 from smt_dist.errors import SMTError
 from smt_dist.sparse.surgery import sparse_layers
 from smt_dist.training.guards import GuardedTrainer
-from smt_dist.training.pipeline import TrainingData, attach_blocks, collect_and_select
+from smt_dist.training.pipeline import attach_blocks, collect_and_select
 from smt_dist.training.trainer import SMTTrainer
 from workers.runs import engine_arguments, load_model, training_data
 from workers.training import BLOCKS, fixed_data, logged, make_trainer, release

@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, set_seed
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from smt_dist.data.batches import TrainingData
 from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.distributed import get_world_size
 from smt_dist.engines import make_engine
 from smt_dist.training.arguments import SMTTrainingArguments
-from smt_dist.training.pipeline import TrainingData
 
 # Nothing is kept gathered and nothing fetched early: every forward and backward gathers anew, as in a large model.
 REGATHER = {

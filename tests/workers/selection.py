@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from smt_dist.config import SMTConfig
+from smt_dist.data.batches import warmup_batches
 from smt_dist.distributed import get_world_size
 from smt_dist.engines import make_engine
 from smt_dist.selection.select import select_blocks
 from smt_dist.selection.steps import count_label_tokens
 from smt_dist.selection.warmup import collect_scores
 from smt_dist.sparse.blocks import BlockGrid
-from smt_dist.training.pipeline import warmup_batches
 from workers.runs import elements_held, engine_arguments, load_model, standard_data
 
 CUSTOM = "workers.selection.spread_of_saliency"

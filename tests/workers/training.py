@@ -9,13 +9,14 @@ import torch
 from tiny_models import make_rows
 
 from smt_dist.config import SMTConfig
+from smt_dist.data.batches import TrainingData, warmup_batches
 from smt_dist.distributed import get_world_size
 from smt_dist.engines import make_engine
 from smt_dist.selection.warmup import collect_scores
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.surgery import sparse_layers
 from smt_dist.training.arguments import SMTTrainingArguments
-from smt_dist.training.pipeline import TrainingData, attach_blocks, warmup_batches
+from smt_dist.training.pipeline import attach_blocks
 from smt_dist.training.trainer import SMTTrainer
 from workers.runs import elements_held, engine_arguments, load_model, training_data
 

@@ -13,6 +13,7 @@ from tiny_models import VOCABULARY, RoutedModel
 from torch import nn
 
 from smt_dist.config import SMTConfig
+from smt_dist.data.batches import warmup_batches
 from smt_dist.distributed import (
     agree,
     all_reduce_sum,
@@ -27,7 +28,6 @@ from smt_dist.selection import warmup
 from smt_dist.selection.scores import ElementwiseAccumulator
 from smt_dist.selection.warmup import collect_scores
 from smt_dist.sparse.layer_names import layer_key
-from smt_dist.training.pipeline import warmup_batches
 from workers.runs import elements_held, engine_arguments, load_model, standard_data
 
 ROUTED_SCORES = ["mean_abs", "abs_mean", "l1", "l2", "mean_abs_per_step", "l2_per_step"]
