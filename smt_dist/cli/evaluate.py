@@ -126,7 +126,7 @@ def _load_model(arguments: argparse.Namespace) -> tuple[PreTrainedModel, PreTrai
     tokenizer = load_tokenizer(source)
     model = load_causal_lm(source, arguments.dtype)
     if arguments.adapter:
-        from smt_dist import load_adapter
+        from smt_dist.checkpoint.adapter import load_adapter
 
         load_adapter(model, arguments.adapter)
     return model.to(device), tokenizer
