@@ -114,8 +114,8 @@ def test_a_loaded_adapter_gives_the_same_logits(adapter):
     model = make_model("llama")
     loaded = smt_dist.load_adapter(model, adapter)
     assert torch.equal(logits_of(model), logits_of(tuned_model()))
-    assert loaded.config == CONFIG == model.smt_config
-    assert loaded.selection == SELECTION == model.smt_selection
+    assert loaded.config == CONFIG == model.smt.config
+    assert loaded.selection == SELECTION == model.smt.selection
     assert {name for name, p in model.named_parameters() if p.requires_grad} == {f"{Q}.delta", f"{V}.delta"}
 
 

@@ -132,7 +132,7 @@ def test_unmerged_blocks_are_the_same_parameters():
     now = [layer.delta for layer in smt_dist.sparse_layers(model).values()]
     assert all(a is b for a, b in zip(parameters, now, strict=True))
     assert all(delta.requires_grad for delta in now)
-    assert model.smt_selection == SELECTION
+    assert model.smt.selection == SELECTION
 
 
 def test_a_tied_head_is_cut_loose_by_the_merge_and_tied_again_by_the_unmerge():

@@ -114,7 +114,7 @@ def test_removed_blocks_leave_the_base_bit_for_bit():
     assert_same_state(model, state_of(base))
     assert torch.equal(logits_of(model), logits_of(base))
     assert not smt_dist.sparse_layers(model)
-    assert not hasattr(model, "smt_selection")
+    assert not hasattr(model, "smt")
 
 
 def test_disabled_blocks_give_the_base_exactly_and_come_back():

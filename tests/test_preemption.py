@@ -20,6 +20,7 @@ from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.fault_tolerance import supervision
 from smt_dist.fault_tolerance.preemption import Preempted
 from smt_dist.training.arguments import SMTTrainingArguments
+from smt_dist.training.reselect import trainer_class
 from smt_dist.training.trainer import SMTTrainer
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
@@ -64,7 +65,9 @@ def make(model_folder, tmp_path):
         supervision._active.preemption = None
         supervision.supervise(args.heartbeat_timeout)
         data = {"train_dataset": make_rows(8), "eval_dataset": make_rows(4, seed=5)}
-        return SMTTrainer(model, args, deltas, data_collator=CausalLMCollator(0), callbacks=[*callbacks], **data)
+        return trainer_class(model)(
+            model, args, deltas, data_collator=CausalLMCollator(0), callbacks=[*callbacks], **data
+        )
 
     return make_it
 
@@ -200,15 +203,15 @@ def test_an_exchange_of_an_earlier_run_is_not_taken_for_this_ones(make, grouped,
     adapter = read_adapter(Path(first.args.output_dir) / "checkpoint-2")
     assert adapter.active.step == 2
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    attach_adapter(model, adapter, "adapter", config, torch.float32, train_active=True)
+    attach_adapter(model, adapter._replace(config=config))
     second = make(_Ask(2), model=model, deltas=trained_deltas(adapter), folder="second", max_steps=4)
     second.train()
     assert second.preempted
     assert read_adapter(second.saved_when_preempted()).active.step == 0
-    active = model.smt_selection
+    active = model.smt.selection
     third = make(model=model, folder="second", max_steps=3)
     third.train(resume_from_checkpoint=second.saved_when_preempted())
-    assert model.smt_selection != active
+    assert model.smt.selection != active
 
 
 def test_a_first_step_that_was_skipped_can_be_gone_on_from(make, model_folder):

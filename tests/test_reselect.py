@@ -183,7 +183,7 @@ def test_the_reselected_adapter_loads_computes_and_merges_as_it_was_trained(foun
     loaded = logits(model)
     assert not torch.allclose(loaded, before, atol=1e-3)
     smt_dist.remove_blocks(model)
-    smt_dist.checkpoint.adapter.attach_adapter(model, adapter, "a", adapter.config, torch.float32, train_active=True)
+    smt_dist.checkpoint.adapter.attach_adapter(model, adapter)
     torch.testing.assert_close(logits(model), loaded)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {f"{module}.delta" for module in adapter.trained.blocks}

@@ -152,11 +152,11 @@ def test_stability_is_measured_kept_and_gone_on_with(train, tmp_path, monkeypatc
     ran = []
     collect = stability_runs.collect
 
-    def counted(model, data, config, args):
+    def counted(model, data, config, args, engine):
         ran.append((len(data.train), config.warmup.steps, config.block_size, args.data_seed))
         if len(ran) == 5:
             raise SMTError("interrupted")
-        return collect(model, data, config, args)
+        return collect(model, data, config, args, engine)
 
     monkeypatch.setattr(stability_runs, "collect", counted)
     other = write_json(tmp_path / "other.json", ROWS[:10])

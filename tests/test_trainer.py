@@ -54,9 +54,9 @@ def test_layers_below_the_lowest_block_have_no_backward(tmp_path, checkpointing)
 def test_checkpoint_that_was_cut_short_is_passed_over(tmp_path):
     """Its last file is missing: taken by ``--resume_from_checkpoint auto``, every restart would fail on it."""
     make_trainer(tmp_path, save_strategy="steps", save_steps=1).train()
-    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-2")
+    assert str(last_checkpoint(str(tmp_path))) == str(tmp_path / "checkpoint-2")
     (tmp_path / "checkpoint-2" / "trainer_state.json").unlink()
-    assert last_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoint-1")
+    assert str(last_checkpoint(str(tmp_path))) == str(tmp_path / "checkpoint-1")
 
 
 def write_moments(folder: Path, module: str, moment: torch.Tensor, counters: dict[str, float]) -> None:

@@ -17,15 +17,15 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
-from smt_dist.checkpoint.atomic import MANIFEST_FILE, read_manifest, saving, verify
+from smt_dist.checkpoint.atomic import MANIFEST_FILE, VerifiedFolder, read_manifest, saving, verify
 from smt_dist.config import GroupConfig, SMTConfig, parse_model
 from smt_dist.errors import SMTError
 from smt_dist.files import check_tensors, read_header, read_tensors, read_text, write_tensors
 from smt_dist.sparse.blocks import BlockSelection, rearrange, without
 from smt_dist.sparse.fingerprint import base_fingerprint
 from smt_dist.sparse.surgery import (
+    add_frozen_blocks,
     apply_selection,
-    attach_touched,
     frozen_layers,
     remove_blocks,
     sparse_layers,
@@ -111,15 +111,15 @@ def write_blocks_of(
     model: nn.Module, folder: Path, deltas: Iterable[tuple[str, torch.Tensor]] | None = None, card: str = ""
 ) -> None:
     """The files of :func:`save_adapter`, into a folder that is a part of something larger and saved with it."""
-    touched, active, layers = touched_selection(model), model.smt_selection, sparse_layers(model)
+    touched, active, layers = touched_selection(model), model.smt.selection, sparse_layers(model)
     if deltas is None:
         deltas = ((name, layer.delta) for name, layer in layers.items())
-    step = getattr(model, "smt_reselected_at", None)
+    step = model.smt.reselected_at
     adapter = Adapter(
-        config=model.smt_config or config_of(touched),
+        config=model.smt.config or config_of(touched),
         selection=touched,
         deltas={},
-        base_fingerprint=model.smt_base_fingerprint,
+        base_fingerprint=model.smt.base_fingerprint,
         active=None if step is None else ActiveBlocks(step=step, selection=active),
     )
     # A selection that was read from a file may list its modules in another order than the model has them.
@@ -186,30 +186,28 @@ def load_adapter(
             The model is unchanged then, apart from blocks that it had.
     """
     adapter = read_adapter(folder)
-    attach_adapter(model, adapter, str(folder), adapter.config, dtype, verify_base)
+    if verify_base:
+        verify_base_model(model, adapter, str(folder))
+    # Blocks that a re-selection froze are ordinary blocks here; the fingerprint is that of the base that is there.
+    fingerprint = adapter.base_fingerprint if verify_base else ""
+    attach_adapter(model, adapter._replace(active=None, base_fingerprint=fingerprint), dtype)
     return adapter
 
 
-def read_adapter(folder: str | Path) -> Adapter:
+def read_adapter(source: str | Path | VerifiedFolder) -> Adapter:
     """Read an adapter folder, after comparing it with its manifest.
+
+    Args:
+        source: the folder; of one that is known to be what was saved, only the files' sizes are compared.
 
     Raises:
         SMTError: a file is missing, malformed or not what was saved, or a tensor is missing, extra, or of another shape
             or dtype.
     """
-    folder = Path(folder)
+    folder = Path(source)
     if not folder.is_dir():
         raise SMTError(f"{folder}: no such adapter folder")
-    if (manifest := read_manifest(folder)) is None:
-        logger.warning(
-            "%s: has no %s: it is from an older version, or a copy that isn't complete; its form is checked, but "
-            "damage to its values can't be seen",
-            folder,
-            MANIFEST_FILE,
-        )
-    else:
-        active = {ACTIVE_FILE} if ACTIVE_FILE in manifest.files or (folder / ACTIVE_FILE).exists() else set()
-        verify(folder, manifest, {CONFIG_FILE, SELECTION_FILE, BLOCKS_FILE} | active)
+    _compare_with_manifest(source)
     config = SMTConfig.from_json_file(folder / CONFIG_FILE)
     selection = BlockSelection.from_json_file(folder / SELECTION_FILE)
     path = folder / BLOCKS_FILE
@@ -221,6 +219,20 @@ def read_adapter(folder: str | Path) -> Adapter:
         if not tensor.isfinite().all():
             raise SMTError(f"{path}: {name} is not finite (NaN or infinity): its training diverged")
     return Adapter(config, selection, tensors, metadata.get("base_fingerprint", ""), read_active(folder, selection))
+
+
+def _compare_with_manifest(source: str | Path | VerifiedFolder) -> None:
+    folder, is_verified = Path(source), isinstance(source, VerifiedFolder)
+    if (manifest := source.manifest if is_verified else read_manifest(folder)) is None:
+        logger.warning(
+            "%s: has no %s: it is from an older version, or a copy that isn't complete; its form is checked, but "
+            "damage to its values can't be seen",
+            folder,
+            MANIFEST_FILE,
+        )
+        return
+    active = {ACTIVE_FILE} if ACTIVE_FILE in manifest.files or (folder / ACTIVE_FILE).exists() else set()
+    verify(folder, manifest, {CONFIG_FILE, SELECTION_FILE, BLOCKS_FILE} | active, checksums=not is_verified)
 
 
 def trained_deltas(adapter: Adapter) -> Mapping[str, torch.Tensor]:
@@ -255,46 +267,34 @@ def read_active(folder: Path, touched: BlockSelection) -> ActiveBlocks | None:
 
 
 def attach_adapter(
-    model: nn.Module,
-    adapter: Adapter,
-    source: str,
-    config: SMTConfig,
-    dtype: torch.dtype,
-    verify_base: bool = True,
-    device: torch.device | None = None,
-    train_active: bool = False,
+    model: nn.Module, adapter: Adapter, dtype: torch.dtype = torch.float32, device: torch.device | None = None
 ) -> None:
-    """Put a read adapter's blocks into ``model``, in place; blocks that it has already are replaced.
+    """Put an adapter's blocks into ``model``, in place; blocks that it has already are replaced.
 
     Args:
-        model: as for :func:`load_adapter`.
-        adapter: see :func:`read_adapter`.
-        source: names the adapter in errors.
-        config: recorded in the adapters that are saved from this model.
-        dtype: of the blocks.
-        verify_base: compare the content fingerprint of the base.
+        model: the adapter's base (:func:`verify_base_model`).
+        adapter: its ``active`` blocks are trained, the others stay frozen; an empty fingerprint is worked out.
+        dtype: of the blocks, as in :func:`apply_selection`.
         device: of the blocks, as in :func:`apply_selection`.
-        train_active: leave blocks frozen that a re-selection has frozen; otherwise all are ordinary blocks.
 
     Raises:
-        SMTError: as :func:`load_adapter`.
+        SMTError: the selection doesn't fit the model.
     """
-    fingerprint = verify_base_model(model, adapter, source) if verify_base else None
-    if adapter.active is not None and train_active:
-        fingerprint = fingerprint or adapter.base_fingerprint
-        attach_touched(model, adapter.selection, adapter.trained, adapter.deltas, config, dtype, device, fingerprint)
-        model.smt_reselected_at = adapter.active.step
-        return
-    if sparse_layers(model):
-        remove_blocks(model)
-    apply_selection(model, adapter.selection, config, dtype, fingerprint=fingerprint, device=device)
-    for name, layer in sparse_layers(model).items():
-        with torch.no_grad():
-            layer.delta.copy_(adapter.deltas[name])
+    remove_blocks(model)
+    touched, trained, deltas = adapter.selection, adapter.trained, trained_deltas(adapter)
+    if (frozen := without(touched, trained)) is not None:
+        masters = {name: rearrange(adapter.deltas[name], touched, frozen, name) for name in frozen.blocks}
+        add_frozen_blocks(model, frozen, masters, dtype, device)
+    apply_selection(model, trained, adapter.config, dtype, fingerprint=adapter.base_fingerprint, device=device)
+    model.smt.frozen_groups = dict(touched.groups)
+    model.smt.reselected_at = adapter.active.step if adapter.active is not None else None
+    with torch.no_grad():
+        for name, layer in sparse_layers(model).items():
+            layer.delta.copy_(deltas[name])
 
 
-def verify_base_model(model: nn.Module, adapter: Adapter, source: str) -> str:
-    """Check that ``model`` is the base of ``adapter``; its fingerprint. Raises SMTError, naming the source."""
+def verify_base_model(model: nn.Module, adapter: Adapter, source: str) -> None:
+    """Check that ``model`` is the base of ``adapter``. Raises SMTError, naming the source."""
     modules = dict(base_modules(model))
     missing = [name for name in adapter.selection.blocks if name not in modules or not takes_blocks(modules[name])]
     if missing:
@@ -304,7 +304,6 @@ def verify_base_model(model: nn.Module, adapter: Adapter, source: str) -> str:
     except SMTError as error:
         raise SMTError(f"{source}: trained on another model: {error}") from None
     verify_fingerprint(adapter, fingerprint, source)
-    return fingerprint
 
 
 def verify_fingerprint(adapter: Adapter, fingerprint: str, source: str) -> None:

@@ -16,6 +16,7 @@ import os
 import shutil
 import stat
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
@@ -60,6 +61,25 @@ class Manifest(BaseModel):
             if not parts or not plain or name.startswith("/") or ".." in parts or name == MANIFEST_FILE:
                 raise ValueError(f"{name[:80]!r} is no name of a file inside the folder")
         return value
+
+
+@dataclass(frozen=True)
+class VerifiedFolder(os.PathLike):
+    """A saved folder whose content was compared with its manifest: handed on, so that it isn't read for that again.
+
+    Attributes:
+        folder: where it lies.
+        manifest: what it holds.
+    """
+
+    folder: Path
+    manifest: Manifest
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.folder)
+
+    def __str__(self) -> str:
+        return os.fspath(self.folder)
 
 
 def write_manifest(folder: Path) -> Manifest:

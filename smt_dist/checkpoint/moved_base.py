@@ -13,6 +13,8 @@ from smt_dist.distributed import get_rank, write_on_rank_zero
 from smt_dist.files import save_tokenizer
 from smt_dist.sparse.sharded import gathered
 
+MOVED_BASE = "moved_base"  # a folder beside the checkpoints
+
 
 def save_moved_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the base as the warm-up moved it, an ordinary model folder, whole or not at all; collective.

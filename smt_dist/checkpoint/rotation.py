@@ -11,7 +11,7 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from smt_dist.checkpoint.atomic import MANIFEST_FILE, read_manifest, verify
+from smt_dist.checkpoint.atomic import MANIFEST_FILE, VerifiedFolder, read_manifest, verify
 from smt_dist.checkpoint.trainer_state import check_trainer_state
 from smt_dist.checkpoint.training_state import OPTIMIZER_FILE, SCHEDULE_FILE
 from smt_dist.distributed import agree, from_main_process
@@ -34,12 +34,8 @@ def checkpoint_folders(output_dir: str | Path) -> list[Path]:
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if path.is_dir())]
 
 
-def check_checkpoint(folder: Path, checksums: bool = True) -> None:
-    """Verify that a checkpoint is what was saved, and that training can go on from it.
-
-    Args:
-        folder: the checkpoint.
-        checksums: read all files; False looks at their sizes only.
+def verify_checkpoint(folder: Path) -> VerifiedFolder:
+    """Verify that a checkpoint is what was saved, and that training can go on from it; reads all its files.
 
     Raises:
         SMTError: what is wrong, with the file's name.
@@ -49,14 +45,15 @@ def check_checkpoint(folder: Path, checksums: bool = True) -> None:
     manifest = read_manifest(folder)
     if manifest is None:
         raise SMTError(f"{folder}: has no {MANIFEST_FILE}: no checkpoint, one of an older version, or cut short")
-    verify(folder, manifest, checksums=checksums)
+    verify(folder, manifest)
     for name in (TRAINER_STATE_NAME, OPTIMIZER_FILE, SCHEDULE_FILE):
         if name not in manifest.files:
             raise SMTError(f"{folder}: has no {name}: there is nothing to go on from (--save_only_model)")
     check_trainer_state(folder)
+    return VerifiedFolder(folder, manifest)
 
 
-def last_checkpoint(output_dir: str) -> str | None:
+def last_checkpoint(output_dir: str) -> VerifiedFolder | None:
     """The newest checkpoint that is whole, if there is any; a newer one that is damaged is named in the log.
 
     Raises:
@@ -68,46 +65,52 @@ def last_checkpoint(output_dir: str) -> str | None:
             manifest = read_manifest(folder)
             if manifest is not None and OPTIMIZER_FILE not in manifest.files:
                 continue  # of --save_only_model: whole, but nothing to go on from
-            check_checkpoint(folder)
+            found = verify_checkpoint(folder)
         except SMTError as error:
             logger.warning("checkpoint passed over: %s", error)
             damaged.append(str(error))
         else:
             if damaged:
                 logger.warning("going on from %s instead", folder)
-            return os.fspath(folder)
+            return found
     if damaged:
         raise SMTError(f"{output_dir}: none of its checkpoints is whole ({damaged[0]}); to start anew, move them away")
     return None
 
 
-def find_checkpoint(wanted: str | bool | None, output_dir: str) -> str | None:
-    """The checkpoint that ``--resume_from_checkpoint`` means, verified by rank 0; the same on every rank. Collective.
+def find_checkpoint(wanted: str | bool | VerifiedFolder | None, output_dir: str) -> VerifiedFolder | None:
+    """The checkpoint that ``--resume_from_checkpoint`` means; the same on every rank. Collective.
+
+    Rank 0 reads all its files once; the others compare the files' sizes with what rank 0 has found.
 
     Args:
-        wanted: a folder; ``auto``: the newest that is whole, if there is any; ``true`` (or True): the newest, which has
-            to exist; ``false``, ``none`` or None: none.
+        wanted: one that was found before, which is given back; a folder; ``auto``: the newest that is whole, if there
+            is any; ``true`` (or True): the newest, which has to exist; ``false``, ``none`` or None: none.
         output_dir: of the run.
 
     Raises:
         SMTError: it is damaged or missing, or a rank doesn't see it.
     """
+    if isinstance(wanted, VerifiedFolder):
+        return wanted
     flag = str(wanted).lower()
     if flag in ("false", "none"):
         return None
 
-    def find() -> str | None:
+    def find() -> VerifiedFolder | None:
         if flag not in ("auto", "true"):
-            check_checkpoint(Path(wanted))
-            return os.fspath(wanted)
+            return verify_checkpoint(Path(wanted))
         found = last_checkpoint(output_dir)
         if found is None and flag == "true":
             raise SMTError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint")
         return found
 
     def check_that_it_is_here() -> None:
-        if found is not None and not Path(found).is_dir():
+        if found is None:
+            return
+        if not found.folder.is_dir():
             raise SMTError(f"{found}: rank 0 found a checkpoint there, this rank doesn't (is --output_dir shared?)")
+        verify(found.folder, found.manifest, checksums=False)
 
     found = from_main_process(find, "the checkpoint")
     agree(check_that_it_is_here, "the checkpoint")

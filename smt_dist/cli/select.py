@@ -21,6 +21,7 @@ from smt_dist.cli.program import check_writable, parse_arguments, run_program
 from smt_dist.cli.stability_runs import Cell, compare, parse_axes, plan_cells, run_cells, table
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import agree, get_rank, write_on_rank_zero
+from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.fault_tolerance.supervision import honour_collective_timeout, supervise
@@ -29,8 +30,9 @@ from smt_dist.selection.block_scores import BlockScores, save_scores, scores_pat
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.training.arguments import SMTTrainingArguments
 from smt_dist.training.loading import load_tokenizer_and_model
-from smt_dist.training.pipeline import collect_and_select, load_config, load_data
+from smt_dist.training.pipeline import collect_and_select, load_data
 from smt_dist.training.run_arguments import RunArguments
+from smt_dist.training.run_plan import RunPlan
 
 
 @dataclass
@@ -63,7 +65,7 @@ def main() -> None:
     set_seed(args.seed)
     output = Path(run.output)
     agree(lambda: check_writable("--output", output.parent), "the output folder")
-    config = agree(lambda: load_config(run, None, None, None), "the SMT config")
+    config = RunPlan.resolve(run).config
     if config.warmup.mode == "full_ft":
         raise SMTError("warmup.mode full_ft moves the base, which this program doesn't keep: run train.py")
     cells = plan_stability(run, config, args)
@@ -71,15 +73,16 @@ def main() -> None:
     if config.selection.needs_batches and not all(files):
         run.check_data()
     enter_phase("load")
-    tokenizer, model = load_tokenizer_and_model(run, args)
+    engine = make_engine(args.engine_options)
+    tokenizer, model = load_tokenizer_and_model(run, args, engine)
     honour_collective_timeout(model, args.ddp_timeout)
     if cells:
-        paths = run_cells(cells, output.with_name(f"{output.stem}_cells"), run, args, tokenizer, model)
+        paths = run_cells(cells, output.with_name(f"{output.stem}_cells"), run, args, tokenizer, model, engine)
         write_stability(output, cells, paths)
         return
     data = load_data(run, tokenizer) if config.selection.needs_batches else None
     enter_phase("warm-up")
-    selection, scores = collect_and_select(model, data, config, args)
+    selection, scores = collect_and_select(model, data, config, args, engine)
     write(selection, scores, output)
     draw(run, output.with_suffix(".html"), selection, scores)
     if get_rank() == 0:

@@ -24,6 +24,7 @@ from smt_dist.cli.pictures import keep_scores
 from smt_dist.config import SMTConfig, parse_model
 from smt_dist.data.batches import TrainingData
 from smt_dist.distributed import broadcast_first, get_rank
+from smt_dist.engines.base import Engine
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.selection.block_scores import load_scores
@@ -131,6 +132,7 @@ def run_cells(
     args: SMTTrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     model: PreTrainedModel,
+    engine: Engine,
 ) -> list[Path]:
     """Score each cell that isn't in ``folder`` yet; collective. Returns their files, which rank 0 has written."""
     paths = [folder / f"{_key(cell, run, args)}.safetensors" for cell in cells]
@@ -147,7 +149,7 @@ def run_cells(
             data = _half(loaded[1], cell.half)
         enter_phase(f"warm-up, {cell.axis} {cell.label}")
         with _data_seed(args, cell.seed):
-            scores = collect(model, data, cell.config, args)
+            scores = collect(model, data, cell.config, args, engine)
         keep_scores(scores, path)
     return paths
 

@@ -11,18 +11,19 @@ from __future__ import annotations
 import logging
 import signal
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from smt_dist.checkpoint.adapter import trained_deltas
-from smt_dist.checkpoint.moved_base import save_moved_base
-from smt_dist.checkpoint.rotation import find_checkpoint
+from smt_dist.checkpoint.moved_base import MOVED_BASE, save_moved_base
 from smt_dist.cli.pictures import PAGE_FILE, draw, keep_scores, known_scores
 from smt_dist.cli.program import check_writable, parse_arguments, run_program
-from smt_dist.config import SMTConfig
 from smt_dist.data.batches import TrainingData
-from smt_dist.distributed import agree, from_main_process, get_rank
+from smt_dist.distributed import agree, get_rank
+from smt_dist.engines import make_engine
+from smt_dist.engines.base import Engine
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.fault_tolerance.supervision import honour_collective_timeout, supervise
@@ -35,12 +36,31 @@ from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.surgery import touched_selection
 from smt_dist.training.arguments import SMTTrainingArguments
 from smt_dist.training.loading import load_tokenizer_and_model
-from smt_dist.training.pipeline import attach_blocks, collect_and_select, find_selection, load_config, load_data
+from smt_dist.training.pipeline import attach_blocks, collect_and_select, load_data
+from smt_dist.training.reselect import trainer_class
 from smt_dist.training.run_arguments import RunArguments
+from smt_dist.training.run_plan import RunPlan
 from smt_dist.training.trainer import SMTTrainer
 
 logger = logging.getLogger("smt_dist.train")  # under the name whose level the command line sets
-MOVED_BASE = "moved_base"
+
+
+@dataclass
+class Job:
+    """What the steps of a run share."""
+
+    plan: RunPlan
+    args: SMTTrainingArguments
+    engine: Engine
+    recorder: Recorder
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
+    data: TrainingData
+
+    @property
+    def page(self) -> Path:
+        """The selection's page."""
+        return Path(self.args.output_dir) / PAGE_FILE
 
 
 def main() -> None:
@@ -54,82 +74,77 @@ def main() -> None:
 
 
 def tune(run: RunArguments, args: SMTTrainingArguments) -> None:
-    """The whole run: load, warm-up, selection, training, saving."""
+    """Run the whole job: load, warm-up, selection, training, saving."""
     args.set_up_process_group()
     supervise(args.heartbeat_timeout)
     set_seed(args.seed)
     agree(lambda: check_writable("--output_dir", Path(args.output_dir)), "the output folder")
-
     if run.profile_memory is not None:
         agree(lambda: prepare_profiling(Path(run.profile_memory)), "the folder of the memory report")
-    recorder = Recorder(args.device, run.profile_memory_steps, enabled=run.profile_memory is not None)
-
-    resume_from = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    selection, adapter = agree(lambda: find_selection(run, resume_from), "the selection")
-    config = agree(lambda: load_config(run, selection, adapter, resume_from), "the SMT config")
-    if resume_from is not None and config.warmup.mode == "full_ft":
-        moved = Path(resume_from).parent / MOVED_BASE
-        # The checkpoint's blocks belong to that base; a run that continued an adapter was given it.
-        if from_main_process(moved.is_dir, "the moved base"):
-            run.model_name_or_path, run.gguf_file = str(moved), None
-
-    enter_phase("load")
-    with recorder.phase("load"):
-        tokenizer, model = load_tokenizer_and_model(run, args)
-        recorder.see_model(model)
-    honour_collective_timeout(model, args.ddp_timeout)
-    enter_phase("data")
-    data = load_data(run, tokenizer)
-    page = Path(args.output_dir) / PAGE_FILE
-    if selection is None:
-        selection, scores = warm_up(model, tokenizer, data, config, args, recorder)
-    else:
-        scores = agree(lambda: known_scores(run, page.parent, selection), "the scores")
-    enter_phase("attaching the blocks")
-    with recorder.phase("setup", model):  # training from the first step on
-        attach_blocks(model, selection, config, args, adapter, resume_from or f"--adapter {run.adapter}")
-        draw(run, page, selection, scores)
-        trainer = SMTTrainer(
-            model,
-            args,
-            deltas=trained_deltas(adapter) if adapter is not None else None,
-            train_dataset=data.train,
-            eval_dataset=data.evaluation,
-            data_collator=data.collator,
-            processing_class=tokenizer,
-            callbacks=recorder.watch_training(model),
-        )
-        result = trainer.train(resume_from_checkpoint=resume_from)
+    job = load(RunPlan.resolve(run, args.output_dir, args.resume_from_checkpoint), args)
+    selection, scores = choose(job)
+    trainer, metrics = train(job, selection, scores)
     if trainer.preempted:
         report_preemption(trainer)
         return
-    save_results(trainer, result.metrics, recorder)
+    save_results(trainer, metrics, job.recorder)
     if run.profile_memory is not None:
-        report = publish(recorder, Path(run.profile_memory), model, config, args)
+        report = publish(job.recorder, Path(run.profile_memory), job.model, job.plan.config, args)
         if report is not None:
             print(f"{report}\nmemory report: {Path(run.profile_memory) / PAGE}", flush=True)
-    draw(run, page, touched_selection(trainer.model), scores, trainer.state.log_history)
+    draw(job.plan.run, job.page, touched_selection(trainer.model), scores, trainer.state.log_history)
     if get_rank() == 0:
         print(f"adapter saved in {args.output_dir}", flush=True)
 
 
-def warm_up(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    data: TrainingData,
-    config: SMTConfig,
-    args: SMTTrainingArguments,
-    recorder: Recorder,
-) -> tuple[BlockSelection, BlockScores]:
-    """Choose the blocks, and keep what they were chosen by."""
+def load(plan: RunPlan, args: SMTTrainingArguments) -> Job:
+    """Read model and data; collective."""
+    run, engine = plan.run, make_engine(args.engine_options)
+    recorder = Recorder(args.device, run.profile_memory_steps, enabled=run.profile_memory is not None)
+    enter_phase("load")
+    with recorder.phase("load"):
+        tokenizer, model = load_tokenizer_and_model(run, args, engine)
+        recorder.see_model(model)
+    honour_collective_timeout(model, args.ddp_timeout)
+    enter_phase("data")
+    return Job(plan, args, engine, recorder, tokenizer, model, load_data(run, tokenizer))
+
+
+def choose(job: Job) -> tuple[BlockSelection, BlockScores | None]:
+    """Take the selection that was made earlier, or run the warm-up; with the scores that it was chosen by."""
+    plan, args, model, recorder = job.plan, job.args, job.model, job.recorder
+    folder = Path(args.output_dir)
+    if plan.selection is not None:
+        return plan.selection, agree(lambda: known_scores(plan.run, folder, plan.selection), "the scores")
     enter_phase("warm-up")
     with recorder.phase("warmup", model):
-        observe = recorder.observe_warmup(model, config.warmup.steps)
-        selection, scores = collect_and_select(model, data, config, args, observe)
-    keep_scores(scores, Path(args.output_dir) / SCORES_FILE)
-    if config.warmup.mode == "full_ft":  # the blocks belong to the base as the warm-up left it
-        save_moved_base(model, tokenizer, Path(args.output_dir) / MOVED_BASE)
+        observe = recorder.observe_warmup(model, plan.config.warmup.steps)
+        selection, scores = collect_and_select(model, job.data, plan.config, args, job.engine, observe)
+    keep_scores(scores, folder / SCORES_FILE)
+    if plan.config.warmup.mode == "full_ft":  # the blocks belong to the base as the warm-up left it
+        save_moved_base(model, job.tokenizer, folder / MOVED_BASE)
     return selection, scores
+
+
+def train(job: Job, selection: BlockSelection, scores: BlockScores | None) -> tuple[SMTTrainer, dict[str, float]]:
+    """Put the blocks into the model and train them; the trainer and its metrics."""
+    plan, args, model, data = job.plan, job.args, job.model, job.data
+    enter_phase("attaching the blocks")
+    with job.recorder.phase("setup", model):  # training from the first step on
+        attach_blocks(model, selection, plan.config, args, plan.adapter, plan.adapter_source)
+        draw(plan.run, job.page, selection, scores)
+        trainer = trainer_class(model)(
+            model,
+            args,
+            deltas=trained_deltas(plan.adapter) if plan.adapter is not None else None,
+            engine=job.engine,
+            train_dataset=data.train,
+            eval_dataset=data.evaluation,
+            data_collator=data.collator,
+            processing_class=job.tokenizer,
+            callbacks=job.recorder.watch_training(model),
+        )
+        return trainer, trainer.train(plan.checkpoint).metrics
 
 
 def report_preemption(trainer: SMTTrainer) -> None:

@@ -10,13 +10,14 @@ from torch import nn
 
 from smt_dist.config import SMTConfig
 from smt_dist.errors import SMTError
-from smt_dist.sparse.blocks import BlockSelection, rearrange, without
+from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.embedding import SparseEmbedding
 from smt_dist.sparse.fingerprint import base_fingerprint
 from smt_dist.sparse.frozen import FrozenBlocks, make_frozen
 from smt_dist.sparse.layer import SparseLayer, bare
 from smt_dist.sparse.linear import SparseLinear
 from smt_dist.sparse.sharded import full_numel
+from smt_dist.sparse.state import SparseState
 from smt_dist.sparse.targets import (
     base_modules,
     is_embedding,
@@ -45,7 +46,7 @@ def apply_selection(
         dtype: of the blocks. fp32 makes each block its own master; engines with masters of their own
             (DeepSpeed in bf16) take the base's dtype.
         untie: allow tied targets (also ``config.untie``); the tie is cut at the merge.
-        fingerprint: the base's, where the caller knows it: a sharded base takes a gather of every selected weight.
+        fingerprint: the base's; empty or None: worked out, which gathers every selected weight of a sharded base.
         device: of the blocks; default: each base weight's, which is wrong where the base is offloaded.
 
     Raises:
@@ -62,7 +63,7 @@ def apply_selection(
         parameter.requires_grad_(False)
     for name, layer in layers.items():
         model.set_submodule(name, layer)
-    model.smt_selection, model.smt_config, model.smt_base_fingerprint = selection, config, fingerprint
+    model.smt = SparseState(selection, config, fingerprint)
 
 
 def _build_layers(
@@ -112,21 +113,14 @@ def frozen_layers(model: nn.Module) -> dict[str, FrozenBlocks]:
     return {name: layer for name, layer in inner.items() if isinstance(layer, FrozenBlocks)}
 
 
-def multiplier_of(model: nn.Module, module: str) -> float:
-    """The learning-rate multiplier of a module's group in the SMT config; 1 where it has none."""
-    group = model.smt_selection.groups.get(module)
-    multipliers = {g.name: g.lr_multiplier for g in model.smt_config.groups} if model.smt_config else {}
-    return multipliers.get(group, 1.0)
-
-
 def group_multipliers(model: nn.Module) -> list[float]:
     """Those of all modules with blocks, once each, from the smallest on: one parameter group each."""
-    return sorted({multiplier_of(model, name) for name in sparse_layers(model)})
+    return sorted({model.smt.multiplier_of(name) for name in sparse_layers(model)})
 
 
 def touched_selection(model: nn.Module) -> BlockSelection:
     """All blocks that differ from the base: the trainable ones, and those that re-selection has frozen."""
-    active, frozen = model.smt_selection, frozen_layers(model)
+    active, frozen = model.smt.selection, frozen_layers(model)
     if not frozen:
         return active
     order = [name for name, module in base_modules(model) if isinstance(module, SparseLayer)]
@@ -134,7 +128,7 @@ def touched_selection(model: nn.Module) -> BlockSelection:
         name: sorted([*active.blocks.get(name, ()), *(frozen[name].blocks if name in frozen else ())]) for name in order
     }
     shapes = {name: (model.get_submodule(name).grid.rows, model.get_submodule(name).grid.cols) for name in order}
-    groups = {**getattr(model, "smt_frozen_groups", {}), **active.groups}
+    groups = {**model.smt.frozen_groups, **active.groups}
     return BlockSelection(
         block_size=active.block_size,
         blocks=blocks,
@@ -143,42 +137,27 @@ def touched_selection(model: nn.Module) -> BlockSelection:
     )
 
 
-def attach_touched(
+def add_frozen_blocks(
     model: nn.Module,
-    touched: BlockSelection,
-    active: BlockSelection,
-    deltas: Mapping[str, torch.Tensor],
-    config: SMTConfig | None,
+    selection: BlockSelection,
+    masters: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
     device: torch.device | None = None,
-    fingerprint: str | None = None,
 ) -> None:
-    """Put blocks into ``model``, in place, of which only ``active`` ones are trained; blocks it has are replaced.
+    """Put blocks into ``model`` that compute and are never trained, in place, before :func:`apply_selection`.
 
     Args:
-        model: as for :func:`apply_selection`.
-        touched: all blocks.
-        active: those to train.
-        deltas: module -> fp32 values of its touched blocks.
-        config: recorded in the adapters that are saved from this model.
-        dtype: of the blocks.
-        device: of the blocks, as in :func:`apply_selection`.
-        fingerprint: of the base under the touched blocks, where the caller knows it.
+        model: without blocks.
+        selection: the blocks.
+        masters: module -> fp32 values ``[blocks * block_rows, block_cols]``.
+        dtype: of the values that compute.
+        device: of those values; default: each base weight's.
     """
-    remove_blocks(model)
-    fingerprint = fingerprint or base_fingerprint(model, touched)
-    frozen = without(touched, active)
-    for name, blocks in (frozen.blocks if frozen is not None else {}).items():
+    for name, blocks in selection.blocks.items():
         base = model.get_submodule(name)
-        grid = frozen.grid(name, weight_shape(base))
-        master = rearrange(deltas[name], touched, frozen, name)
-        layer = make_frozen(base, grid, blocks, master, dtype, device or base.weight.device)
+        grid = selection.grid(name, weight_shape(base))
+        layer = make_frozen(base, grid, blocks, masters[name], dtype, device or base.weight.device)
         model.set_submodule(name, layer)
-    model.smt_frozen_groups = dict(touched.groups)
-    apply_selection(model, active, config, dtype, fingerprint=fingerprint, device=device)
-    with torch.no_grad():
-        for name, layer in sparse_layers(model).items():
-            layer.delta.copy_(rearrange(deltas.get(name), touched, active, name))
 
 
 @contextmanager
@@ -199,13 +178,8 @@ def remove_blocks(model: nn.Module) -> None:
     layers = {name: module for name, module in base_modules(model) if isinstance(module, SparseLayer)}
     for name, layer in layers.items():
         model.set_submodule(name, bare(layer))
-    _forget(model)
-
-
-def _forget(model: nn.Module) -> None:
-    for name in ("smt_selection", "smt_config", "smt_base_fingerprint", "smt_frozen_groups", "smt_reselected_at"):
-        if hasattr(model, name):
-            delattr(model, name)
+    if hasattr(model, "smt"):
+        del model.smt
 
 
 def describe_blocks(model: nn.Module) -> str:

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import (
     is_deepspeed_zero3_enabled,
@@ -16,24 +16,25 @@ from transformers.integrations.deepspeed import (
 )
 
 from smt_dist.distributed import agree, get_world_size, main_process_first
-from smt_dist.engines import make_engine
+from smt_dist.engines.base import Engine
 from smt_dist.models.folder import check_model_folder, load_causal_lm, load_tokenizer
 from smt_dist.models.gguf import dequantize_gguf, find_gguf_file
 from smt_dist.models.packing import prepare_model_for_packing
 from smt_dist.training.arguments import SMTTrainingArguments
-
-if TYPE_CHECKING:
-    import torch
-
-    from smt_dist.training.run_arguments import RunArguments
+from smt_dist.training.run_arguments import RunArguments
 
 logger = logging.getLogger(__name__)
 
 
 def load_tokenizer_and_model(
-    run: RunArguments, args: SMTTrainingArguments
+    run: RunArguments, args: SMTTrainingArguments, engine: Engine
 ) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     """Load the base in its dtype; under ZeRO-3 and fsdp2 each rank keeps its part only.
+
+    Args:
+        run: which base.
+        args: its dtype and how it computes.
+        engine: what ``args`` ask for.
 
     Raises:
         SMTError: it can't be read; names the folder.
@@ -44,7 +45,6 @@ def load_tokenizer_and_model(
             source = str(main_process_first(lambda: _dequantize(run, args.base_dtype), "dequantising the GGUF file"))
     options = {} if run.attn_implementation is None else {"attn_implementation": run.attn_implementation}
     config = agree(lambda: check_model_folder(source, run.trust_remote_code), "reading the model's config")
-    engine = make_engine(args.engine_options)
     sharding = engine.load_options(config, args.base_dtype)
     logger.info("engine %s, %d ranks", args.engine, get_world_size())
     tokenizer = agree(lambda: load_tokenizer(source, run.trust_remote_code), "reading the tokenizer")

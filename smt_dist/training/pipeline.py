@@ -3,26 +3,16 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
 import datasets
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from smt_dist.checkpoint.adapter import (
-    CONFIG_FILE,
-    SELECTION_FILE,
-    Adapter,
-    attach_adapter,
-    config_of,
-    read_active,
-    read_adapter,
-)
+from smt_dist.checkpoint.adapter import Adapter, attach_adapter, verify_base_model
 from smt_dist.config import SMTConfig
 from smt_dist.data.batches import TrainingData, warmup_batches
 from smt_dist.data.dataset import CausalLMCollator, build_dataset, get_pad_token_id, load_rows
-from smt_dist.distributed import agree, assert_same_on_all_ranks, get_world_size, main_process_first
-from smt_dist.engines import make_engine
-from smt_dist.errors import SMTError
+from smt_dist.distributed import agree, get_world_size, main_process_first
+from smt_dist.engines.base import Engine
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.models.chunked_loss import chunk_loss
 from smt_dist.selection.block_scores import BlockScores
@@ -38,37 +28,6 @@ from smt_dist.training.run_arguments import RunArguments
 from smt_dist.training.trainer import STATE_BYTES, state_bytes_per_rank
 
 logger = logging.getLogger(__name__)
-
-
-def load_config(
-    run: RunArguments, selection: BlockSelection | None, adapter: Adapter | None, resume_from: str | None
-) -> SMTConfig:
-    """The config: the checkpoint's, the file that is given, the adapter's, what a selection amounts to, the defaults.
-
-    Raises:
-        SMTError: it can't be read, or contradicts the checkpoint, adapter or selection that is given.
-    """
-    given = SMTConfig.from_json_file(run.smt_config) if run.smt_config is not None else None
-    if resume_from is not None:
-        config = SMTConfig.from_json_file(Path(resume_from) / CONFIG_FILE)
-        if given is None:
-            return config
-        changed = given.first_difference(config.model_copy(update={"bad_numbers": given.bad_numbers}))
-        if changed is not None:
-            raise SMTError(
-                f"--smt_config: {run.smt_config} isn't the config that {resume_from} was trained with: {changed}; "
-                "leave the flag out, and the checkpoint's is used"
-            )
-        return given
-    if given is None and adapter is not None:
-        return adapter.config
-    if given is None:
-        return SMTConfig() if selection is None else config_of(selection)
-    if adapter is not None and given.warmup.mode != adapter.config.warmup.mode:
-        raise SMTError(f"--smt_config: {run.smt_config}: warmup.mode isn't that of {run.adapter}")
-    if run.selection is not None and given.warmup.mode == "full_ft":
-        raise SMTError("--selection: no warm-up runs then, so warmup.mode can't be full_ft; set it to probe")
-    return given
 
 
 def load_data(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
@@ -102,10 +61,10 @@ def collect(
     data: TrainingData | None,
     config: SMTConfig,
     args: SMTTrainingArguments,
+    engine: Engine,
     observe: Observer | None = None,
 ) -> BlockScores:
     """Run the warm-up under the engine; ``data`` may be None where the score needs none, and ``observe`` looks on."""
-    engine = make_engine(args.engine_options)
     batches = warmup_batches(data, args.batch_order, config.warmup.steps) if data is not None else ()
     progress = not args.disable_tqdm
     if config.warmup.mode == "full_ft":
@@ -125,25 +84,13 @@ def collect_and_select(
     data: TrainingData | None,
     config: SMTConfig,
     args: SMTTrainingArguments,
+    engine: Engine,
     observe: Observer | None = None,
 ) -> tuple[BlockSelection, BlockScores]:
     """Run the warm-up and choose the blocks; ``observe`` looks on."""
-    scores = collect(model, data, config, args, observe)
+    scores = collect(model, data, config, args, engine, observe)
     enter_phase("selection")
     return select_blocks(scores, config), scores
-
-
-def find_selection(run: RunArguments, resume_from: str | None) -> tuple[BlockSelection | None, Adapter | None]:
-    """A selection made earlier (checkpoint, adapter or file), and the adapter whose blocks to go on from."""
-    if resume_from is not None:
-        selection = BlockSelection.from_json_file(Path(resume_from) / SELECTION_FILE)
-        # After a re-selection it takes the frozen blocks' values too to be where it was.
-        reselected = read_active(Path(resume_from), selection) is not None
-        return selection, read_adapter(resume_from) if reselected else None
-    if run.adapter is not None:
-        adapter = read_adapter(run.adapter)
-        return adapter.trained, adapter
-    return (BlockSelection.from_json_file(run.selection), None) if run.selection is not None else (None, None)
 
 
 def attach_blocks(
@@ -156,18 +103,25 @@ def attach_blocks(
 ) -> None:
     """Put the blocks into the model, in the dtype that the engine wants, and say what is trained.
 
-    ``source`` names the adapter in errors.
+    Args:
+        model: the base.
+        selection: to train, known to be the same on all ranks (:func:`select_blocks`, :class:`RunPlan`).
+        config: recorded in the adapters of this run.
+        args: with dtype and device.
+        adapter: whose values to go on from; its trained blocks are the selection.
+        source: names the adapter in errors.
 
     Raises:
         SMTError: the selection doesn't fit the model, or the adapter belongs to another base.
     """
-    assert_same_on_all_ranks(selection.to_json().encode(), "the block selection")
     # The blocks compute in the base's dtype; the engine keeps their fp32 masters.
     dtype, device = args.base_dtype, args.device
     if adapter is not None:
-        attach_adapter(model, adapter, source, config, dtype, device=device, train_active=True)
+        verify_base_model(model, adapter, source)
+        attach_adapter(model, adapter._replace(config=config), dtype, device)
     else:
         apply_selection(model, selection, config, dtype, device=device)
+    model.smt.is_compared = True
     chunk_loss(model, args.loss_chunk_size, {*selection.blocks, *_may_get_blocks(model, config)})
     logger.info("SMT trains %s", describe_blocks(model))
     logger.info(

@@ -14,7 +14,7 @@ import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -26,19 +26,21 @@ from smt_dist.checkpoint.adapter import (
     ACTIVE_FILE,
     ActiveBlocks,
     Adapter,
+    attach_adapter,
     delta_shape,
     model_card,
     read_adapter,
     trained_deltas,
     write_adapter,
 )
-from smt_dist.checkpoint.atomic import MANIFEST_FILE, saving
+from smt_dist.checkpoint.atomic import MANIFEST_FILE, VerifiedFolder, saving
 from smt_dist.checkpoint.rotation import checkpoint_folder, find_checkpoint
 from smt_dist.checkpoint.training_state import load_states, save_moments
 from smt_dist.config import ReselectConfig, SMTConfig
 from smt_dist.data.batches import TrainingData, warmup_batches
 from smt_dist.distributed import agree, assert_same_on_all_ranks, write_on_rank_zero
 from smt_dist.engines.base import Moments
+from smt_dist.engines.sharded_optimizer import release_gradients
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.files import parse_json_object, read_text
@@ -46,12 +48,9 @@ from smt_dist.selection.exchange import exchange
 from smt_dist.selection.warmup import collect_scores
 from smt_dist.sparse.blocks import Block, BlockSelection, rearrange
 from smt_dist.sparse.fingerprint import base_fingerprint
-from smt_dist.sparse.surgery import attach_touched
+from smt_dist.sparse.surgery import sparse_layers
 from smt_dist.sparse.targets import base_modules, weight_shape
-
-if TYPE_CHECKING:
-    from smt_dist.training.arguments import SMTTrainingArguments
-    from smt_dist.training.trainer import SMTTrainer
+from smt_dist.training.trainer import SMTTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +87,64 @@ class PhaseEnd(TrainerCallback):
             control.should_save |= control.should_log or control.should_evaluate
 
 
+class ReselectingTrainer(SMTTrainer):
+    """An :class:`SMTTrainer` that exchanges blocks where the model's config asks for it (``reselect``).
+
+    Attributes:
+        plan: when and how; None: it trains like any other.
+    """
+
+    reselects = True
+
+    def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(model, *args, **kwargs)
+        self.plan = model.smt.config.reselect if model.smt.config is not None else None
+        self._phase_end = PhaseEnd(self.plan.every) if self.plan is not None else None
+        if self._phase_end is not None:
+            self.add_callback(self._phase_end)
+
+    @property
+    def phase_ended(self) -> bool:
+        """Whether the last phase ended with a re-selection to be made, and not the training."""
+        return self._phase_end is not None and self._phase_end.ended
+
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | VerifiedFolder | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, as :class:`SMTTrainer` does, in phases between which blocks are exchanged."""
+        options = {"trial": trial, "ignore_keys_for_eval": ignore_keys_for_eval}
+        if self.plan is None:
+            return super().train(resume_from_checkpoint, **options)
+        return train_in_phases(self, self.plan, resume_from_checkpoint, options)
+
+    def train_phase(self, checkpoint: VerifiedFolder | None, options: dict[str, Any]) -> TrainOutput:
+        """Train to the end, or to the next re-selection."""
+        return super().train(checkpoint, **options)
+
+    def _load_best_model(self) -> None:
+        # At the end of a phase it would take back what the next one goes on from.
+        if not self.phase_ended:
+            super()._load_best_model()
+
+    def take_down(self) -> None:
+        """Let go of engine and optimizer, so that the model is as before the training; :meth:`train` makes new ones."""
+        self.accelerator.free_memory()  # destroys a DeepSpeed engine
+        self.engine.forget(self.model)
+        release_gradients(layer.delta for layer in sparse_layers(self.model).values())
+        self.model_wrapped, self.optimizer, self.lr_scheduler = self.model, None, None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = self.deepspeed = None
+        self._initial_deltas = None
+
+
+def trainer_class(model: nn.Module) -> type[SMTTrainer]:
+    """The trainer for a model with blocks, by its config."""
+    config = model.smt.config
+    return ReselectingTrainer if config is not None and config.reselect is not None else SMTTrainer
+
+
 def check_arguments(trainer: SMTTrainer) -> None:
     """Raise SMTError for flags that would take a phase's checkpoint away."""
     args = trainer.args
@@ -113,35 +170,43 @@ def first_steps_factor(beta1: float, beta2: float) -> float:
     return max((1 - beta1**k) / math.sqrt(1 - beta2**k) for k in range(1, 1000))
 
 
-def train_in_phases(trainer: SMTTrainer, plan: ReselectConfig, resume: str | bool | None, options: Any) -> TrainOutput:
+def train_in_phases(
+    trainer: ReselectingTrainer, plan: ReselectConfig, resume: str | bool | VerifiedFolder | None, options: Any
+) -> TrainOutput:
     """Train with re-selection; as ``Trainer.train``, with its ``options``."""
     check_arguments(trainer)
     outputs: list[TrainOutput] = []
-    folder = find_checkpoint(resume or None, trainer.args.output_dir)
-    if folder is None and getattr(trainer.model, "smt_reselected_at", None):
-        trainer.model.smt_reselected_at = 0  # of another run, whose adapter this one continues
-    if folder is not None and agree(lambda: _is_due(trainer, plan, Path(folder)), "the checkpoint"):
-        reselect(trainer, plan, Path(folder))
+    checkpoint = find_checkpoint(resume or None, trainer.args.output_dir)
+    if checkpoint is None and trainer.model.smt.reselected_at:
+        trainer.model.smt.reselected_at = 0  # of another run, whose adapter this one continues
+    if checkpoint is not None and agree(lambda: _is_due(trainer, plan, checkpoint.folder), "the checkpoint"):
+        checkpoint = reselect(trainer, plan, checkpoint)
     while True:
-        outputs.append(trainer.train_phase(folder, options))
+        outputs.append(trainer.train_phase(checkpoint, options))
         # A run that was asked to end at the end of a phase makes the exchange when it goes on.
-        if not trainer.phase_end.ended or trainer.preempted:
+        if not trainer.phase_ended or trainer.preempted:
             return _joined(outputs)
-        folder = str(checkpoint_folder(trainer.args.output_dir, trainer.state.global_step))
-        reselect(trainer, plan, Path(folder))
-        if trainer.asked_to_end():
+        folder = checkpoint_folder(trainer.args.output_dir, trainer.state.global_step)
+        checkpoint = reselect(trainer, plan, find_checkpoint(str(folder), trainer.args.output_dir))
+        if trainer.guard.asked_to_end():
             return _joined(outputs)
 
 
-def reselect(trainer: SMTTrainer, plan: ReselectConfig, folder: Path) -> None:
-    """Exchange blocks of the model and of the checkpoint in ``folder``; collective. No engine is left afterwards."""
+def reselect(trainer: ReselectingTrainer, plan: ReselectConfig, checkpoint: VerifiedFolder) -> VerifiedFolder:
+    """Exchange blocks of the model and of a checkpoint; collective. No engine is left afterwards.
+
+    Returns:
+        The checkpoint as it was written anew, in its place.
+    """
+    folder = checkpoint.folder
     enter_phase(f"re-selection in {folder.name}")
     trainer.take_down()
     model, args, engine = trainer.model, trainer.args, trainer.engine
-    adapter = agree(lambda: read_adapter(folder), "reading the checkpoint")
+    adapter = agree(lambda: read_adapter(checkpoint), "reading the checkpoint")
     step = _step_of(folder)
-    config: SMTConfig = model.smt_config
-    _attach(model, adapter, config, args)  # the masters' values, whatever the engine left, or a new process didn't have
+    config: SMTConfig = model.smt.config
+    # The masters' values, whatever the engine left, or a new process didn't have.
+    attach_adapter(model, adapter._replace(config=config), args.base_dtype, args.device)
     data = TrainingData(trainer.train_dataset, None, trainer.data_collator)
     with engine.probing(model):
         batches = warmup_batches(data, args.batch_order, plan.steps, offset=step)
@@ -152,26 +217,13 @@ def reselect(trainer: SMTTrainer, plan: ReselectConfig, folder: Path) -> None:
     fingerprint = base_fingerprint(model, touched)
     new = Adapter(adapter.config, touched, {}, fingerprint, ActiveBlocks(step=step, selection=active))
     write_on_rank_zero(lambda: _rewrite(folder, model, adapter, new), str(folder), "re-selection")
-    written = agree(lambda: read_adapter(folder), "reading the checkpoint")
-    _attach(model, written, config, args)
+    rewritten = find_checkpoint(str(folder), args.output_dir)
+    written = agree(lambda: read_adapter(rewritten), "reading the checkpoint")
+    attach_adapter(model, written._replace(config=config), args.base_dtype, args.device)
     kept = sum(len(set(blocks) & set(active.blocks.get(m, ()))) for m, blocks in adapter.trained.blocks.items())
     grown = len(active) - kept
     logger.info("step %d: re-selected %d of %d blocks; %d touched so far", step, grown, len(active), len(touched))
-
-
-def _attach(model: nn.Module, adapter: Adapter, config: SMTConfig, args: SMTTrainingArguments) -> None:
-    attach_touched(
-        model,
-        adapter.selection,
-        adapter.trained,
-        adapter.deltas,
-        config,
-        args.base_dtype,
-        args.device,
-        adapter.base_fingerprint,
-    )
-    if adapter.active is not None:
-        model.smt_reselected_at = adapter.active.step
+    return rewritten
 
 
 def probe_config(config: SMTConfig, plan: ReselectConfig) -> SMTConfig:
@@ -248,7 +300,7 @@ def _is_due(trainer: SMTTrainer, plan: ReselectConfig, folder: Path) -> bool:
     state = parse_json_object(read_text(path), str(path))
     step = int(state["global_step"])
     last = trainer.args.max_steps if trainer.args.max_steps > 0 else int(state["max_steps"])
-    done = getattr(trainer.model, "smt_reselected_at", None)
+    done = trainer.model.smt.reselected_at
     return 0 < step < last and step % plan.every == 0 and done != step
 
 

@@ -1,231 +1,278 @@
 """``SMTTrainer``: ``transformers.Trainer`` whose optimizer, checkpoints and resume know blocks.
 
-Overrides methods of transformers 5.23 (``tests/test_checkpoint.py`` checks that each still exists).
+Its overrides are methods of transformers 5.23 (``tests/test_checkpoint.py`` checks that each still exists); the work is
+done by :class:`~smt_dist.training.guards.GuardCallback`, :class:`~smt_dist.training.saving.CheckpointWriter` and
+:mod:`smt_dist.training.resume`.
 """
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers import Trainer
 from transformers.trainer_utils import TrainOutput
 
-from smt_dist.checkpoint.adapter import read_adapter, trained_deltas, verify_fingerprint
-from smt_dist.checkpoint.training_state import (
-    GLOBAL_BATCH,
-    load_random_state,
-    load_schedule,
-    load_states,
-    ranks_saved,
-    restore_schedule,
-)
-from smt_dist.distributed import agree, assert_same_on_all_ranks, get_world_size
+from smt_dist.checkpoint.atomic import VerifiedFolder
+from smt_dist.checkpoint.rotation import checkpoint_folder, find_checkpoint
+from smt_dist.config import SMTConfig
+from smt_dist.distributed import assert_same_on_all_ranks, get_world_size
 from smt_dist.engines import make_engine
-from smt_dist.engines.base import BlockState, Engine, unwrapped
-from smt_dist.engines.elementwise import state_names
+from smt_dist.engines.base import Engine, unwrapped
 from smt_dist.engines.sharded_optimizer import ShardedBlockOptimizer, release_gradients
 from smt_dist.errors import SMTError
-from smt_dist.sparse.blocks import rearrange
-from smt_dist.sparse.surgery import frozen_layers, group_multipliers, multiplier_of, sparse_layers, touched_selection
+from smt_dist.fault_tolerance.activity import enter_phase
+from smt_dist.fault_tolerance.non_finite import BadNumbers, poisoned_if_bad
+from smt_dist.fault_tolerance.supervision import honour_collective_timeout
+from smt_dist.sparse.surgery import group_multipliers, sparse_layers
 from smt_dist.sparse.targets import may_be_idle
 from smt_dist.training.arguments import SMTTrainingArguments
-from smt_dist.training.guards import GuardedTrainer
-from smt_dist.training.reselect import PhaseEnd, train_in_phases
-from smt_dist.training.saving import SavingTrainer
-
-logger = logging.getLogger(__name__)
+from smt_dist.training.guards import GuardCallback
+from smt_dist.training.resume import restore_best_blocks, restore_random_state, restore_training
+from smt_dist.training.saving import CheckpointWriter
 
 # Adam keeps an fp32 master and two fp32 moments of each trained element.
 STATE_BYTES = 12
 
 
-class SMTTrainer(GuardedTrainer, SavingTrainer):
+class SMTTrainer(Trainer):
     """Trains the blocks of a model.
 
     Args:
         model: after :func:`smt_dist.apply_selection`.
         args: with the engine and the DeepSpeed config.
         deltas: fp32 masters to start from, for engines whose parameters are rounded (an adapter to continue).
+        engine: what ``args`` ask for, where the caller has it already.
         **kwargs: as for ``transformers.Trainer``.
 
+    Attributes:
+        engine: holds base, masters and state.
+        guard: what the ranks must agree on.
+        writer: of adapters and checkpoints.
+        bad_numbers: counts steps with NaN or infinity.
+
     Raises:
-        SMTError: the model has no blocks, or a DeepSpeed ``optimizer`` section would drop learning-rate multipliers.
+        SMTError: the model has no blocks, its config asks for re-selection, or a DeepSpeed ``optimizer`` section would
+            drop learning-rate multipliers.
     """
+
+    reselects: ClassVar[bool] = False
 
     def __init__(
         self,
         model: nn.Module,
         args: SMTTrainingArguments,
         deltas: Mapping[str, torch.Tensor] | None = None,
+        engine: Engine | None = None,
         **kwargs: Any,
     ) -> None:
         if not sparse_layers(model):
             raise SMTError("SMTTrainer: the model has no blocks; call smt_dist.apply_selection first")
+        config = model.smt.config or SMTConfig()
+        if config.reselect is not None and not self.reselects:
+            raise SMTError("SMTTrainer: reselect needs smt_dist.training.reselect.ReselectingTrainer")
         _refuse_dropped_multipliers(model, args)
-        assert_same_on_all_ranks(model.smt_selection.to_json().encode(), "the block selection")
-        self.engine: Engine = make_engine(args.engine_options)
+        if not model.smt.is_compared:
+            assert_same_on_all_ranks(model.smt.selection.to_json().encode(), "the block selection")
+        self.engine = engine or make_engine(args.engine_options)
         self._initial_deltas = deltas
-        plan = model.smt_config.reselect if model.smt_config is not None else None
-        self.phase_end = PhaseEnd(plan.every) if plan is not None else None
         with _saving_only_the_model(args):
             super().__init__(model=model, args=args, **kwargs)
         if args.engine != "deepspeed":
             # Trainer's own switch for a model that nobody may wrap, not even DDP: it would all-reduce the blocks
             # once more, and has nothing left to manage.
             self.is_distributed_loading_by_transformers = True
-        if self.phase_end is not None:
-            self.add_callback(self.phase_end)
+        self.guard = GuardCallback(self, self.engine)
+        self.writer = CheckpointWriter(self, self.engine)
+        self.bad_numbers = BadNumbers(config.bad_numbers)
+        self.add_callback(self.bad_numbers)
+        self.add_callback(self.guard)
 
-    # -- phases ------------------------------------------------------------------------------------------------
+    @property
+    def preempted(self) -> int:
+        """The number of the signal that ended training before its last step; 0 otherwise."""
+        return self.guard.preempted
 
-    def train(
-        self,
-        resume_from_checkpoint: str | bool | None = None,
-        trial: Any = None,
-        ignore_keys_for_eval: list[str] | None = None,
-    ) -> TrainOutput:
-        """As ``Trainer.train``; with ``reselect`` in the config, in phases between which blocks are exchanged."""
-        options = {"trial": trial, "ignore_keys_for_eval": ignore_keys_for_eval}
-        if self.phase_end is None:
-            return super().train(resume_from_checkpoint, **options)
-        return train_in_phases(self, self.model.smt_config.reselect, resume_from_checkpoint, options)
-
-    def train_phase(self, resume_from_checkpoint: str | bool | None, options: dict[str, Any]) -> TrainOutput:
-        """Train to the end, or to the next re-selection."""
-        return super().train(resume_from_checkpoint, **options)
-
-    def take_down(self) -> None:
-        """Let go of engine and optimizer, so that the model is as before the training; :meth:`train` makes new ones."""
-        self.accelerator.free_memory()  # destroys a DeepSpeed engine
-        self.engine.forget(self.model)
-        release_gradients(layer.delta for layer in sparse_layers(self.model).values())
-        self.model_wrapped, self.optimizer, self.lr_scheduler = self.model, None, None
-        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = self.deepspeed = None
-        self._initial_deltas = None
-
-    # -- optimizer ---------------------------------------------------------------------------------------------
-
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """``--optim`` over the blocks, one parameter group for each learning-rate multiplier.
-
-        Weight decay pulls a block's delta to zero, that is, the model to its base.
-        """
-        if self.optimizer is None:
-            args, layers = self.args, sparse_layers(self.model)
-            blocks = [layer.delta for layer in layers.values()]
-            groups = block_parameter_groups(model or self.model, args.learning_rate, args.weight_decay)
-            release_gradients(blocks)  # of an earlier trainer's optimizer
-            idle = any(may_be_idle(name) for name in layers)
-            self.optimizer = self.engine.make_optimizer(groups, *self._optimizer_class_and_options(), idle)
-            for block in blocks:
-                # Trainer would all-reduce each gradient; the optimizer reduces them all at once.
-                block._replicated_grad_hook_registered = True
-        return self.optimizer
-
-    def _optimizer_class_and_options(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        return self.args.custom_optimizer or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-
-    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
-        optimizer = unwrapped(self.optimizer)
-        if isinstance(optimizer, ShardedBlockOptimizer):
-            return optimizer.clip_grad_norm_(self.args.max_grad_norm)
-        return super()._clip_grad_norm(model)
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> float | None:
-        optimizer = unwrapped(self.optimizer)
-        if grad_norm is None and isinstance(optimizer, ShardedBlockOptimizer):
-            grad_norm = optimizer.clip_grad_norm_(math.inf)  # measures only
-        return super()._get_grad_norm(model, grad_norm)
+    def saved_when_preempted(self) -> str:
+        """The checkpoint that a preempted run has left."""
+        return str(checkpoint_folder(self.args.output_dir, self.state.global_step))
 
     def describe_optimizer(self) -> str:
         """The bytes that the blocks' optimizer holds on this rank, by kind; after training."""
         kinds = self.engine.memory_bytes(self.optimizer)
         return "optimizer memory on this rank: " + ", ".join(f"{kind} {count:,} bytes" for kind, count in kinds.items())
 
-    # -- checkpoints -------------------------------------------------------------------------------------------
+    def optimizer_class_and_options(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+        """What ``--optim`` means: class and keyword arguments."""
+        return self.args.custom_optimizer or self.get_optimizer_cls_and_kwargs(self.args, self.model)
 
-    def _load_rng_state(self, checkpoint: str | None) -> None:
-        if checkpoint is None:
-            return
-        folder, ranks = Path(checkpoint), get_world_size()
-        agree(lambda: load_random_state(folder, self.args.process_index), "the random state")
-        if (saved := ranks_saved(folder)) < ranks:
-            logger.warning(
-                "%s has random states of %d ranks; the other %d start with new ones", folder, saved, ranks - saved
-            )
+    # -- overrides: the run --------------------------------------------------------------------------------------
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Nothing yet: blocks and moments go in together, once the engine is there (_prepare_for_training)."""
+    def train(
+        self,
+        resume_from_checkpoint: str | bool | VerifiedFolder | None = None,
+        trial: Any = None,
+        ignore_keys_for_eval: list[str] | None = None,
+    ) -> TrainOutput:
+        """Train, as ``Trainer.train`` does, from a checkpoint that is whole (True: the newest such).
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Nothing: see _prepare_for_training."""
+        Raises:
+            SMTError: the checkpoint that is named is damaged, or there is none.
+        """
+        # Trainer would take the newest by its name, were it half a save.
+        checkpoint = find_checkpoint(resume_from_checkpoint or None, self.args.output_dir)
+        return super().train(checkpoint, trial, ignore_keys_for_eval)
 
     def _prepare_for_training(
-        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: VerifiedFolder | None
     ) -> tuple[nn.Module, Any]:
-        # Without a checkpoint here, Trainer doesn't look for DeepSpeed's own checkpoint files, which we don't write.
+        # Without a checkpoint here, Trainer doesn't look for its own or DeepSpeed's files, which aren't written.
+        enter_phase("preparing to train")
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._finish_preparing(resume_from_checkpoint)
+        return prepared
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # Trainer looks only after a step whether it was the last: a run that was ended between its last checkpoint and
+        # its adapter would be trained a step too far. One that was asked to end while it prepared has nothing to do.
+        if self.state.global_step >= self.state.max_steps or self.preempted:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
+        # Trainer would delete what the run goes on from, where --save_total_limit is 1.
+        with self.writer.keeping_checkpoints(bool(self.preempted)):
+            return super()._finalize_training(trial, num_train_samples, start_time)
+
+    # -- overrides: a step ---------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Make ``--optim`` over the blocks, one parameter group for each learning-rate multiplier.
+
+        Weight decay pulls a block's delta to zero, that is, the model to its base.
+        """
+        # Trainer groups parameters by their names' decay, and its states aren't sharded.
+        if self.optimizer is None:
+            self.optimizer = self._make_optimizer(model or self.model)
+        return self.optimizer
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Work the loss out, as ``Trainer.compute_loss`` does; one that isn't finite has gradients that are NaN."""
+        # Else a rank whose loss is infinite could have finite gradients, and the step would be applied.
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        loss, outputs = self._watched_loss(super().compute_loss, model, inputs, num_items_in_batch)
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Run one micro-batch, as ``Trainer.training_step`` does; what it adds to the mean loss is finite."""
+        # A step that is skipped would make the mean of all others NaN; it is announced and counted apart.
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
+
+    def _clip_grad_norm(self, model: nn.Module) -> torch.Tensor:
+        # The blocks' gradients aren't in .grad, where Trainer looks: it would clip nothing.
+        optimizer = unwrapped(self.optimizer)
+        is_ours = isinstance(optimizer, ShardedBlockOptimizer)
+        return optimizer.clip_grad_norm_(self.args.max_grad_norm) if is_ours else super()._clip_grad_norm(model)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: torch.Tensor | float | None = None) -> float | None:
+        # As above: Trainer would log a norm of 0 where nothing is clipped.
+        optimizer = unwrapped(self.optimizer)
+        if grad_norm is None and isinstance(optimizer, ShardedBlockOptimizer):
+            grad_norm = optimizer.clip_grad_norm_(math.inf)  # measures only
+        return super()._get_grad_norm(model, grad_norm)
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Evaluate, as ``Trainer.evaluate`` does."""
+        # A rank that is lost or hangs here would be said to have been lost in a training step.
+        enter_phase(f"evaluation after step {self.state.global_step}")
+        return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        # With --save_strategy best it decides alone whether a step is saved: a preempted run would leave nothing.
+        is_new_best = super()._determine_best_metric(metrics, trial)
+        return is_new_best or bool(self.preempted)
+
+    # -- overrides: on disk --------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the adapter (and the tokenizer), whole or not at all; never the base. Collective."""
+        # Trainer would write the base too, and under ZeRO-3 or FSDP2 empty tensors or a shard.
+        self.guard.check_before_save()
+        self.writer.write_adapter(Path(output_dir or self.args.output_dir))
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ARG002
+        # Trainer's has the base in it, pickles, and is half there when the disk is full.
+        self.guard.check_before_save()
+        self.writer.write_checkpoint(Path(self._get_output_dir(trial=trial)))
+
+    def save_metrics(self, split: str, metrics: dict[str, float], combined: bool = True) -> None:
+        """Write metrics, as ``Trainer.save_metrics`` does, whole or not at all; collective."""
+        # On a full disk rank 0 would end with a traceback, and the others would wait for it.
+        self.writer.write_metrics(split, metrics, combined)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        # Trainer would look for whole weights. Blocks and moments go in together, once the optimizer is there.
+        pass
+
+    def _load_rng_state(self, checkpoint: VerifiedFolder | None) -> None:
+        # Trainer's are pickles.
+        if checkpoint is not None:
+            restore_random_state(Path(checkpoint), self.args.process_index)
+
+    def _load_best_model(self) -> None:
+        # Trainer would look for whole weights.
+        restore_best_blocks(self, self.engine)
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _finish_preparing(self, checkpoint: VerifiedFolder | None) -> None:
+        """Do what has to wait until engine and optimizer are there; collective."""
+        honour_collective_timeout(self.model, self.args.ddp_timeout, self.optimizer)
+        if self.is_deepspeed_enabled:
+            self.guard.guard_deepspeed()
         if self.args.activation_checkpointing:
             # Trainer has just enabled it; see load_tokenizer_and_model for why its hook goes.
             self.model.disable_input_require_grads()
-        if resume_from_checkpoint is not None:
-            self._resume(Path(resume_from_checkpoint))
+        if checkpoint is not None:
+            restore_training(self, self.engine, checkpoint)
+            if self.state.best_global_step:
+                # By its step, beside this one: a path that stands in a file could be anybody's.
+                self.state.best_model_checkpoint = self.writer.best_checkpoint(checkpoint.folder.parent)
         elif self._initial_deltas is not None:
             self.engine.write_blocks(self.model, self.optimizer, self._initial_deltas)
-        return prepared
 
-    def _resume(self, folder: Path) -> None:
-        def read() -> tuple[Iterator[BlockState], dict[str, int | float], int | None, list[float]]:
-            adapter = read_adapter(folder)
-            touched = touched_selection(self.model)
-            if (adapter.selection.blocks, adapter.selection.block_size) != (touched.blocks, touched.block_size):
-                raise SMTError(f"{folder}: its selection isn't the model's")
-            verify_fingerprint(adapter, self.model.smt_base_fingerprint, str(folder))
-            states, counters = load_states(folder, trained_deltas(adapter), self._state_names())
-            schedule = load_schedule(folder, group_multipliers(self.model))
-            saved_batch = schedule.pop(GLOBAL_BATCH, None)
-            restore_schedule(self.lr_scheduler, schedule, folder)
-            return states, counters, saved_batch, schedule["_last_lr"]
+    def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        args, layers = self.args, sparse_layers(self.model)
+        blocks = [layer.delta for layer in layers.values()]
+        groups = block_parameter_groups(model, args.learning_rate, args.weight_decay)
+        release_gradients(blocks)  # of an earlier trainer's optimizer
+        idle = any(may_be_idle(name) for name in layers)
+        optimizer = self.engine.make_optimizer(groups, *self.optimizer_class_and_options(), idle)
+        for block in blocks:
+            # Trainer would all-reduce each gradient; the optimizer reduces them all at once.
+            block._replicated_grad_hook_registered = True
+        return optimizer
 
-        states, counters, saved_batch, rates = agree(read, "reading the checkpoint")
-        if saved_batch not in (None, self._global_batch_size()):
-            logger.warning(
-                "%s was saved with %d rows a step, now it is %d: data and schedule go on elsewhere, as the steps done "
-                "count as steps of the new size; change --gradient_accumulation_steps with the number of ranks",
-                folder,
-                saved_batch,
-                self._global_batch_size(),
-            )
-        self.engine.write_state(self.model, self.optimizer, states, counters)
-        # The scheduler sets rates when it steps; the first step after a resume needs them before.
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-
-    def _state_names(self) -> tuple[list[str], list[str]] | None:
-        """The moments and counters that the optimizer will keep; None where the DeepSpeed JSON names it."""
-        if "optimizer" in (self.args.filled_deepspeed_config() or {}):
-            return None
-        return state_names(*self._optimizer_class_and_options())
-
-    def _load_best_model(self) -> None:
-        if self.phase_end is not None and self.phase_end.ended:
-            return
-        folder = Path(self.state.best_model_checkpoint)
-        logger.info("loading the best blocks from %s (score %s)", folder, self.state.best_metric)
-        adapter = agree(lambda: read_adapter(folder), "reading the best checkpoint")
-        # Blocks that have grown since are zero in it, ones that were frozen since go back to what they were.
-        for name, layer in frozen_layers(self.model).items():
-            own = self.model.smt_selection.model_copy(update={"blocks": {name: layer.blocks}})
-            layer.freeze(rearrange(adapter.deltas.get(name), adapter.selection, own, name))
-        active = self.model.smt_selection
-        deltas = {name: rearrange(adapter.deltas.get(name), adapter.selection, active, name) for name in active.blocks}
-        self.engine.write_blocks(self.model, self.optimizer, deltas)
+    def _watched_loss(self, compute: Any, model: nn.Module, inputs: Any, items: Any) -> tuple[torch.Tensor, Any]:
+        """The training loss and the outputs, as ``compute`` finds them; what isn't finite is noted and poisoned."""
+        step = f"training, step {self.state.global_step + 1}"
+        enter_phase(f"{step}: forward")
+        loss, outputs = compute(model, inputs, True, items)
+        self.bad_numbers.note_loss(loss)
+        enter_phase(f"{step}: backward")
+        return poisoned_if_bad(loss), outputs
 
 
 @contextmanager
@@ -243,7 +290,7 @@ def block_parameter_groups(model: nn.Module, learning_rate: float, weight_decay:
     """The blocks by learning-rate multiplier, from the smallest on, and in the model's order."""
     by_multiplier: dict[float, list[nn.Parameter]] = {multiplier: [] for multiplier in group_multipliers(model)}
     for name, layer in sparse_layers(model).items():
-        by_multiplier[multiplier_of(model, name)].append(layer.delta)
+        by_multiplier[model.smt.multiplier_of(name)].append(layer.delta)
     return [
         {"params": parameters, "lr": learning_rate * multiplier, "weight_decay": weight_decay}
         for multiplier, parameters in by_multiplier.items()
@@ -252,12 +299,12 @@ def block_parameter_groups(model: nn.Module, learning_rate: float, weight_decay:
 
 def state_bytes_per_rank(model: nn.Module) -> int:
     """Bytes of AdamW's state a rank: fp32 master and two moments of this rank's share of the elements."""
-    return STATE_BYTES * -(-model.smt_selection.parameters // get_world_size())
+    return STATE_BYTES * -(-model.smt.selection.parameters // get_world_size())
 
 
 def _refuse_dropped_multipliers(model: nn.Module, args: SMTTrainingArguments) -> None:
     config = args.filled_deepspeed_config() or {}
-    if "optimizer" in config and any(multiplier_of(model, name) != 1.0 for name in sparse_layers(model)):
+    if "optimizer" in config and any(model.smt.multiplier_of(name) != 1.0 for name in sparse_layers(model)):
         raise SMTError(
             "--deepspeed: an 'optimizer' section drops lr_multiplier; remove the section or set all multipliers to 1"
         )

@@ -10,7 +10,7 @@ from damage import reseal
 from programs import Outcome, logged_losses
 
 from smt_dist.checkpoint.atomic import MANIFEST_FILE
-from smt_dist.checkpoint.rotation import check_checkpoint, last_checkpoint
+from smt_dist.checkpoint.rotation import last_checkpoint, verify_checkpoint
 from smt_dist.errors import SMTError
 
 SAVING = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3}
@@ -60,13 +60,13 @@ def resumed(train, checkpoints: Path, which: object, steps: int = 4) -> Outcome:
 def test_damage_to_any_file_is_found_before_anything_is_loaded(checkpoints, name, how):
     """One flipped bit of a moment, a random state or a step count makes another run, silently."""
     newest = checkpoints / "checkpoint-3"
-    check_checkpoint(newest)
+    verify_checkpoint(newest)
     DAMAGES[how](newest / name)
     with pytest.raises(SMTError) as caught:
-        check_checkpoint(newest)
+        verify_checkpoint(newest)
     assert str(caught.value).startswith(str(newest))
     assert name in str(caught.value) or name == MANIFEST_FILE  # whose damage may show as another file's
-    assert last_checkpoint(str(checkpoints)) == str(checkpoints / "checkpoint-2")
+    assert str(last_checkpoint(str(checkpoints))) == str(checkpoints / "checkpoint-2")
 
 
 def test_auto_names_the_damaged_one_and_goes_on_from_the_one_before(train, checkpoints, caplog):

@@ -22,7 +22,7 @@ import smt_dist
 from smt_dist import BlockSelection
 from smt_dist.checkpoint.atomic import MANIFEST_FILE
 from smt_dist.checkpoint.merge_files import merge_adapter_files
-from smt_dist.checkpoint.rotation import check_checkpoint
+from smt_dist.checkpoint.rotation import verify_checkpoint
 from smt_dist.checkpoint.training_state import (
     GLOBAL_BATCH,
     load_random_state,
@@ -64,7 +64,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def read_all(folder: Path) -> None:
     """What resuming reads, with what loading puts into a model and a schedule."""
-    check_checkpoint(folder)
+    verify_checkpoint(folder)
     adapter = smt_dist.read_adapter(folder)
     states, _ = load_states(folder, adapter.deltas)
     assert all(tensor.shape == s.delta.shape for s in states for tensor in s.moments.values())
@@ -90,7 +90,7 @@ def test_mutated_checkpoint_is_refused_or_read(checkpoint, tmp_path, name):
     counts: Counter[str] = Counter()
     for changed in mutations(original, count=30, seed=CHECKPOINT_FILES.index(name)):
         (folder / name).write_bytes(changed)
-        refusal = outcome(lambda: check_checkpoint(folder))
+        refusal = outcome(lambda: verify_checkpoint(folder))
         if name != MANIFEST_FILE:
             assert (refusal is None) == (changed == original), "the manifest has to see every change"
             reseal(folder)

@@ -67,7 +67,7 @@ def _resume(folder: Path, model: str, engine: str, dtype: str) -> dict[str, Any]
         "engine": kind,
         "folder": str(folder),
         "checkpoint": str(checkpoint),
-        "newest": last_checkpoint(str(folder / "straight")),
+        "newest": str(last_checkpoint(str(folder / "straight"))),
         "straight": straight,
         "resumed": resumed,
     }
@@ -111,7 +111,7 @@ def _best(folder: Path, model: str, engine: str) -> dict[str, Any]:
             "engine": engine_type(trainer),
             "evaluation_losses": logged(trainer, "eval_loss"),
             "best": trainer.state.best_model_checkpoint,
-            "last": last_checkpoint(str(folder)),
+            "last": str(last_checkpoint(str(folder))),
             "blocks": dict(trainer.engine.read_blocks(trainer.model, trainer.optimizer)),
             "loss_with_them": trainer.evaluate()["eval_loss"],
         }

@@ -93,7 +93,11 @@ def _disk_that_fills(folder: Path, output: Path, model: str, engine: str) -> dic
             said = str(error)
         release(trainer)
     barrier()
-    found = {"said": said, "left": sorted(path.name for path in output.iterdir()), "last": last_checkpoint(str(output))}
+    found = {
+        "said": said,
+        "left": sorted(path.name for path in output.iterdir()),
+        "last": str(last_checkpoint(str(output))),
+    }
     barrier()
     if get_rank() == 0:
         ballast.unlink()

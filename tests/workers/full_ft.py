@@ -51,7 +51,7 @@ def _tune(folder: Path, engine: str, model_folder: str) -> dict[str, Any]:
     with engine_arguments(engine, folder / "out", accumulation=2, learning_rate=1e-3) as args:
         model = load_model(model_folder, args)
         held = elements_held(model)
-        selection, scores = collect_and_select(model, standard_data(), CONFIG, args)
+        selection, scores = collect_and_select(model, standard_data(), CONFIG, args, make_engine(args.engine_options))
         # A shared folder would do; here each rank's copy shows that rank 0's write is enough.
         moved = folder.parent / f"moved_{engine}_{get_world_size()}"
         save_moved_base(model, make_tokenizer(), moved)

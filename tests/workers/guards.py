@@ -16,9 +16,10 @@ from transformers import TrainerCallback
 from smt_dist.config import SMTConfig
 from smt_dist.data.batches import TrainingData
 from smt_dist.distributed import barrier, get_rank
+from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
 from smt_dist.sparse.surgery import sparse_layers
-from smt_dist.training.guards import GuardedTrainer
+from smt_dist.training.guards import GuardCallback
 from smt_dist.training.pipeline import attach_blocks, collect_and_select
 from smt_dist.training.trainer import SMTTrainer
 from workers.runs import engine_arguments, load_model, training_data
@@ -147,7 +148,7 @@ def _corrupt(folder: Path, model: str, engine: str, when: str) -> dict[str, Any]
         event = "on_step_end" if when == "before saving" else "on_step_begin"
         if get_rank() == 1:
             trainer.add_callback(_At(event, 3 if event == "on_step_end" else 2, damage))
-        unguarded = mock.patch.multiple(GuardedTrainer, before_step=lambda _: None, check_before_save=lambda _: None)
+        unguarded = mock.patch.multiple(GuardCallback, before_step=lambda _: None, check_before_save=lambda _: None)
         with unguarded if when == "unguarded" else contextlib.nullcontext():
             said = _said(trainer)
         result = {
@@ -172,7 +173,7 @@ def other_data(folder: Path, model: str) -> dict[str, str]:
         trainer = make_trainer(model, args, fixed_data())
         loader = trainer.get_train_dataloader()
         if get_rank() == 1:
-            loader.get_sampler().sampler.initial_seed = 5
+            loader.get_sampler().initial_seed = 5
         with mock.patch.object(trainer, "get_train_dataloader", return_value=loader):
             said["order"] = _said(trainer)
     return said
@@ -190,12 +191,12 @@ def cost(folder: Path, model: str) -> dict[str, float]:
         base = load_model(model, args)
         config = SMTConfig.model_validate({"block_size": 32, "groups": [{"fraction": 0.03}], "warmup": {"steps": 1}})
         data = training_data(rows)
-        selection, _ = collect_and_select(base, data, config, args)
+        selection, _ = collect_and_select(base, data, config, args, make_engine(args.engine_options))
         attach_blocks(base, selection, config, args)
         trainer = SMTTrainer(base, args, train_dataset=rows, data_collator=data.collator)
         spent: dict[str, list[float]] = {"step": [], "before_step": [], "check_before_save": []}
         for name in ("before_step", "check_before_save"):
-            setattr(trainer, name, _timed(getattr(trainer, name), spent[name]))
+            setattr(trainer.guard, name, _timed(getattr(trainer.guard, name), spent[name]))
         began: list[float] = []
         trainer.add_callback(_Clock(began, spent["step"]))
         trainer.train()

@@ -10,13 +10,16 @@ from unittest import mock
 import torch
 from transformers import TrainerCallback
 
+from smt_dist.checkpoint.atomic import VerifiedFolder
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import barrier, get_rank, get_world_size
 from smt_dist.sparse.surgery import frozen_layers, sparse_layers, touched_selection
 from smt_dist.training import reselect
 from smt_dist.training.arguments import SMTTrainingArguments
-from smt_dist.training.pipeline import attach_blocks, find_selection
+from smt_dist.training.pipeline import attach_blocks
+from smt_dist.training.reselect import trainer_class
 from smt_dist.training.run_arguments import RunArguments
+from smt_dist.training.run_plan import RunPlan
 from smt_dist.training.trainer import SMTTrainer
 from workers.runs import engine_arguments, load_model
 from workers.training import engine_type, fixed_config, fixed_data, fixed_selection, logged, release
@@ -48,7 +51,7 @@ def read_state(trainer: SMTTrainer) -> dict[str, Any]:
     model = trainer.model
     moments = trainer.engine.read_moments(model, trainer.optimizer)
     return {
-        "active": model.smt_selection.to_json(),
+        "active": model.smt.selection.to_json(),
         "touched": touched_selection(model).to_json(),
         "masters": dict(trainer.engine.read_blocks(model, trainer.optimizer)),
         "moments": {f"{module}:{key}": value for module, found in moments.tensors for key, value in found.items()},
@@ -66,11 +69,11 @@ def train(folder: Path, model: str, engines: list[str], killed: list[str]) -> di
 def _train(folder: Path, model: str, engine: str, is_killed: bool) -> dict[str, Any]:
     kept = folder / "before"
 
-    def keeping(trainer: SMTTrainer, plan: Any, checkpoint: Path) -> None:
+    def keeping(trainer: SMTTrainer, plan: Any, checkpoint: VerifiedFolder) -> VerifiedFolder:
         if get_rank() == 0:
-            shutil.copytree(checkpoint, kept / checkpoint.name)
+            shutil.copytree(checkpoint, kept / checkpoint.folder.name)
         barrier()
-        exchange(trainer, plan, checkpoint)
+        return exchange(trainer, plan, checkpoint)
 
     exchange = reselect.reselect
     with mock.patch.object(reselect, "reselect", keeping):
@@ -113,9 +116,10 @@ def _make_trainer(model: str, args: SMTTrainingArguments, resume: Path | None) -
     base, data, watch = load_model(model, args), fixed_data(), _AtStart()
     selection, adapter = fixed_selection(), None
     if resume is not None:
-        selection, adapter = find_selection(RunArguments(), str(resume))
+        plan = RunPlan.resolve(RunArguments(), resume=str(resume))
+        selection, adapter = plan.selection, plan.adapter
     attach_blocks(base, selection, config(), args, adapter, str(resume))
-    watch.trainer = SMTTrainer(
+    watch.trainer = trainer_class(base)(
         base,
         args,
         train_dataset=data.train,

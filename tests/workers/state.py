@@ -37,7 +37,7 @@ def _measure(folder: Path, model: str, engine: str, dtype: str) -> dict[str, Any
             "bytes": _bytes(masters) + _bytes([moment for moment in moments if moment.dim()]),
             "step_counters": sum(moment.dim() == 0 for moment in moments),
             "said": state_bytes_per_rank(trainer.model),
-            "selected": trainer.model.smt_selection.parameters,
+            "selected": trainer.model.smt.selection.parameters,
             "tensors": len(masters),
             "frozen_gradients": sum(p.grad is not None for p in trainer.model.parameters() if not p.requires_grad),
             "trainable": sorted(n for n, p in trainer.model.named_parameters() if p.requires_grad),

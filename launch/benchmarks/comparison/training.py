@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArgu
 from smt_dist.config import SMTConfig, parse_model
 from smt_dist.data.batches import TrainingData
 from smt_dist.data.dataset import CausalLMCollator
+from smt_dist.engines import make_engine
 from smt_dist.sparse.targets import find_targets
 from smt_dist.training.arguments import DTYPES, SMTTrainingArguments
 from smt_dist.training.pipeline import attach_blocks, collect_and_select
@@ -167,10 +168,11 @@ def _smt(method: Method, request: dict[str, Any], model: PreTrainedModel, common
     config = smt_config(request, str(method.score))
     start = time.perf_counter()
     warmup = TrainingData(common["train_dataset"], None, common["data_collator"].collator)
-    selection, _ = collect_and_select(model, warmup, config, args)
+    engine = make_engine(args.engine_options)
+    selection, _ = collect_and_select(model, warmup, config, args, engine)
     seconds = time.perf_counter() - start
     attach_blocks(model, selection, config, args)
-    return Trained(SMTTrainer(model, args, **common), _trainable(model), seconds)
+    return Trained(SMTTrainer(model, args, engine=engine, **common), _trainable(model), seconds)
 
 
 def _arguments(request: dict[str, Any]) -> dict[str, Any]:

@@ -80,7 +80,7 @@ def requests_of_run(
             batch=rows,
             sequence=tokens,
             dtype=args.dtype,
-            selection=model.smt_selection if phase == "training" else None,
+            selection=model.smt.selection if phase == "training" else None,
             ranks_per_node=int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
             zero=section,
             units=args.fsdp2_units,
@@ -148,6 +148,6 @@ def _report(
         "dtype": args.dtype,
         "gradient checkpointing": bool(args.activation_checkpointing),
         "largest micro-batch recorded": f"{rows} x {tokens} tokens",
-        "blocks": sum(map(len, model.smt_selection.blocks.values())),
+        "blocks": sum(map(len, model.smt.selection.blocks.values())),
     }
     return {"run": run, "planned": planned, "no_plan": no_plan, "ranks": ranks}
