@@ -21,7 +21,10 @@ from tiny_tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM
 
 import smt_dist
+from smt_dist.engines.ddp import DDPEngine
 from smt_dist.errors import SMTError
+from smt_dist.selection import select
+from smt_dist.training import run_plan, trainer
 
 
 def adapted_logits(folder: Path, adapter: Path) -> torch.Tensor:
@@ -70,6 +73,28 @@ def test_a_resumed_run_ends_where_an_unbroken_one_ends(train, tmp_path):
     assert logged_losses(broken / "checkpoint-4") == logged_losses(tmp_path / "whole/checkpoint-4")
     files = {path.name for path in (broken / "checkpoint-4").iterdir()}
     assert not {name for name in files if name.startswith(("model", "optimizer.", "pytorch_model"))}
+
+
+@pytest.mark.parametrize("how", ["fresh", "resumed", "with a selection"])
+def test_a_run_makes_one_engine_and_compares_its_selection_once(train, tmp_path, monkeypatch, how):
+    """What one step of a run has found out, the next is told."""
+    flags = {"save_strategy": "steps", "save_steps": 2}
+    if how != "fresh":
+        assert train(max_steps=2, **flags).code == 0
+    flags |= {
+        "fresh": {},
+        "resumed": {"resume_from_checkpoint": "auto"},
+        "with a selection": {"selection": tmp_path / "out/smt_selection.json", "output_dir": tmp_path / "other"},
+    }[how]
+    engines: list[str] = []
+    make = DDPEngine.__init__
+    monkeypatch.setattr(DDPEngine, "__init__", lambda self, *args: engines.append("ddp") or make(self, *args))
+    compared: list[str] = []
+    for module in (select, run_plan, trainer):
+        monkeypatch.setattr(module, "assert_same_on_all_ranks", lambda _, what: compared.append(what))
+    assert train(**flags).code == 0
+    assert engines == ["ddp"]
+    assert compared == ["the block selection"]
 
 
 def test_a_resumed_run_keeps_the_config_of_its_checkpoint(train, tmp_path):

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 from damage import reseal
-from programs import Outcome, logged_losses
+from programs import Outcome, logged_losses, write_config
 
+from smt_dist.checkpoint import atomic
+from smt_dist.checkpoint.adapter import CARD_FILE
 from smt_dist.checkpoint.atomic import MANIFEST_FILE
 from smt_dist.checkpoint.rotation import last_checkpoint, verify_checkpoint
 from smt_dist.errors import SMTError
@@ -100,3 +102,18 @@ def test_foreign_checkpoint_with_a_fitting_manifest_is_checked_behind_it(train, 
     (checkpoints / "checkpoint-3" / "trainer_state.json").write_text('{"global_step": -1}')
     reseal(checkpoints / "checkpoint-3")
     assert "trainer_state.json: global_step" in resumed(train, checkpoints, checkpoints / "checkpoint-3").error
+
+
+@pytest.mark.parametrize("reselect", [None, {"every": 2, "fraction": 0.5, "steps": 1}])
+def test_a_resume_reads_each_file_once_to_verify_it(train, tmp_path, monkeypatch, reselect):
+    """At 70B a checkpoint has 7 GB: read two to five times for the same question, a restart takes minutes longer."""
+    flags = {**SAVING, "smt_config": write_config(tmp_path, reselect=reselect), "adam_beta2": 0.95}
+    assert train(**flags).code == 0
+    read: list[str] = []
+    digest = atomic._digest
+    monkeypatch.setattr(atomic, "_digest", lambda path: read.append(path.name) or digest(path))
+    outcome = train(**{**flags, "max_steps": 4}, resume_from_checkpoint="auto")
+    assert outcome.code == 0, outcome.err
+    saved = {path.name for path in (tmp_path / "out" / "checkpoint-3").iterdir()} - {MANIFEST_FILE, CARD_FILE}
+    assert saved > {"smt_optimizer.safetensors", *(["smt_active.json"] if reselect else [])}
+    assert sorted(read) == sorted(saved)
