@@ -13,7 +13,7 @@ import smt_dist
 from smt_dist import BlockSelection, SMTConfig
 from smt_dist.selection.exchange import exchange
 from smt_dist.sparse.blocks import BlockGrid
-from smt_dist.training.reselect import first_steps_factor
+from smt_dist.training.phases import first_steps_factor
 
 
 def reselect_config(*groups: dict, **selection) -> SMTConfig:

@@ -20,7 +20,7 @@ from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.fault_tolerance import supervision
 from smt_dist.fault_tolerance.preemption import Preempted
 from smt_dist.training.arguments import SMTTrainingArguments
-from smt_dist.training.reselect import trainer_class
+from smt_dist.training.phases import trainer_class
 from smt_dist.training.trainer import SMTTrainer
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"

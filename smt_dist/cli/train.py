@@ -36,8 +36,8 @@ from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.surgery import touched_selection
 from smt_dist.training.arguments import SMTTrainingArguments
 from smt_dist.training.loading import load_tokenizer_and_model
+from smt_dist.training.phases import trainer_class
 from smt_dist.training.pipeline import attach_blocks, collect_and_select, load_data
-from smt_dist.training.reselect import trainer_class
 from smt_dist.training.run_arguments import RunArguments
 from smt_dist.training.run_plan import RunPlan
 from smt_dist.training.trainer import SMTTrainer

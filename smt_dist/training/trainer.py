@@ -55,6 +55,7 @@ class SMTTrainer(Trainer):
         guard: what the ranks must agree on.
         writer: of adapters and checkpoints.
         bad_numbers: counts steps with NaN or infinity.
+        initial_deltas: written when training begins, unless it resumes.
 
     Raises:
         SMTError: the model has no blocks, its config asks for re-selection, or a DeepSpeed ``optimizer`` section would
@@ -75,12 +76,12 @@ class SMTTrainer(Trainer):
             raise SMTError("SMTTrainer: the model has no blocks; call smt_dist.apply_selection first")
         config = model.smt.config or SMTConfig()
         if config.reselect is not None and not self.reselects:
-            raise SMTError("SMTTrainer: reselect needs smt_dist.training.reselect.ReselectingTrainer")
+            raise SMTError("SMTTrainer: reselect needs smt_dist.training.phases.ReselectingTrainer")
         _refuse_dropped_multipliers(model, args)
         if not model.smt.is_compared:
             assert_same_on_all_ranks(model.smt.selection.to_json().encode(), "the block selection")
         self.engine = engine or make_engine(args.engine_options)
-        self._initial_deltas = deltas
+        self.initial_deltas = deltas
         with _saving_only_the_model(args):
             super().__init__(model=model, args=args, **kwargs)
         if args.engine != "deepspeed":
@@ -250,8 +251,8 @@ class SMTTrainer(Trainer):
             if self.state.best_global_step:
                 # By its step, beside this one: a path that stands in a file could be anybody's.
                 self.state.best_model_checkpoint = self.writer.best_checkpoint(checkpoint.folder.parent)
-        elif self._initial_deltas is not None:
-            self.engine.write_blocks(self.model, self.optimizer, self._initial_deltas)
+        elif self.initial_deltas is not None:
+            self.engine.write_blocks(self.model, self.optimizer, self.initial_deltas)
 
     def _make_optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
         args, layers = self.args, sparse_layers(self.model)

@@ -11,13 +11,13 @@ import torch
 from transformers import TrainerCallback
 
 from smt_dist.checkpoint.atomic import VerifiedFolder
-from smt_dist.config import SMTConfig
+from smt_dist.config import ReselectConfig, SMTConfig
 from smt_dist.distributed import barrier, get_rank, get_world_size
 from smt_dist.sparse.surgery import frozen_layers, sparse_layers, touched_selection
-from smt_dist.training import reselect
+from smt_dist.training import phases
 from smt_dist.training.arguments import SMTTrainingArguments
+from smt_dist.training.phases import trainer_class
 from smt_dist.training.pipeline import attach_blocks
-from smt_dist.training.reselect import trainer_class
 from smt_dist.training.run_arguments import RunArguments
 from smt_dist.training.run_plan import RunPlan
 from smt_dist.training.trainer import SMTTrainer
@@ -31,7 +31,7 @@ MIDDLE = 3  # a checkpoint inside the second phase
 def config() -> SMTConfig:
     """7 and 5 blocks, of which 3 and 2 are exchanged at a time."""
     plan = {"every": EVERY, "fraction": FRACTION, "steps": 2}
-    return fixed_config().model_copy(update={"reselect": reselect.ReselectConfig.model_validate(plan)})
+    return fixed_config().model_copy(update={"reselect": ReselectConfig.model_validate(plan)})
 
 
 class _AtStart(TrainerCallback):
@@ -75,8 +75,8 @@ def _train(folder: Path, model: str, engine: str, is_killed: bool) -> dict[str, 
         barrier()
         return exchange(trainer, plan, checkpoint)
 
-    exchange = reselect.reselect
-    with mock.patch.object(reselect, "reselect", keeping):
+    exchange = phases.reselect
+    with mock.patch.object(phases, "reselect", keeping):
         straight = _run(folder / "straight", model, engine, None)
     middle = _run(folder / "middle", model, engine, folder / "straight" / f"checkpoint-{MIDDLE}")
     found = {"straight": straight, "middle": middle, "kept": str(kept)}
