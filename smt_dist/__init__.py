@@ -1,4 +1,22 @@
-"""Sparse Matrix Tuning (arXiv 2405.15525) for models that outgrow one device."""
+"""Sparse Matrix Tuning (arXiv 2405.15525) for models that outgrow one device.
+
+What this module exports is the stable face. Behind it lie rooms that import downwards only:
+
+====================  ==============================================================================
+``cli``               programs and console commands
+``memory.record``     a rank's memory as a run uses it
+``memory.plan``       a rank's memory, worked out before a launch
+``training``          the job: arguments, loading, warm-up, trainer, resume
+``report``            pictures of a selection
+``selection``         batches become scores of blocks, scores become the blocks to train
+``checkpoint``        what lies on disk: adapters, checkpoints, merged models
+``fault_tolerance``   lost ranks, signals, ranks that differ, non-finite numbers
+``engines``           who holds base, masters and optimizer state: ddp, FSDP2, DeepSpeed ZeRO
+``sparse``            what a block is, and a model that carries blocks
+``models``            reading a base, and changing how it computes
+``data``              rows of a file become token sequences and batches
+====================  ==============================================================================
+"""
 
 from smt_dist.checkpoint.adapter import Adapter, load_adapter, read_adapter, save_adapter
 from smt_dist.config import SMTConfig
