@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ast
 import importlib
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -17,8 +18,24 @@ _CUT = 4321
 _STEPS = 3
 _LEARNING_RATE = 1e-2
 _TOLERANCE = 1e-4  # of the update; the other order of sums makes 1e-7
-# Known to be elementwise. Their results aren't compared, so that they can be made under fake tensors too.
-_KNOWN = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+_FEW = 2  # elements, for an optimizer whose results aren't looked at
+# torch's own that are elementwise whatever their options: tests/test_elementwise.py tries each of them out. At run time
+# only their options are tried, which also goes under fake tensors, whose values can't be compared.
+ELEMENTWISE = frozenset(
+    {
+        torch.optim.ASGD,
+        torch.optim.Adadelta,
+        torch.optim.Adagrad,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.Adamax,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.RMSprop,
+        torch.optim.Rprop,
+        torch.optim.SGD,
+    }
+)
 
 
 def optimizer_class_by_name(name: str) -> type[torch.optim.Optimizer]:
@@ -49,38 +66,40 @@ def parse_options(text: str | None) -> dict[str, Any]:
 
 
 def refuse_unless_elementwise(optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
-    """Try the optimizer on a matrix and on the same elements in two flat pieces; both must end the same.
+    """Refuse an optimizer that sharding would change, or that doesn't take its options.
+
+    Those of :data:`ELEMENTWISE` step a few elements, which shows whether they take their options; every other one is
+    tried out (:func:`try_slices`).
+
+    Raises:
+        SMTError: it isn't elementwise, or doesn't take the options; names the class.
+    """
+    if optimizer_class in ELEMENTWISE:
+        _stepped(optimizer_class, options, [torch.ones(_STEPS + 1, _FEW)])
+    else:
+        try_slices(optimizer_class, options)
+
+
+def try_slices(optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
+    """Try an optimizer on a matrix and on the same elements in two flat pieces; both must end the same.
 
     That is what sharding does to it. An optimizer that looks at rows, columns, norms or neighbours (Adafactor, LAMB,
     Muon, Shampoo, quantised states) or can't do without a closure (LBFGS) gives something else, or fails. Refused too
     is one whose state a checkpoint couldn't hold: kept in its parameter groups, or of another shape.
 
     Raises:
-        SMTError: it isn't elementwise, or doesn't take the options; names the class.
+        SMTError: as :func:`refuse_unless_elementwise`.
     """
-    name = f"--optim: {optimizer_class.__module__}.{optimizer_class.__qualname__}"
-    generator = torch.Generator().manual_seed(0)
-    start, *gradients = torch.randn(_STEPS + 1, *_SHAPE, generator=generator)
-    # Steps that rounding can't hide, whatever the learning rate of the run.
-    options = options | ({"lr": _LEARNING_RATE} if "lr" in options else {})
-    try:
-        whole = nn.Parameter(start.clone())
-        _run(optimizer_class([whole], **options), [whole], [[gradient] for gradient in gradients])
-        pieces = [nn.Parameter(piece.clone()) for piece in _cut(start)]
-        optimizer = optimizer_class(pieces, **options)
-        settings = _settings(optimizer)
-        _run(optimizer, pieces, [_cut(gradient) for gradient in gradients])
-    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
-        raise SMTError(f"{name} can't step the blocks in slices ({first_line(error)})") from None
-    if optimizer_class in _KNOWN:
-        return
-    update, difference = whole.detach() - start, whole.detach().flatten() - torch.cat([p.detach() for p in pieces])
-    if difference.norm() > _TOLERANCE * update.norm():
+    numbers = torch.randn(_STEPS + 1, *_SHAPE, generator=torch.Generator().manual_seed(0))
+    whole = _stepped(optimizer_class, options, [numbers])
+    pieces = _stepped(optimizer_class, options, [numbers.flatten(1)[:, :_CUT], numbers.flatten(1)[:, _CUT:]])
+    ended, name = whole.values(), _name(optimizer_class)
+    if (ended - pieces.values()).norm() > _TOLERANCE * (ended - numbers[0].flatten()).norm():
         raise SMTError(f"{name} needs whole matrices: in slices it gives another result; it can't be sharded")
-    if settings != _settings(optimizer):
+    if pieces.settings != _settings(pieces.optimizer):
         raise SMTError(f"{name} keeps state in its parameter groups, which a checkpoint wouldn't hold")
-    for piece in pieces:
-        for key, value in optimizer.state[piece].items():
+    for piece in pieces.parameters:
+        for key, value in pieces.optimizer.state[piece].items():
             if not (value is None or is_counter(value) or is_moment(piece, value)):
                 raise SMTError(f"{name} keeps {key!r}, which is neither a number nor one for each element")
 
@@ -127,15 +146,52 @@ def counter_state(
     return {key: kept(value) for key, value in counters.items()}
 
 
+class _Stepped(NamedTuple):
+    """An optimizer that has made its steps.
+
+    Attributes:
+        optimizer: it.
+        parameters: what it stepped.
+        settings: of its groups, before the first step.
+    """
+
+    optimizer: torch.optim.Optimizer
+    parameters: list[nn.Parameter]
+    settings: list[dict[str, str]]
+
+    def values(self) -> torch.Tensor:
+        """All parameters end to end."""
+        return torch.cat([parameter.detach().flatten() for parameter in self.parameters])
+
+
+def _stepped(
+    optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any], numbers: list[torch.Tensor]
+) -> _Stepped:
+    """Make the optimizer for the first row of each of ``numbers``, and its steps with the others as gradients."""
+    # Steps that rounding can't hide, whatever the learning rate of the run.
+    options = options | ({"lr": _LEARNING_RATE} if "lr" in options else {})
+    try:
+        parameters = [nn.Parameter(rows[0].clone()) for rows in numbers]
+        optimizer = optimizer_class(parameters, **options)
+        result = _Stepped(optimizer, parameters, _settings(optimizer))
+        _run(optimizer, parameters, zip(*(rows[1:] for rows in numbers), strict=True))
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError, AssertionError) as error:
+        name = _name(optimizer_class)
+        raise SMTError(f"{name} can't step the blocks in slices ({first_line(error)})") from None
+    return result
+
+
+def _name(optimizer_class: type[torch.optim.Optimizer]) -> str:
+    return f"--optim: {optimizer_class.__module__}.{optimizer_class.__qualname__}"
+
+
 def _settings(optimizer: torch.optim.Optimizer) -> list[dict[str, str]]:
     return [{key: repr(value) for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
 
 
-def _cut(matrix: torch.Tensor) -> list[torch.Tensor]:
-    return [matrix.flatten()[:_CUT], matrix.flatten()[_CUT:]]
-
-
-def _run(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], gradients: list[list[torch.Tensor]]) -> None:
+def _run(
+    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], gradients: Iterable[Sequence[torch.Tensor]]
+) -> None:
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = gradient.clone()

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
-from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -17,6 +16,7 @@ from smt_dist.distributed import get_world_size, is_distributed
 from smt_dist.errors import SMTError, first_line
 from smt_dist.memory.plan.categories import Memory
 from smt_dist.memory.plan.fake import decoder_layers, fake_batch, fake_model
+from smt_dist.memory.plan.patches import unpacked_rows
 from smt_dist.memory.plan.request import Request
 from smt_dist.memory.plan.tracker import BACKWARD, FORWARD, RECOMPUTE, MemoryTracker
 from smt_dist.memory.plan.trained import Task, prepare
@@ -107,10 +107,8 @@ def _forward_backward(model: nn.Module, tracker: MemoryTracker, request: Request
     batch = fake_batch(request)
     # Full fine-tuning of fp32 weights computes in bf16: FSDP2 casts what it gathers, elsewhere autocast does it.
     mixed = request.base_dtype == torch.float32 and request.dtype == "bfloat16" and request.shards == 1
-    # Whether rows are packed is asked of the positions' values, which fake tensors don't have; here they aren't.
-    unpacked = mock.patch("transformers.masking_utils.find_packed_sequence_indices", return_value=None)
     tracker.moment("forward embedding")
-    with unpacked, tracker.stage(FORWARD), torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
+    with unpacked_rows(), tracker.stage(FORWARD), torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
         loss = model(**batch, use_cache=False, num_items_in_batch=batch["labels"].numel()).loss
     tracker.moment("backward head")
     with tracker.stage(BACKWARD):

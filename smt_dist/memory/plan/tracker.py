@@ -9,18 +9,18 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._sharding_prop import ShardingPropagator
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from smt_dist.memory.plan.categories import Memory
 from smt_dist.memory.plan.collectives import NAMESPACES
+from smt_dist.memory.plan.patches import unseen_shape_propagation, watched_resizes
 
 # What gloo copies whole (torch 2.13.0, ProcessGroupGloo.cpp: it flattens outputs, or inputs, once more).
 _COPYING = ("c10d::_allgather_base_", "c10d::_reduce_scatter_base_")
@@ -114,15 +114,16 @@ class MemoryTracker(TorchDispatchMode):
         return result
 
     def __enter__(self) -> MemoryTracker:
-        self._patches = [_patched_resize(self), _patched_sharding_propagation()]
-        for patch in self._patches:
-            patch.__enter__()
-        return super().__enter__()
+        with ExitStack() as patches:
+            patches.enter_context(watched_resizes(self.resized))
+            patches.enter_context(unseen_shape_propagation())
+            super().__enter__()
+            self._patches = patches.pop_all()
+        return self
 
     def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        for patch in self._patches:
-            patch.__exit__(None, None, None)
+        with self._patches:
+            super().__exit__(*error)
         self._records.clear()  # and the references with them: callbacks after the end would write into the log
 
     def _follows(self, tensor: torch.Tensor) -> bool:
@@ -229,36 +230,3 @@ class MemoryTracker(TorchDispatchMode):
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a DTensor; any other tensor itself."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
-
-
-@contextmanager
-def _patched_resize(tracker: MemoryTracker) -> Iterator[None]:
-    original = torch.UntypedStorage.resize_
-
-    def resize_(storage: torch.UntypedStorage, size: int) -> Any:
-        result = original(storage, size)
-        tracker.resized(storage)
-        return result
-
-    torch.UntypedStorage.resize_ = resize_
-    try:
-        yield
-    finally:
-        torch.UntypedStorage.resize_ = original
-
-
-@contextmanager
-def _patched_sharding_propagation() -> Iterator[None]:
-    """DTensor works out shapes on tensors of the global size, which would count as memory."""
-    name = "_propagate_tensor_meta_non_cached"
-    original = getattr(ShardingPropagator, name)
-
-    def propagate(*args: Any, **kwargs: Any) -> Any:
-        with _disable_current_modes():
-            return original(*args, **kwargs)
-
-    setattr(ShardingPropagator, name, propagate)
-    try:
-        yield
-    finally:
-        setattr(ShardingPropagator, name, original)

@@ -6,7 +6,6 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
-from unittest import mock
 
 import torch
 from torch import nn
@@ -14,6 +13,7 @@ from torch import nn
 from smt_dist.distributed import is_distributed
 from smt_dist.engines.replicated import ReplicatedBlocks
 from smt_dist.errors import SMTError, require_peft
+from smt_dist.memory.plan.patches import modules_that_stay
 from smt_dist.memory.plan.request import Request
 from smt_dist.memory.plan.tracker import MemoryTracker
 from smt_dist.selection.warmup import plan_grids
@@ -127,8 +127,7 @@ def attach_lora(model: nn.Module, request: Request, rank: int) -> None:
 
 
 def _prepare_lora(task: Task) -> Step:
-    # Module.to doesn't work on fake tensors, and isn't needed: adapters are made on this device.
-    with mock.patch.object(nn.Module, "to", lambda module, *_, **__: module):
+    with modules_that_stay():  # adapters are made on this device
         attach_lora(task.model, task.request, task.rank)
     adapters = [parameter for parameter in task.model.parameters() if parameter.requires_grad]
     task.tracker.register(adapters, "blocks")

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
-from unittest import mock
 
 import torch
 
+from smt_dist.memory.plan.patches import linear_function
 
-def linear_of(engine: str) -> AbstractContextManager[Any]:
-    """Inside, ``torch.nn.functional.linear`` is the engine's."""
-    return mock.patch("torch.nn.functional.linear", _linear) if engine == "zero3" else nullcontext()
+
+def linear_of(engine: str) -> AbstractContextManager[None]:
+    """Let ``torch.nn.functional.linear`` be the engine's inside."""
+    return linear_function(_linear) if engine == "zero3" else nullcontext()
 
 
 def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
