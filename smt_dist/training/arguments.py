@@ -47,7 +47,7 @@ _REFUSED: dict[str, str] = {
     "enable_jit_checkpoint": "not tested with blocks",
     "optim_target_modules": "belongs to optimizers that aren't supported",
     "label_smoothing_factor": "the warm-up scores the plain loss",
-    "do_predict": "use launch/evaluate_model.py",
+    "do_predict": "use smt-evaluate",
     "save_on_each_node": "checkpoints are written once, by rank 0",
 }
 # The least value of flags that Trainer, torch or the warm-up would trip over much later.
