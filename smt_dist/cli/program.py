@@ -72,20 +72,23 @@ def _leave_process_group() -> None:
 
 
 def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
-    """Parse the command line into ``kind`` and :class:`SMTTrainingArguments`; set up logging.
+    """Parse a recipe and the command line into ``kind`` and :class:`SMTTrainingArguments`; set up logging.
 
     Raises:
         SMTError: a flag is unknown or has a bad value; names it.
     """
     from transformers import HfArgumentParser
 
+    from smt_dist.cli.recipe import expand_recipe
     from smt_dist.training.arguments import SMTTrainingArguments
 
-    parser = HfArgumentParser([kind, SMTTrainingArguments], description=description, allow_abbrev=False)
+    kinds = [kind, SMTTrainingArguments]
+    parser = HfArgumentParser(kinds, description=description, allow_abbrev=False)
     parser.formatter_class = HelpFormatter
     parser.error = raise_usage_error
     configure_logging()
-    own, training, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    words = expand_recipe(sys.argv[1:], parser, kinds)
+    own, training, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
         raise_usage_error(f"unknown flag or value: {' '.join(unknown)}")
     return own, training

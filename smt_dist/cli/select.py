@@ -2,6 +2,7 @@
 
 smt-select --smt_config S.json --model_name_or_path M --train_file T.json --output selection.json
     [any transformers.TrainingArguments flag, such as --per_device_train_batch_size]
+smt-select recipe.yaml [--flag value ...]                   (a recipe holds flags, as `flag: value`; later ones win)
 torchrun --nproc_per_node N -m smt_dist.cli.select ...      (the same flags)
 deepspeed --num_gpus N launch/select_blocks.py ...          (the same program by its path in a checkout)
 smt-select ... --output stability.json

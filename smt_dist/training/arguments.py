@@ -321,12 +321,14 @@ def prepare_deepspeed_config(source: str | dict[str, Any], dtype: torch.dtype) -
     """A DeepSpeed config completed for SMT: the base's dtype, fp32 gradients, batch sizes from the flags.
 
     Args:
-        source: a JSON file or its content.
+        source: a JSON file or its content, parsed or as text.
         dtype: of the base.
 
     Raises:
         SMTError: unreadable, or a section that would be ignored or contradicts the flags; names it.
     """
+    if isinstance(source, str) and source.lstrip().startswith("{"):  # as transformers takes it
+        source = parse_json_object(source, "--deepspeed")
     config, name = (
         (source, "--deepspeed") if isinstance(source, dict) else (parse_json_object(read_text(source), source), source)
     )
