@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -108,7 +109,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def raise_usage_error(message: str) -> NoReturn:
-    """For ``ArgumentParser.error``: one line, like every other error."""
+    """For ``ArgumentParser.error``: one line, worded like every other error."""
+    message = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)
+    if choice := re.fullmatch(r"(.*)invalid choice: (.*) \(choose from (.*)\)", message, re.DOTALL):
+        accepted = choice[3].replace("'", "")
+        message = f"{choice[1]}{choice[2]} is not one of {accepted}"
     raise SMTError(f"{message} (see --help)")
 
 

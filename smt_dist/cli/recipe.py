@@ -82,7 +82,7 @@ def _flag(path: str, key: str, value: Any, parser: ArgumentParser) -> list[str]:
     try:
         _, left = parser.parse_known_args(words)
     except SMTError as error:
-        raise SMTError(f"{path}: {key}: {error}") from None
+        raise SMTError(f"{path}: {key}: {str(error).removeprefix(f'--{key}: ')}") from None
     if left:
         raise SMTError(f"{path}: {key}: takes one value, not {len(items)}")
     return words
