@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import pytest
 import torch
+from transformers import HfArgumentParser
 
+from smt_dist.cli.program import raise_usage_error
+from smt_dist.engines import ENGINES
+from smt_dist.engines.fsdp2_units import UNITS
 from smt_dist.errors import SMTError
-from smt_dist.training.arguments import SMTTrainingArguments, prepare_deepspeed_config
+from smt_dist.training.arguments import DTYPES, SMTTrainingArguments, prepare_deepspeed_config
+from smt_dist.training.run_arguments import RunArguments
 
 REFUSED = {
     "auto_find_batch_size": True,
@@ -109,6 +115,32 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_it(tmp_path, flags, fie
     with pytest.raises(SMTError, match=field) as caught:
         make(tmp_path, **flags)
     assert len(str(caught.value).splitlines()) == 1
+
+
+CHOICES = {
+    "engine": ("auto", *ENGINES),
+    "fsdp2_units": UNITS,
+    "dtype": tuple(DTYPES),
+    "reduce_dtype": tuple(DTYPES),
+    "prompt_style": ("plain", "chat"),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_a_flag_of_few_values_shows_them_and_refuses_others_in_one_wording(tmp_path, name):
+    """On the command line, in --help, and where Python makes the arguments, which checks no type."""
+    parser = HfArgumentParser([RunArguments, SMTTrainingArguments])
+    parser.error = raise_usage_error
+    assert f"--{name} {{{','.join(CHOICES[name])}}}" in " ".join(parser.format_help().split())
+    refusal = f"--{name}: 'x' is not one of {', '.join(CHOICES[name])}"
+    with pytest.raises(SMTError) as caught:
+        parser.parse_known_args([f"--{name}", "x"])
+    assert str(caught.value) == f"{refusal} (see --help)"
+    flags, of_the_run = {name: "x"}, name == "prompt_style"
+    made_by = RunArguments(gguf_file="f", **flags).check if of_the_run else partial(make, tmp_path, **flags)
+    with pytest.raises(SMTError) as caught:
+        made_by()
+    assert str(caught.value) == refusal
 
 
 def test_the_defaults_are_the_documented_ones(tmp_path):

@@ -209,7 +209,7 @@ def test_the_hostfile_is_read_as_two_nodes_of_eight():
 def train_flags_named_in(text: str) -> set[str]:
     """The flags behind train.py, or behind a script that hands them to it, in commands and comments."""
     text = re.sub(r"\\\n#?", " ", text)
-    commands = re.findall(r"(?:launch/train\.py|nodes/\w+\.(?:sh|sbatch)) (.*)", text)
+    commands = re.findall(r"(?:launch/train\.py|smt_dist\.cli\.train|smt-train|nodes/\w+\.(?:sh|sbatch)) (.*)", text)
     return {flag for command in commands for flag in re.findall(r"--(\w+)", command)}
 
 

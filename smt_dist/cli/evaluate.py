@@ -1,4 +1,8 @@
-"""Scores a model, with or without an SMT adapter, on questions that have one exact answer."""
+"""Score a model, with or without an SMT adapter, on questions that have one exact answer.
+
+smt-evaluate --model_name_or_path M [--adapter O] --eval_file E.json --output results.json
+python launch/evaluate_model.py ...      (the same program by its path in a checkout)
+"""
 
 from __future__ import annotations
 
@@ -20,7 +24,7 @@ if TYPE_CHECKING:
 
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; argparse itself exits with 2 on a bad flag."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="folder or hub name of the base model")
     add("--adapter", help="folder of an SMT adapter, applied to the base model (default: none)")
@@ -47,7 +51,7 @@ def main() -> None:
     arguments = parse_arguments()
     if arguments.adapter and arguments.dtype == "float16":
         # Rounded to fp16, a bf16 or fp32 base can no longer be told from another one.
-        raise SMTError("--dtype float16 with --adapter: merge first (launch/merge_adapter.py --dtype float16)")
+        raise SMTError("--dtype float16 with --adapter: merge first (smt-merge --dtype float16)")
     # Imported late: `--help` and bad flags should answer at once.
     from smt_dist.data.rows import read_rows
     from smt_dist.evaluation import make_items

@@ -1,6 +1,7 @@
 """Merge an SMT adapter into its base model, one weight at a time: the result is an ordinary model folder.
 
-python launch/merge_adapter.py --model_name_or_path M --adapter O --output_dir X [--dtype bfloat16]
+smt-merge --model_name_or_path M --adapter O --output_dir X [--dtype bfloat16]
+python launch/merge_adapter.py ...      (the same program by its path in a checkout)
 """
 
 from __future__ import annotations

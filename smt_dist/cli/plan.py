@@ -1,10 +1,11 @@
 """Plan the memory of a run before it is launched: no weights are read, no GPU is needed.
 
-python launch/profile_memory.py plan --model_config config.json --smt_config S.json --engine fsdp2 --world_size 8
+smt-plan plan --model_config config.json --smt_config S.json --engine fsdp2 --world_size 8
     --method smt --gradient_checkpointing --per_device_train_batch_size 1 --max_seq_length 2048
     --device_memory 80GiB --output plan.json
-python launch/profile_memory.py plan ... --search batch      (or world_size, or blocks: what still fits)
-python launch/profile_memory.py validate --output validation.json      (plans beside real runs of small models)
+smt-plan plan ... --search batch      (or world_size, or blocks: what still fits)
+smt-plan validate --output validation.json      (plans beside real runs of small models)
+python launch/profile_memory.py ...      (the same program by its path in a checkout)
 """
 
 from __future__ import annotations

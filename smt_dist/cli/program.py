@@ -6,6 +6,7 @@ import argparse
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -72,20 +73,23 @@ def _leave_process_group() -> None:
 
 
 def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
-    """Parse the command line into ``kind`` and :class:`SMTTrainingArguments`; set up logging.
+    """Parse a recipe and the command line into ``kind`` and :class:`SMTTrainingArguments`; set up logging.
 
     Raises:
         SMTError: a flag is unknown or has a bad value; names it.
     """
     from transformers import HfArgumentParser
 
+    from smt_dist.cli.recipe import expand_recipe
     from smt_dist.training.arguments import SMTTrainingArguments
 
-    parser = HfArgumentParser([kind, SMTTrainingArguments], description=description, allow_abbrev=False)
+    kinds = [kind, SMTTrainingArguments]
+    parser = HfArgumentParser(kinds, description=description, allow_abbrev=False)
     parser.formatter_class = HelpFormatter
     parser.error = raise_usage_error
     configure_logging()
-    own, training, unknown = parser.parse_args_into_dataclasses(return_remaining_strings=True)
+    words = expand_recipe(sys.argv[1:], parser, kinds)
+    own, training, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
         raise_usage_error(f"unknown flag or value: {' '.join(unknown)}")
     return own, training
@@ -105,7 +109,11 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def raise_usage_error(message: str) -> NoReturn:
-    """For ``ArgumentParser.error``: one line, like every other error."""
+    """For ``ArgumentParser.error``: one line, worded like every other error."""
+    message = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)
+    if choice := re.fullmatch(r"(.*)invalid choice: (.*) \(choose from (.*)\)", message, re.DOTALL):
+        accepted = choice[3].replace("'", "")
+        message = f"{choice[1]}{choice[2]} is not one of {accepted}"
     raise SMTError(f"{message} (see --help)")
 
 

@@ -1,9 +1,11 @@
-"""Run the warm-up only and write the chosen blocks, for `train.py --selection`; or ask how stable the choice is.
+"""Choose the blocks only, for `smt-train --selection`; or ask how stable the choice is.
 
-[deepspeed --num_gpus N | torchrun --nproc_per_node N | python] launch/select_blocks.py
-    --smt_config S.json --model_name_or_path M --train_file T.json --output selection.json
+smt-select --smt_config S.json --model_name_or_path M --train_file T.json --output selection.json
     [any transformers.TrainingArguments flag, such as --per_device_train_batch_size]
-... launch/select_blocks.py (the same flags) --output stability.json
+smt-select recipe.yaml [--flag value ...]                   (a recipe holds flags, as `flag: value`; later ones win)
+torchrun --nproc_per_node N -m smt_dist.cli.select ...      (the same flags)
+deepspeed --num_gpus N launch/select_blocks.py ...          (the same program by its path in a checkout)
+smt-select ... --output stability.json
     --stability seeds=0,1,2 steps=25,50,100 halves files=a.json,b.json block_sizes=64,192
 """
 

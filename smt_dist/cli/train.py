@@ -1,9 +1,11 @@
 """Fine-tune a language model with Sparse Matrix Tuning.
 
-deepspeed --num_gpus N launch/train.py --smt_config S.json --deepspeed D.json --model_name_or_path M
-    --train_file T.json --output_dir O [any transformers.TrainingArguments flag]
-torchrun --nproc_per_node N launch/train.py --engine ddp --smt_config S.json ...
-python launch/train.py --smt_config S.json ...
+smt-train --smt_config S.json --model_name_or_path M --train_file T.json --output_dir O
+    [any transformers.TrainingArguments flag]
+smt-train recipe.yaml [--flag value ...]      (a recipe holds flags, as `flag: value`; later ones win)
+torchrun --nproc_per_node N -m smt_dist.cli.train --engine ddp --smt_config S.json ...
+deepspeed --num_gpus N launch/train.py --smt_config S.json --deepspeed D.json ...
+launch/train.py is the same program by its path in a checkout, for every launcher.
 """
 
 from __future__ import annotations

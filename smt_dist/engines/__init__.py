@@ -5,10 +5,13 @@ One file an engine; ``replicated.py`` is what ``ddp`` and ``fsdp2`` share.
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from smt_dist.engines.base import Engine, EngineOptions
 from smt_dist.errors import SMTError
 
-ENGINES = ("ddp", "fsdp2", "deepspeed")
+EngineName = Literal["ddp", "fsdp2", "deepspeed"]
+ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 
 def make_engine(options: EngineOptions) -> Engine:

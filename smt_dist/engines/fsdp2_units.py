@@ -8,7 +8,7 @@ it, at the price of more and smaller collectives.
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from smt_dist.sparse.targets import may_be_idle
 
-UNITS = ("auto", "layer", "weight")
+Units = Literal["auto", "layer", "weight"]
+UNITS: tuple[Units, ...] = get_args(Units)
 FREE = "free_full_weight"
 # From this size on a layer is cut up by "auto", in bytes of its gathered weights.
 LARGE_LAYER = 2**28

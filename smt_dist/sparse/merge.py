@@ -91,4 +91,4 @@ def _refuse_unmergeable(name: str, layer: SparseLayer) -> None:
     sharded = hasattr(weight, "ds_id") or hasattr(weight, "full_tensor")
     if sharded or not weight.is_floating_point():
         kind = "sharded" if sharded else f"quantised ({weight.dtype})"
-        raise SMTError(f"{name}: its weight is {kind}; save the adapter and use launch/merge_adapter.py")
+        raise SMTError(f"{name}: its weight is {kind}; save the adapter and use smt-merge")

@@ -8,7 +8,7 @@ import os
 from dataclasses import dataclass, field
 from datetime import timedelta
 from inspect import signature
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -16,15 +16,17 @@ from transformers import TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from smt_dist.data.batches import BatchOrder
-from smt_dist.engines import ENGINES
+from smt_dist.engines import EngineName
 from smt_dist.engines.base import EngineOptions
 from smt_dist.engines.elementwise import optimizer_class_by_name, parse_options, refuse_unless_elementwise
-from smt_dist.engines.fsdp2_units import UNITS
+from smt_dist.engines.fsdp2_units import Units
 from smt_dist.engines.process_group import initialize_process_group
 from smt_dist.errors import SMTError, whole_message
 from smt_dist.files import parse_json_object, read_text
+from smt_dist.training.choices import check_choices
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DtypeName = Literal["float32", "bfloat16"]
+DTYPES: dict[DtypeName, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Trainer features that would be ignored or go wrong with blocks, each with what to use instead.
 _REFUSED: dict[str, str] = {
@@ -47,7 +49,7 @@ _REFUSED: dict[str, str] = {
     "enable_jit_checkpoint": "not tested with blocks",
     "optim_target_modules": "belongs to optimizers that aren't supported",
     "label_smoothing_factor": "the warm-up scores the plain loss",
-    "do_predict": "use launch/evaluate_model.py",
+    "do_predict": "use smt-evaluate",
     "save_on_each_node": "checkpoints are written once, by rank 0",
 }
 # The least value of flags that Trainer, torch or the warm-up would trip over much later.
@@ -76,9 +78,10 @@ class SMTTrainingArguments(TrainingArguments):
         SMTError: a flag that can't be honoured, by name.
     """
 
-    engine: str = field(
+    # HfArgumentParser makes choices of a Literal, and shows them in --help.
+    engine: Literal["auto", EngineName] = field(
         default="auto",
-        metadata={"help": "ddp, fsdp2, deepspeed, or auto: deepspeed where --deepspeed is given, else ddp"},
+        metadata={"help": "who holds the base; auto: deepspeed where --deepspeed is given, else ddp"},
     )
     dp_replicate_size: int = field(
         default=1,
@@ -89,11 +92,11 @@ class SMTTrainingArguments(TrainingArguments):
     cpu_offload: bool = field(
         default=False, metadata={"help": "fsdp2 on GPUs: keep the frozen base's shards in host memory"}
     )
-    fsdp2_units: str = field(
+    fsdp2_units: Units = field(
         default="auto",
         metadata={
-            "help": "fsdp2: what is gathered at once: layer, weight (less memory, more collectives), or auto: weight "
-            "where a layer has 256 MiB or more"
+            "help": "fsdp2: what is gathered at once. weight: less memory, more collectives; auto: weight where a "
+            "layer has 256 MiB or more"
         },
     )
     fsdp2_prefetch: bool = field(
@@ -123,13 +126,13 @@ class SMTTrainingArguments(TrainingArguments):
     optim_args: str | None = field(
         default=None, metadata={"help": "options of an --optim with a dotted name: momentum=0.9, nesterov=True"}
     )
-    reduce_dtype: str = field(
+    reduce_dtype: DtypeName = field(
         default="float32",
-        metadata={"help": "ddp, fsdp2: in which the blocks' gradients cross the network: float32 or bfloat16"},
+        metadata={"help": "ddp, fsdp2: in which the blocks' gradients cross the network"},
     )
-    dtype: str = field(
+    dtype: DtypeName = field(
         default="bfloat16",
-        metadata={"help": "dtype of the frozen base: float32 or bfloat16; blocks' masters are fp32"},
+        metadata={"help": "dtype of the frozen base; blocks' masters are fp32"},
     )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "replace NaN losses in the logs by the last mean, which hides them"}
@@ -227,13 +230,9 @@ class SMTTrainingArguments(TrainingArguments):
                 raise SMTError(f"--report_to: {reporter!r} is not one of none, all, {known}")
         if not self.average_tokens_across_devices:
             raise SMTError("--average_tokens_across_devices false: SMT's warm-up and training count tokens globally")
-        for name in ("dtype", "reduce_dtype"):
-            if getattr(self, name) not in DTYPES:
-                raise SMTError(f"--{name}: {getattr(self, name)!r} is not one of {', '.join(DTYPES)}")
+        check_choices(self)
 
     def _check_engine(self) -> None:
-        if self.engine not in ENGINES:
-            raise SMTError(f"--engine: {self.engine!r} is not one of auto, {', '.join(ENGINES)}")
         if self.engine != "deepspeed" and self.deepspeed:
             raise SMTError(f"--engine {self.engine} together with --deepspeed: give one of them")
         if env_flag("ACCELERATE_USE_FSDP"):
@@ -255,8 +254,6 @@ class SMTTrainingArguments(TrainingArguments):
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         if self.dp_replicate_size < 1 or world_size % self.dp_replicate_size:
             raise SMTError(f"--dp_replicate_size: {self.dp_replicate_size} doesn't divide the {world_size} ranks")
-        if self.fsdp2_units not in UNITS:
-            raise SMTError(f"--fsdp2_units: {self.fsdp2_units!r} is not one of {', '.join(UNITS)}")
         if self.cpu_offload and not torch.cuda.is_available():
             raise SMTError("--cpu_offload: there is no GPU, so the base lies in host memory already")
         if self.cpu_offload and world_size == 1:
@@ -321,12 +318,14 @@ def prepare_deepspeed_config(source: str | dict[str, Any], dtype: torch.dtype) -
     """A DeepSpeed config completed for SMT: the base's dtype, fp32 gradients, batch sizes from the flags.
 
     Args:
-        source: a JSON file or its content.
+        source: a JSON file or its content, parsed or as text.
         dtype: of the base.
 
     Raises:
         SMTError: unreadable, or a section that would be ignored or contradicts the flags; names it.
     """
+    if isinstance(source, str) and source.lstrip().startswith("{"):  # as transformers takes it
+        source = parse_json_object(source, "--deepspeed")
     config, name = (
         (source, "--deepspeed") if isinstance(source, dict) else (parse_json_object(read_text(source), source), source)
     )

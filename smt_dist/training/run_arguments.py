@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from smt_dist.data.prompts import PromptStyle
 from smt_dist.errors import SMTError
+from smt_dist.training.choices import check_choices
 
 
 @dataclass
@@ -23,7 +25,7 @@ class RunArguments:
     dataset_config: str | None = field(default=None, metadata={"help": "its configuration"})
     max_seq_length: int = field(default=1024, metadata={"help": "tokens; longer rows are cut, and counted"})
     packing: bool = field(default=False, metadata={"help": "put whole rows together up to --max_seq_length"})
-    prompt_style: str = field(
+    prompt_style: PromptStyle = field(
         default="plain", metadata={"help": "instruction rows: plain (Alpaca template) or chat (chat template)"}
     )
     selection: str | None = field(default=None, metadata={"help": "selection file: use it, run no warm-up"})
@@ -48,8 +50,7 @@ class RunArguments:
         """Raise SMTError for what can be seen without reading anything."""
         if self.model_name_or_path is None and self.gguf_file is None:
             raise SMTError("--model_name_or_path is missing (or --gguf_file)")
-        if self.prompt_style not in ("plain", "chat"):
-            raise SMTError(f"--prompt_style: {self.prompt_style!r} is not one of plain, chat")
+        check_choices(self)
         if self.train_file is not None and self.dataset_name is not None:
             raise SMTError("--train_file together with --dataset_name: give one of them")
         if self.profile_memory_steps < 1:
