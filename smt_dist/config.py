@@ -292,6 +292,16 @@ class SMTConfig(_Strict):
         return cls.from_json(read_text(path), str(path))
 
     @classmethod
+    def from_flag(cls, value: str | dict[str, Any]) -> SMTConfig:
+        """Read what ``--smt_config`` is given: a file, or the JSON itself, as a recipe's mapping becomes.
+
+        Raises:
+            SMTError: as :meth:`from_json_file`.
+        """
+        text = value if isinstance(value, str) else json.dumps(value)
+        return cls.from_json(text, "--smt_config") if text.lstrip().startswith("{") else cls.from_json_file(text)
+
+    @classmethod
     def from_json(cls, text: str, source: str = "smt config") -> SMTConfig:
         """Parse a config; ``source`` names it in errors. Raises SMTError as :meth:`from_json_file`."""
         return parse_model(cls, text, source)

@@ -17,6 +17,7 @@ from transformers import HfArgumentParser
 from smt_dist.cli.program import parse_arguments, raise_usage_error
 from smt_dist.cli.recipe import MAX_CHARACTERS, expand_recipe
 from smt_dist.cli.select import SelectArguments
+from smt_dist.config import SMTConfig
 from smt_dist.errors import SMTError
 from smt_dist.training.arguments import SMTTrainingArguments, prepare_deepspeed_config
 
@@ -252,3 +253,13 @@ def test_a_run_from_a_recipe_ends_as_one_from_flags(run, train, folder, tmp_path
     assert (tmp_path / "recipe_out" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
     for program in ("train.py", "select_blocks.py"):
         assert f"{recipe}: sead: unknown key" in run(program, write(tmp_path, "sead: 1")).error
+
+
+def test_a_recipe_may_hold_the_smt_config_itself(tmp_path):
+    """One file then says all of a run; as JSON text on the command line it is the same."""
+    text = "smt_config:\n  block_size: [16, 8]\n  untie: true\n  groups:\n    - {name: a, fraction: 0.03}\n"
+    config = SMTConfig.from_flag(parse(write(tmp_path, text))["smt_config"])
+    assert (config.block_size, config.untie, config.groups[0].fraction) == ((16, 8), True, 0.03)
+    assert config == SMTConfig.from_flag(config.to_json())
+    with pytest.raises(SMTError, match=r"^--smt_config: block_size: expected a side"):
+        SMTConfig.from_flag(parse(write(tmp_path, "smt_config: {block_size: 0}"))["smt_config"])

@@ -116,7 +116,7 @@ def _config(path: str | None, selection: BlockSelection | None) -> SMTConfig:
     from smt_dist.config import SMTConfig
 
     if path is not None:
-        return SMTConfig.from_json_file(path)
+        return SMTConfig.from_flag(path)
     return SMTConfig() if selection is None else config_of(selection)
 
 

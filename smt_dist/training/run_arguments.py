@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from smt_dist.data.prompts import PromptStyle
 from smt_dist.errors import SMTError
@@ -14,8 +15,12 @@ class RunArguments:
     """What to tune, on what."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "model folder or hub name"})
-    smt_config: str | None = field(
-        default=None, metadata={"help": "SMT config, JSON; without it: q, k, v; blocks of 256; 0.84 %% of parameters"}
+    # A mapping of a recipe arrives as JSON text.
+    smt_config: dict[str, Any] | str | None = field(
+        default=None,
+        metadata={
+            "help": "SMT config: a JSON file, or JSON itself; without it: q, k, v; blocks of 256; 0.84 %% of parameters"
+        },
     )
     train_file: str | None = field(
         default=None, metadata={"help": "JSON or JSONL rows: instruction/input/output, messages, or text"}

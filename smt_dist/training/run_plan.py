@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from smt_dist.checkpoint.adapter import CONFIG_FILE, SELECTION_FILE, Adapter, config_of, read_active, read_adapter
 from smt_dist.checkpoint.atomic import VerifiedFolder
@@ -13,6 +13,7 @@ from smt_dist.checkpoint.rotation import find_checkpoint
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import agree, assert_same_on_all_ranks, from_main_process
 from smt_dist.errors import SMTError
+from smt_dist.files import shorten
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.training.run_arguments import RunArguments
 
@@ -80,7 +81,7 @@ def _find_selection(
 def _find_config(
     run: RunArguments, selection: BlockSelection | None, adapter: Adapter | None, checkpoint: VerifiedFolder | None
 ) -> SMTConfig:
-    given = SMTConfig.from_json_file(run.smt_config) if run.smt_config is not None else None
+    given = SMTConfig.from_flag(run.smt_config) if run.smt_config is not None else None
     if checkpoint is not None:
         config = SMTConfig.from_json_file(checkpoint.folder / CONFIG_FILE)
         if given is None:
@@ -88,8 +89,8 @@ def _find_config(
         changed = given.first_difference(config.model_copy(update={"bad_numbers": given.bad_numbers}))
         if changed is not None:
             raise SMTError(
-                f"--smt_config: {run.smt_config} isn't the config that {checkpoint} was trained with: {changed}; "
-                "leave the flag out, and the checkpoint's is used"
+                f"--smt_config: {_shown(run.smt_config)} isn't the config that {checkpoint} was trained with: "
+                f"{changed}; leave the flag out, and the checkpoint's is used"
             )
         return given
     if given is None and adapter is not None:
@@ -97,10 +98,16 @@ def _find_config(
     if given is None:
         return SMTConfig() if selection is None else config_of(selection)
     if adapter is not None and given.warmup.mode != adapter.config.warmup.mode:
-        raise SMTError(f"--smt_config: {run.smt_config}: warmup.mode isn't that of {run.adapter}")
+        raise SMTError(f"--smt_config: {_shown(run.smt_config)}: warmup.mode isn't that of {run.adapter}")
     if run.selection is not None and given.warmup.mode == "full_ft":
         raise SMTError("--selection: no warm-up runs then, so warmup.mode can't be full_ft; set it to probe")
     return given
+
+
+def _shown(smt_config: str | dict[str, Any]) -> str:
+    """A config's file, or the beginning of what was given itself."""
+    text = str(smt_config)
+    return shorten(text) if text.lstrip().startswith("{") else text
 
 
 def _on_moved_base(run: Run, config: SMTConfig, checkpoint: VerifiedFolder | None) -> Run:
