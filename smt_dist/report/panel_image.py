@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 
 
 def svg_image(name: str, draw: Callable[[Axes], None], height: float = 3.2) -> str:
-    """Draw one panel as an ``<img>`` that holds its SVG: sharp at any zoom, and nothing in it can run as a script.
+    """Draw one panel as an ``<img>`` that holds its SVG.
+
+    It is sharp at any zoom, and nothing in it can run as a script.
 
     Args:
         name: the element's id, no name from outside.

@@ -92,7 +92,7 @@ def _name_layers(axis: Axes, summary: Summary) -> None:
 
 
 def kinds_of_weight(axis: Axes, summary: Summary) -> None:
-    """Chosen blocks by kind of weight: their number, their share of all chosen, and of the kind's own blocks."""
+    """Draw each kind's chosen blocks: how many, their share of all chosen, and of its own."""
     names, total = list(summary.chosen_by_kind), sum(summary.chosen_by_kind.values())
     axis.barh(range(len(names)), list(summary.chosen_by_kind.values()))
     for row, (kind, count) in enumerate(summary.chosen_by_kind.items()):
@@ -108,7 +108,7 @@ def kinds_of_weight(axis: Axes, summary: Summary) -> None:
 
 
 def depth(axis: Axes, summary: Summary) -> None:
-    """Chosen blocks by layer, its kinds one on the other."""
+    """Draw the chosen blocks by layer, its kinds one on the other."""
     base = np.zeros(len(summary.layers))
     for kind in summary.sheets:
         counts = np.array([chosen for chosen, _ in summary.by_layer(kind)])
@@ -121,7 +121,7 @@ def depth(axis: Axes, summary: Summary) -> None:
 
 
 def distribution(axis: Axes, summary: Summary) -> None:
-    """Blocks by score, and the lowest that was chosen in each group."""
+    """Draw the blocks by score, and the lowest score that was chosen in each group."""
     axis.stairs(summary.all_counts, summary.edges, fill=True, color="#9ecae1", label="all")
     axis.stairs(summary.chosen_counts, summary.edges, fill=True, color=MARK, label="chosen")
     for group, value in summary.cut_offs.items():
@@ -135,7 +135,7 @@ def distribution(axis: Axes, summary: Summary) -> None:
 
 
 def curve(axis: Axes, summary: Summary) -> None:
-    """Loss by step."""
+    """Draw the losses by step."""
     for name, points in summary.losses.items():
         steps, losses = zip(*points, strict=True)
         axis.plot(steps, losses, label=name, marker="." if len(points) < 60 else None)

@@ -83,7 +83,7 @@ class Summary:
         return "log10(score)" if self.logarithmic else "score"
 
     def by_layer(self, kind: str) -> list[tuple[int, int]]:
-        """(Chosen blocks, blocks) of a kind of weight in each of :attr:`layers`."""
+        """Return (chosen blocks, blocks) of a kind of weight in each of :attr:`layers`."""
         return [
             (self.chosen_by_layer.get((layer, kind), 0), self.blocks_by_layer.get((layer, kind), 0))
             for layer in self.layers
@@ -181,7 +181,7 @@ def learning_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[
 
 
 def layer_number(layer: str) -> str:
-    """A layer's number, or its whole name where it has none."""
+    """Return a layer's number, or its whole name where it has none."""
     last = layer.rpartition(".")[2]
     return last if last.isdigit() else layer
 
