@@ -81,6 +81,7 @@ def look(browser, page: Path) -> dict[str, object]:
         "marked": browser.execute_script("return document.querySelectorAll('.map .scatterlayer path.point').length"),
         "maps": browser.execute_script("return document.querySelectorAll('.map .heatmaplayer image').length"),
         "charts": browser.execute_script("return [...document.querySelectorAll('.chart > div')].length"),
+        "images": browser.execute_script("return [...document.images].filter(i => i.naturalWidth > 0).map(i => i.id)"),
         "text": browser.execute_script("return document.body.innerText"),
         "evil": browser.execute_script("return window.evil || 0"),
     }
@@ -96,8 +97,17 @@ def test_every_chosen_block_is_marked_in_the_browser(browser, tmp_path):
     assert seen["marked"] == len(selection) == 22
     assert seen["maps"] == 3
     assert seen["charts"] == 5  # by weight, kind, depth; scores; curve
+    assert seen["images"] == ["by-kind", "by-depth", "scores", "curve"]
     for shown in ("22 of 8 x 8", "abs_mean, 5 warm-up steps", "tiny", "Learning curve"):
         assert shown in seen["text"]
+
+
+def test_equal_selections_are_equal_pages(tmp_path):
+    """A page under version control would change with every run: matplotlib numbers its shapes at random."""
+    scores = make_scores()
+    for name in ("a.html", "b.html"):
+        write_page(tmp_path / name, summarise(choose(scores), scores, HISTORY, {}))
+    assert (tmp_path / "a.html").read_bytes() == (tmp_path / "b.html").read_bytes()
 
 
 def test_names_are_text_whatever_they_look_like(browser, tmp_path):

@@ -81,7 +81,7 @@ def refuse_unless_elementwise(optimizer_class: type[torch.optim.Optimizer], opti
 
 
 def try_slices(optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
-    """Try an optimizer on a matrix and on the same elements in two flat pieces; both must end the same.
+    """Try an optimizer on a matrix and on its elements in two flat pieces; both must agree.
 
     That is what sharding does to it. An optimizer that looks at rows, columns, norms or neighbours (Adafactor, LAMB,
     Muon, Shampoo, quantised states) or can't do without a closure (LBFGS) gives something else, or fails. Refused too
@@ -160,14 +160,14 @@ class _Stepped(NamedTuple):
     settings: list[dict[str, str]]
 
     def values(self) -> torch.Tensor:
-        """All parameters end to end."""
+        """Return all parameters end to end."""
         return torch.cat([parameter.detach().flatten() for parameter in self.parameters])
 
 
 def _stepped(
     optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any], numbers: list[torch.Tensor]
 ) -> _Stepped:
-    """Make the optimizer for the first row of each of ``numbers``, and its steps with the others as gradients."""
+    """Step from the first row of each of ``numbers``, with its other rows as gradients."""
     # Steps that rounding can't hide, whatever the learning rate of the run.
     options = options | ({"lr": _LEARNING_RATE} if "lr" in options else {})
     try:

@@ -1,4 +1,8 @@
-"""``selection.html``: one self-contained page, drawn by plotly, whose script is inlined: it needs no network."""
+"""``selection.html``: one self-contained page that needs no network.
+
+Where a cell tells more than its colour does, plotly draws, whose script is inlined; all else is matplotlib's, as in the
+PNG files.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,11 @@ import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
 from smt_dist.files import replace_file
+from smt_dist.report.panel_image import svg_image
+from smt_dist.report.paper import MARK, Panel, curve, depth, distribution, kinds_of_weight
 from smt_dist.report.sheet import lay_out
-from smt_dist.report.summary import Summary, Tile
+from smt_dist.report.summary import Summary, Tile, layer_number
 
-MARK = "#d62728"
 NOTE_SHARES = "Share of each weight's blocks that is chosen; a layer without a number is outside the decoder layers."
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1200px; padding: 0 1rem; color: #222; }
@@ -30,15 +35,16 @@ def write_page(path: Path, summary: Summary) -> None:
 
 
 def _page(summary: Summary) -> str:
+    counts = [_still(summary, "by-kind", kinds_of_weight), _still(summary, "by-depth", depth)]
     sections = [
-        _section("Where the blocks are", NOTE_SHARES, [("by-weight", _by_weight(summary))]),
-        _section("By kind and by depth", "", [("by-kind", _by_kind(summary)), ("by-depth", _by_depth(summary))]),
+        _section("Where the blocks are", NOTE_SHARES, [_live("by-weight", _by_weight(summary))]),
+        _section("By kind and by depth", "", counts),
     ]
     if summary.has_scores and len(summary.edges):
-        sections.append(_section("Scores", _note_scores(summary), [("scores", _distribution(summary))]))
+        sections.append(_section("Scores", _note_scores(summary), [_still(summary, "scores", distribution)]))
     if summary.losses:
-        sections.append(_section("Learning curve", "", [("curve", _curve(summary))]))
-    maps = [(f"map-{index}", _map(summary, kind, tiles)) for index, (kind, tiles) in enumerate(summary.sheets.items())]
+        sections.append(_section("Learning curve", "", [_still(summary, "curve", curve)]))
+    maps = [_live(f"map-{i}", _map(summary, kind, tiles)) for i, (kind, tiles) in enumerate(summary.sheets.items())]
     sections.append(_section("Every block", _note_maps(summary), maps, "map"))
     facts = "".join(f"<tr><td>{escape(k)}</td><td>{escape(v)}</td></tr>" for k, v in summary.facts.items())
     return (
@@ -48,16 +54,18 @@ def _page(summary: Summary) -> str:
     )
 
 
-def _section(title: str, note: str, figures: list[tuple[str, go.Figure]], kind: str = "chart") -> str:
-    drawn = "".join(
-        f'<div class="{kind}">'
-        + figure.to_html(
-            full_html=False, include_plotlyjs=False, div_id=name, config={"displaylogo": False, "responsive": True}
-        )
-        + "</div>\n"
-        for name, figure in figures
-    )
+def _section(title: str, note: str, pictures: list[str], kind: str = "chart") -> str:
+    drawn = "".join(f'<div class="{kind}">{picture}</div>\n' for picture in pictures)
     return f"<h2>{escape(title)}</h2>\n" + (f"<p>{escape(note)}</p>\n" if note else "") + drawn
+
+
+def _live(name: str, figure: go.Figure) -> str:
+    options = {"displaylogo": False, "responsive": True}
+    return figure.to_html(full_html=False, include_plotlyjs=False, div_id=name, config=options)
+
+
+def _still(summary: Summary, name: str, panel: Panel) -> str:
+    return f"<div>{svg_image(name, lambda axis: panel(axis, summary))}</div>"
 
 
 def _note_scores(summary: Summary) -> str:
@@ -91,81 +99,21 @@ def _figure(title: str, height: int, **layout: object) -> go.Figure:
     return go.Figure(layout={"title": title, "height": height, "margin": margin, "template": "plotly_white", **layout})
 
 
-def _layer_names(summary: Summary) -> list[str]:
-    """The layers' numbers, or whole names."""
-    return [escape(_number(layer)) for layer in summary.layers]
-
-
-def _number(layer: str) -> str:
-    last = layer.rpartition(".")[2]
-    return last if last.isdigit() else layer
-
-
 def _by_weight(summary: Summary) -> go.Figure:
     kinds = list(summary.sheets)
     share, texts = [], []
     for kind in kinds:
-        pairs = [
-            (summary.chosen_by_layer.get((layer, kind), 0), summary.blocks_by_layer.get((layer, kind), 0))
-            for layer in summary.layers
-        ]
+        pairs = summary.by_layer(kind)
         share.append([100 * chosen / total if total else None for chosen, total in pairs])
         texts.append([f"{chosen:,} of {total:,} blocks" if total else "" for chosen, total in pairs])
+    layers = [escape(layer_number(layer)) for layer in summary.layers]
     figure = _figure("chosen share of each weight", 150 + 28 * len(kinds), xaxis={"title": "layer", "type": "category"})
     figure.add_heatmap(
-        z=share, x=_layer_names(summary), y=[escape(kind) for kind in kinds], text=texts, colorscale="Viridis", zmin=0,
+        z=share, x=layers, y=[escape(kind) for kind in kinds], text=texts, colorscale="Viridis", zmin=0,
         hovertemplate="layer %{x}, %{y}: %{z:.2f} % (%{text})<extra></extra>", hoverongaps=False,
         colorbar={"title": "%"},
     )  # fmt: skip
     figure.update_yaxes(autorange="reversed", type="category")
-    return figure
-
-
-def _by_kind(summary: Summary) -> go.Figure:
-    total = sum(summary.chosen_by_kind.values())
-    kinds = list(summary.chosen_by_kind)
-    counts = [summary.chosen_by_kind[kind] for kind in kinds]
-    texts = [
-        f"{count:,} ({count / total:.0%}); {count / summary.blocks[kind]:.1%} of its {summary.blocks[kind]:,}"
-        for kind, count in zip(kinds, counts, strict=True)
-    ]
-    figure = _figure("chosen blocks by kind of weight", 130 + 34 * len(kinds), xaxis={"title": "blocks"})
-    figure.add_bar(
-        y=[escape(kind) for kind in kinds], x=counts, text=texts, orientation="h", textposition="auto",
-        hovertemplate="%{y}: %{text}<extra></extra>",
-    )  # fmt: skip
-    figure.update_yaxes(autorange="reversed", type="category")
-    return figure
-
-
-def _by_depth(summary: Summary) -> go.Figure:
-    axes = {"xaxis": {"title": "layer", "type": "category"}, "yaxis": {"title": "blocks"}}
-    figure = _figure("chosen blocks by depth", 340, barmode="stack", **axes)
-    for kind in summary.sheets:
-        counts = [summary.chosen_by_layer.get((layer, kind), 0) for layer in summary.layers]
-        if any(counts):
-            figure.add_bar(x=_layer_names(summary), y=counts, name=escape(kind))
-    return figure
-
-
-def _distribution(summary: Summary) -> go.Figure:
-    axes = {"xaxis": {"title": summary.score_title}, "yaxis": {"title": "blocks", "type": "log"}}
-    figure = _figure("distribution of the scores", 360, barmode="overlay", **axes)
-    middles = (summary.edges[1:] + summary.edges[:-1]) / 2
-    width = summary.edges[1] - summary.edges[0]
-    bars = (("all", summary.all_counts, "#9ecae1"), ("chosen", summary.chosen_counts, MARK))
-    for name, counts, colour in bars:
-        figure.add_bar(x=middles.tolist(), y=counts.tolist(), width=width, name=name, marker={"color": colour})
-    for group, value in summary.cut_offs.items():
-        figure.add_vline(x=value, line={"color": "#222", "dash": "dash"}, annotation_text=escape(group))
-    return figure
-
-
-def _curve(summary: Summary) -> go.Figure:
-    figure = _figure("loss", 360, xaxis={"title": "step"}, yaxis={"title": "loss"})
-    for name, points in summary.losses.items():
-        steps, losses = zip(*points, strict=True)
-        figure.add_scatter(x=steps, y=losses, name=name, mode="lines+markers" if len(points) < 60 else "lines")
     return figure
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from smt_dist.files import replace_file
 from smt_dist.report.sheet import lay_out
-from smt_dist.report.summary import Summary
+from smt_dist.report.summary import Summary, layer_number
 
+Panel = Callable[[Axes, Summary], None]
 DPI = 200
 MARK = "#d62728"
 MAX_HEIGHT = 40.0  # inches
@@ -27,11 +30,11 @@ def write_png(page: Path, summary: Summary) -> None:
 
 def overview(summary: Summary) -> Figure:
     """Shares by weight, kind and depth, the scores' distribution, and the learning curve where there is one."""
-    panels = [_shares, _kinds, _depth]
+    panels = [_shares, kinds_of_weight, depth]
     if summary.has_scores and len(summary.edges):
-        panels.append(_distribution)
+        panels.append(distribution)
     if summary.losses:
-        panels.append(_curve)
+        panels.append(curve)
     rows = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(11, 3.6 * rows), layout="constrained")
     for index, panel in enumerate(panels):
@@ -71,54 +74,68 @@ def _plain(text: str) -> str:
 
 def _shares(axis: Axes, summary: Summary) -> None:
     kinds = list(summary.sheets)
-    share = np.full((len(kinds), len(summary.layers)), np.nan)
-    for row, kind in enumerate(kinds):
-        for col, layer in enumerate(summary.layers):
-            if total := summary.blocks_by_layer.get((layer, kind), 0):
-                share[row, col] = 100 * summary.chosen_by_layer.get((layer, kind), 0) / total
+    share = np.array(
+        [[100 * chosen / total if total else np.nan for chosen, total in summary.by_layer(kind)] for kind in kinds]
+    )
     image = axis.imshow(np.ma.masked_invalid(share), aspect="auto", cmap="viridis", vmin=0, interpolation="nearest")
     axis.figure.colorbar(image, ax=axis, label="%")
     axis.set_yticks(range(len(kinds)), [_plain(kind) for kind in kinds], fontsize=8)
-    axis.set_xlabel("layer")
+    _name_layers(axis, summary)
     axis.set_title("chosen share of each weight", fontsize=10)
 
 
-def _kinds(axis: Axes, summary: Summary) -> None:
-    kinds = list(summary.chosen_by_kind)
-    counts = [summary.chosen_by_kind[kind] for kind in kinds]
-    axis.barh(range(len(kinds)), counts)
-    for row, count in enumerate(counts):
-        axis.text(count, row, f" {count:,}", va="center", fontsize=8)
-    axis.set_yticks(range(len(kinds)), [_plain(kind) for kind in kinds], fontsize=8)
+def _name_layers(axis: Axes, summary: Summary) -> None:
+    names = dict(enumerate(_plain(layer_number(layer)) for layer in summary.layers))
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.xaxis.set_major_formatter(lambda place, _: names.get(place, ""))
+    axis.set_xlabel("layer")
+
+
+def kinds_of_weight(axis: Axes, summary: Summary) -> None:
+    """Draw each kind's chosen blocks: how many, their share of all chosen, and of its own."""
+    names, total = list(summary.chosen_by_kind), sum(summary.chosen_by_kind.values())
+    axis.barh(range(len(names)), list(summary.chosen_by_kind.values()))
+    for row, (kind, count) in enumerate(summary.chosen_by_kind.items()):
+        own = summary.blocks[kind]
+        axis.text(
+            count, row, f" {count:,} ({count / total:.0%}); {count / own:.1%} of its {own:,}", va="center", size=7
+        )
+    axis.set_yticks(range(len(names)), [_plain(kind) for kind in names], fontsize=8)
     axis.invert_yaxis()
-    axis.margins(x=0.15)
+    axis.margins(x=0.7)  # for what stands beside the longest bar
+    axis.set_xlabel("blocks")
     axis.set_title("chosen blocks by kind of weight", fontsize=10)
 
 
-def _depth(axis: Axes, summary: Summary) -> None:
+def depth(axis: Axes, summary: Summary) -> None:
+    """Draw the chosen blocks by layer, its kinds one on the other."""
     base = np.zeros(len(summary.layers))
     for kind in summary.sheets:
-        counts = np.array([summary.chosen_by_layer.get((layer, kind), 0) for layer in summary.layers])
+        counts = np.array([chosen for chosen, _ in summary.by_layer(kind)])
         if counts.any():
             axis.bar(range(len(base)), counts, bottom=base, label=_plain(kind))
             base += counts
-    axis.set_xlabel("layer")
+    _name_layers(axis, summary)
     axis.set_title("chosen blocks by depth", fontsize=10)
     axis.legend(fontsize=7)
 
 
-def _distribution(axis: Axes, summary: Summary) -> None:
+def distribution(axis: Axes, summary: Summary) -> None:
+    """Draw the blocks by score, and the lowest score that was chosen in each group."""
     axis.stairs(summary.all_counts, summary.edges, fill=True, color="#9ecae1", label="all")
     axis.stairs(summary.chosen_counts, summary.edges, fill=True, color=MARK, label="chosen")
-    for value in summary.cut_offs.values():
+    for group, value in summary.cut_offs.items():
         axis.axvline(value, color="#222", linestyle="--", linewidth=0.8)
+        place = {"xy": (value, 0.98), "xycoords": ("data", "axes fraction"), "in_layout": False}
+        axis.annotate(_plain(group), **place, rotation=90, ha="right", va="top", fontsize=7)
     axis.set_yscale("log")
     axis.set_xlabel(summary.score_title)
     axis.set_title("scores of all blocks, cut-off", fontsize=10)
     axis.legend(fontsize=7)
 
 
-def _curve(axis: Axes, summary: Summary) -> None:
+def curve(axis: Axes, summary: Summary) -> None:
+    """Draw the losses by step."""
     for name, points in summary.losses.items():
         steps, losses = zip(*points, strict=True)
         axis.plot(steps, losses, label=name, marker="." if len(points) < 60 else None)

@@ -82,6 +82,13 @@ class Summary:
         """What the colours and the distribution's axis show."""
         return "log10(score)" if self.logarithmic else "score"
 
+    def by_layer(self, kind: str) -> list[tuple[int, int]]:
+        """Return (chosen blocks, blocks) of a kind of weight in each of :attr:`layers`."""
+        return [
+            (self.chosen_by_layer.get((layer, kind), 0), self.blocks_by_layer.get((layer, kind), 0))
+            for layer in self.layers
+        ]
+
     def shown(self, scores: np.ndarray) -> np.ndarray:
         """Scores as they are shown. Zeros have no logarithm: they go with the smallest that has one."""
         if not self.logarithmic:
@@ -171,6 +178,12 @@ def learning_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[
         if finite := [point for point in points if math.isfinite(point[1])]:
             curves[name] = finite
     return curves
+
+
+def layer_number(layer: str) -> str:
+    """Return a layer's number, or its whole name where it has none."""
+    last = layer.rpartition(".")[2]
+    return last if last.isdigit() else layer
 
 
 def short_kinds(modules: Mapping[str, Any]) -> dict[str, str]:

@@ -74,12 +74,12 @@ def is_beyond(level: Line, lines: list[Line]) -> bool:
 
 
 def write_plots(report: dict[str, Any], page: Path) -> bool:
-    """Write ``page`` and ``<stem>.png``. Without the libraries a line says so: the figures are worth more.
+    """Write ``page`` and ``<stem>.png``. Without matplotlib a line says so: the figures are worth more.
 
     Returns:
         Whether both were written.
     """
-    # Imported late, as these import plotly and matplotlib: an optional extra, and slow to load.
+    # Imported late, as these import matplotlib: an optional extra, and slow to load.
     try:
         png = _png(report)
         replace_file(page.with_suffix(".png"), lambda beside: png.savefig(beside, dpi=DPI, format="png"))
@@ -94,58 +94,42 @@ def write_plots(report: dict[str, Any], page: Path) -> bool:
 def _png(report: dict[str, Any]) -> Any:
     from matplotlib.figure import Figure
 
-    ticks = [100 * budget for budget in (*report["settings"]["budgets"], WHOLE)]
-    figure, colours = Figure(figsize=(11, 4.8), layout="constrained"), colours_of(report)
-    for index, (measure, title, factor) in enumerate(PANELS):
-        axis, lines = figure.add_subplot(1, 2, index + 1), lines_of(report, measure, factor)
-        for line in lines:
-            label, colour = line.method.replace("$", r"\$"), colours[line.method]
-            if line.flat and is_beyond(line, lines):
-                axis.plot([], [], color="#888", linestyle=":", label=_said_of(line))
-                continue
-            if line.flat:
-                axis.axhline(line.means[0], color="#888", linestyle=":", label=label)
-                continue
-            axis.errorbar(line.shares, line.means, line.spreads, marker="o", ms=4, capsize=3, color=colour, label=label)
-        axis.set_xscale("log")
-        axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-        axis.minorticks_off()
-        axis.set_xlabel("trainable parameters, % of all (log)")
-        axis.set_title(title, fontsize=10)
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0]:
-            axis.legend(fontsize=7)
+    figure = Figure(figsize=(11, 4.8), layout="constrained")
+    for axis, panel in zip(figure.subplots(1, len(PANELS)), PANELS, strict=True):
+        _draw(axis, report, *panel)
     return figure
 
 
-def _page(report: dict[str, Any]) -> str:
-    import plotly.graph_objects as go
-    from plotly.offline import get_plotlyjs
+def _draw(axis: Any, report: dict[str, Any], measure: str, title: str, factor: float) -> None:
+    """One panel: a line a method, with its spread over seeds."""
+    ticks = [100 * budget for budget in (*report["settings"]["budgets"], WHOLE)]
+    colours, lines = colours_of(report), lines_of(report, measure, factor)
+    for line in lines:
+        label, colour = line.method.replace("$", r"\$"), colours[line.method]
+        if line.flat and is_beyond(line, lines):
+            axis.plot([], [], color="#888", linestyle=":", label=_said_of(line))
+        elif line.flat:
+            axis.axhline(line.means[0], color="#888", linestyle=":", label=label)
+        else:
+            axis.errorbar(line.shares, line.means, line.spreads, marker="o", ms=4, capsize=3, color=colour, label=label)
+    axis.set_xscale("log")
+    axis.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xlabel("trainable parameters, % of all (log)")
+    axis.set_title(title, fontsize=10)
+    axis.grid(alpha=0.3)
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
 
-    drawn, colours = [], colours_of(report)
-    for measure, title, factor in PANELS:
-        axes = {"xaxis": {"title": "trainable parameters, % of all", "type": "log"}, "yaxis": {"title": title}}
-        figure = go.Figure(layout={"title": title, "height": 480, "template": "plotly_white", **axes})
-        lines = lines_of(report, measure, factor)
-        for line in lines:
-            if line.flat and is_beyond(line, lines):
-                figure.update_layout(title=f"{title} ({_said_of(line)})")
-                continue
-            if line.flat:
-                figure.add_hline(y=line.means[0], line={"dash": "dot", "color": "#888"}, annotation_text="base")
-                continue
-            figure.add_scatter(
-                x=line.shares, y=line.means, name=escape(line.method), mode="lines+markers",
-                line={"color": colours[line.method]},
-                error_y={"type": "data", "array": line.spreads, "visible": any(line.spreads)},
-            )  # fmt: skip
-        options = {"displaylogo": False, "responsive": True}
-        drawn.append(figure.to_html(full_html=False, include_plotlyjs=False, div_id=measure, config=options))
+
+def _page(report: dict[str, Any]) -> str:
+    from smt_dist.report.panel_image import svg_image
+
+    drawn = [svg_image(panel[0], lambda axis, panel=panel: _draw(axis, report, *panel), 4.4) for panel in PANELS]
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>SMT beside other methods</title>'
-        f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head>\n"
-        f"<body><h1>{escape(report['task'])}: SMT beside other methods</h1>\n<p>Mean over seeds; bars: standard "
-        f"deviation.</p>\n{''.join(drawn)}</body></html>\n"
+        f"<style>{STYLE}</style></head>\n<body><h1>{escape(report['task'])}: SMT beside other methods</h1>\n"
+        f"<p>Mean over seeds; bars: standard deviation.</p>\n{''.join(drawn)}</body></html>\n"
     )
 
 
