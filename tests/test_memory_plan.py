@@ -9,7 +9,6 @@ import pytest
 import torch
 from harness import launch
 from memory_grid import GATHERED
-from programs import load_program
 from transformers import BertConfig, LlamaConfig, T5Config
 from workers.memory import SHAPE, small_request
 
@@ -315,9 +314,10 @@ def test_a_model_that_is_no_causal_one_is_refused(run, tmp_path, config):
 
 def test_engines_are_the_planners():
     """``--help`` lists them without importing torch, so the list stands twice."""
+    from smt_dist.cli.plan import ENGINES as LISTED
     from smt_dist.memory.plan.request import ENGINES
 
-    assert load_program("profile_memory.py").ENGINES == ENGINES
+    assert LISTED == ENGINES
     with pytest.raises(SMTError, match="--method"):
         Request(model=LlamaConfig(), method="dora")
     assert Memory(base_weights=1, temporary=2).total == 3
