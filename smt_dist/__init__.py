@@ -18,16 +18,22 @@ What this module exports is the stable face. Behind it lie rooms that import dow
 ====================  ==============================================================================
 """
 
-from smt_dist.checkpoint.adapter import Adapter, load_adapter, read_adapter, save_adapter
-from smt_dist.config import SMTConfig
-from smt_dist.errors import SMTError
-from smt_dist.selection.block_scores import BlockScores
-from smt_dist.selection.select import select_blocks
-from smt_dist.selection.warmup import collect_scores
-from smt_dist.sparse.blocks import BlockGrid, BlockSelection
-from smt_dist.sparse.linear import SparseLinear
-from smt_dist.sparse.merge import merge_blocks, unmerge_blocks
-from smt_dist.sparse.surgery import apply_selection, blocks_disabled, remove_blocks, sparse_layers
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from smt_dist.checkpoint.adapter import Adapter, load_adapter, read_adapter, save_adapter
+    from smt_dist.config import SMTConfig
+    from smt_dist.errors import SMTError
+    from smt_dist.selection.block_scores import BlockScores
+    from smt_dist.selection.select import select_blocks
+    from smt_dist.selection.warmup import collect_scores
+    from smt_dist.sparse.blocks import BlockGrid, BlockSelection
+    from smt_dist.sparse.linear import SparseLinear
+    from smt_dist.sparse.merge import merge_blocks, unmerge_blocks
+    from smt_dist.sparse.surgery import apply_selection, blocks_disabled, remove_blocks, sparse_layers
 
 __version__ = "0.1.0"
 
@@ -51,3 +57,29 @@ __all__ = [
     "sparse_layers",
     "unmerge_blocks",
 ]
+
+# Imported when a name is asked for: --help of a command, and whoever needs the errors only, doesn't wait for torch.
+_HOMES = {
+    "smt_dist.checkpoint.adapter": ("Adapter", "load_adapter", "read_adapter", "save_adapter"),
+    "smt_dist.config": ("SMTConfig",),
+    "smt_dist.errors": ("SMTError",),
+    "smt_dist.selection.block_scores": ("BlockScores",),
+    "smt_dist.selection.select": ("select_blocks",),
+    "smt_dist.selection.warmup": ("collect_scores",),
+    "smt_dist.sparse.blocks": ("BlockGrid", "BlockSelection"),
+    "smt_dist.sparse.linear": ("SparseLinear",),
+    "smt_dist.sparse.merge": ("merge_blocks", "unmerge_blocks"),
+    "smt_dist.sparse.surgery": ("apply_selection", "blocks_disabled", "remove_blocks", "sparse_layers"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    home = next((module for module, names in _HOMES.items() if name in names), None)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(home), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

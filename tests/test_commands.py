@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from programs import Outcome, load_program
 
+import smt_dist
 from smt_dist.cli import benchmarks
 
 ROOT = Path(__file__).parents[1]
@@ -71,3 +72,25 @@ def test_torchrun_starts_a_program_by_its_module(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "smt-select --smt_config" in done.stdout
+
+
+@pytest.mark.parametrize("command", ["merge", "evaluate", "plan"])
+def test_help_and_bad_flags_do_not_wait_for_torch(command):
+    """Five seconds for a look at the flags, of which a mistyped one costs as many."""
+    code = (
+        f"import sys; sys.argv = ['smt-{command}', '--help']\n"
+        f"from smt_dist.cli.commands import {command}\n"
+        f"try:\n    {command}()\nexcept SystemExit:\n    sys.exit('torch' in sys.modules)"
+    )
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert finished.returncode == 0, finished.stderr
+    assert "usage: " in finished.stdout
+
+
+def test_the_face_has_every_name_that_it_exports():
+    """Names are imported when they are asked for: one that moved would be missed by its user first."""
+    assert set(smt_dist.__all__) <= set(dir(smt_dist))
+    for name in smt_dist.__all__:
+        assert getattr(smt_dist, name).__module__.startswith("smt_dist.")
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = smt_dist.nothing

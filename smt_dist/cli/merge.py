@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import argparse
 
-import torch
-
-from smt_dist.checkpoint.merge_files import merge_adapter_files
 from smt_dist.cli.program import HelpFormatter, raise_usage_error, run_program
 from smt_dist.errors import SMTError
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 def main() -> None:
@@ -22,17 +19,22 @@ def main() -> None:
     parser.add_argument("--model_name_or_path", required=True, help="the base: folder with safetensors, or hub name")
     parser.add_argument("--adapter", required=True, help="adapter folder")
     parser.add_argument("--output_dir", required=True, help="new model folder; must not exist, or be empty")
-    parser.add_argument("--dtype", choices=sorted(DTYPES), help="dtype of the result's weights (default: the base's)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the result's weights (default: the base's)")
     parser.add_argument("--max_shard_gib", type=float, default=2.0, help="largest file of the result, GiB")
     parser.error = raise_usage_error
     args = parser.parse_args()
     if args.max_shard_gib <= 0:
         raise SMTError(f"--max_shard_gib: {args.max_shard_gib} is not above 0")
+    # Imported late: `--help` and bad flags should answer at once.
+    import torch
+
+    from smt_dist.checkpoint.merge_files import merge_adapter_files
+
     report = merge_adapter_files(
         args.model_name_or_path,
         args.adapter,
         args.output_dir,
-        dtype=DTYPES.get(args.dtype),
+        dtype=getattr(torch, args.dtype) if args.dtype is not None else None,
         max_shard_bytes=int(args.max_shard_gib * 1024**3),
         progress=True,
     )
