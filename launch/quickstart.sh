@@ -27,8 +27,8 @@ OMP_NUM_THREADS="$cores" python launch/evaluate_model.py --model_name_or_path "$
   --dtype bfloat16 --output "$output/before.json"
 
 echo "== 3/4 fine-tuning: $steps steps on $ranks ranks, ZeRO-2, bf16"
-OMP_NUM_THREADS=$(( cores > ranks ? cores / ranks : 1 )) deepspeed --num_gpus "$ranks" launch/train.py \
-  configs/recipes/quickstart.yaml --model_name_or_path "$output/data/model" \
+OMP_NUM_THREADS=$(( cores > ranks ? cores / ranks : 1 )) deepspeed --num_gpus "$ranks" \
+  launch/train.py configs/recipes/quickstart.yaml --model_name_or_path "$output/data/model" \
   --train_file "$output/data/train.json" --output_dir "$output/adapter" \
   --max_steps "$steps" --cpu_fp32_products "$products"
 
