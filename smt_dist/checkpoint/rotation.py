@@ -35,7 +35,7 @@ def checkpoint_folders(output_dir: str | Path) -> list[Path]:
 
 
 def verify_checkpoint(folder: Path) -> VerifiedFolder:
-    """Verify that a checkpoint is what was saved, and that training can go on from it; reads all its files.
+    """Verify that a checkpoint is what was saved and can be gone on from; reads all its files.
 
     Raises:
         SMTError: what is wrong, with the file's name.
@@ -54,7 +54,7 @@ def verify_checkpoint(folder: Path) -> VerifiedFolder:
 
 
 def last_checkpoint(output_dir: str) -> VerifiedFolder | None:
-    """The newest checkpoint that is whole, if there is any; a newer one that is damaged is named in the log.
+    """Find the newest checkpoint that is whole; a newer one that is damaged is logged.
 
     Raises:
         SMTError: there are checkpoints, all of them damaged: starting anew would throw the run away.
@@ -79,7 +79,7 @@ def last_checkpoint(output_dir: str) -> VerifiedFolder | None:
 
 
 def find_checkpoint(wanted: str | bool | VerifiedFolder | None, output_dir: str) -> VerifiedFolder | None:
-    """The checkpoint that ``--resume_from_checkpoint`` means; the same on every rank. Collective.
+    """Find the checkpoint that ``--resume_from_checkpoint`` means; collective.
 
     Rank 0 reads all its files once; the others compare the files' sizes with what rank 0 has found.
 

@@ -73,7 +73,7 @@ def _leave_process_group() -> None:
 
 
 def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
-    """Parse a recipe and the command line into ``kind`` and :class:`SMTTrainingArguments`; set up logging.
+    """Parse recipe and command line into ``kind`` and training arguments; set up logging.
 
     Raises:
         SMTError: a flag is unknown or has a bad value; names it.
@@ -134,7 +134,7 @@ def natural(text: str) -> int:
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Fail before the work, not after it. ``path`` is a folder to be. Raises SMTError, naming the flag."""
+    """Check that the folder ``path`` can be made, before the work. Raises SMTError with the flag."""
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise SMTError(f"{flag}: {path}: {nearest} is {'not writable' if nearest.is_dir() else 'not a folder'}")

@@ -113,7 +113,7 @@ def load(plan: RunPlan, args: SMTTrainingArguments) -> Job:
 
 
 def choose(job: Job) -> tuple[BlockSelection, BlockScores | None]:
-    """Take the selection that was made earlier, or run the warm-up; with the scores that it was chosen by."""
+    """Take the selection that was made earlier, or run the warm-up; with its scores."""
     plan, args, model, recorder = job.plan, job.args, job.model, job.recorder
     folder = Path(args.output_dir)
     if plan.selection is not None:

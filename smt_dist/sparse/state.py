@@ -29,7 +29,7 @@ class SparseState:
     is_compared: bool = False
 
     def multiplier_of(self, module: str) -> float:
-        """The learning-rate multiplier of a module's group in the config; 1 where it has none."""
+        """Look up the learning-rate multiplier of a module's group; 1 where it has none."""
         group = self.selection.groups.get(module)
         multipliers = {g.name: g.lr_multiplier for g in self.config.groups} if self.config is not None else {}
         return multipliers.get(group, 1.0)

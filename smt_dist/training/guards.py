@@ -54,7 +54,12 @@ class GuardCallback(TrainerCallback):
     # -- checks ------------------------------------------------------------------------------------------------
 
     def begin_checks(self) -> None:
-        """Compare what must be equal before the first step; collective. Raises SMTError or RuntimeError everywhere."""
+        """Compare what must be equal before the first step; collective.
+
+        Raises:
+            SMTError or RuntimeError: on all ranks: blocks or data differ.
+            Preempted: a rank was asked to end before there is anything to save.
+        """
         trainer = self.trainer
         assert_same_on_all_ranks(dataset_digest(trainer.train_dataset), "the training data")
         refuse_different_blocks(trainer.model, "before training")
@@ -65,7 +70,7 @@ class GuardCallback(TrainerCallback):
                 raise Preempted(self.preempted)
 
     def before_step(self) -> None:
-        """Exchange what the ranks must agree on, just before the optimizer moves anything; collective.
+        """Exchange what the ranks must agree on before the optimizer moves anything; collective.
 
         Raises:
             SMTError: on all ranks: they have drifted apart, or one rank's values aren't its masters'.
@@ -112,13 +117,13 @@ class GuardCallback(TrainerCallback):
             assert_same_on_all_ranks(progress.encode(), "the step count or the learning rate")
 
     def asked_to_end(self) -> bool:
-        """Whether a rank got a signal, outside of a step; collective."""
+        """Ask all ranks, outside of a step, whether one got a signal; collective."""
         if (signals := preemption()) is not None:
             self.preempted = max(request for (request,) in gather_integers([signals.requested]))
         return self.preempted != 0
 
     def guard_deepspeed(self) -> None:
-        """Put :meth:`before_step` into accelerate's DeepSpeed wrapper, whose backward takes the step as well."""
+        """Put :meth:`before_step` into accelerate's DeepSpeed wrapper, whose backward steps too."""
         wrapper = self.trainer.accelerator.deepspeed_engine_wrapped
         self.trainer.accelerator.deepspeed_engine_wrapped = _GuardedDeepSpeed(wrapper.engine, self.before_step)
 
@@ -163,7 +168,7 @@ class GuardCallback(TrainerCallback):
 
 
 def _spare_evaluation(args: TrainingArguments, control: TrainerControl) -> None:
-    """Leave out what there is no time for, unless its score decides which checkpoint is the best."""
+    """Skip the evaluation, unless its score decides which checkpoint is the best."""
     if args.metric_for_best_model is None:
         control.should_evaluate = False
 
@@ -184,7 +189,7 @@ class _GuardedDeepSpeed(DeepSpeedEngineWrapper):
 
 
 def _local_state(optimizer: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """This rank's part of the optimizer's state: what ShardedBlockOptimizer or ZeRO wraps keeps it."""
+    """Yield this rank's part of the optimizer's state, which what is wrapped keeps."""
     if optimizer is None:
         return
     outer = unwrapped(optimizer)

@@ -101,7 +101,7 @@ class ReselectingTrainer(SMTTrainer):
 
 
 def trainer_class(model: nn.Module) -> type[SMTTrainer]:
-    """The trainer for a model with blocks, by its config."""
+    """Choose the trainer for a model with blocks, by its config."""
     config = model.smt.config
     return ReselectingTrainer if config is not None and config.reselect is not None else SMTTrainer
 
@@ -127,7 +127,7 @@ def check_arguments(trainer: SMTTrainer) -> None:
 
 
 def first_steps_factor(beta1: float, beta2: float) -> float:
-    """How long Adam's longest step from zero moments is, late in training, for a constant gradient; 1 is right."""
+    """Work out how long Adam's longest step from zero moments is, late in training; 1 is right."""
     return max((1 - beta1**k) / math.sqrt(1 - beta2**k) for k in range(1, 1000))
 
 
@@ -154,7 +154,7 @@ def train_in_phases(
 
 
 def _is_due(trainer: SMTTrainer, plan: ReselectConfig, folder: Path) -> bool:
-    """Whether a checkpoint was saved at the end of a phase, and the run was killed before its exchange."""
+    """Tell whether a checkpoint ended a phase whose exchange a killed run didn't make."""
     path = folder / TRAINER_STATE_NAME
     state = parse_json_object(read_text(path), str(path))
     step = int(state["global_step"])
@@ -164,7 +164,7 @@ def _is_due(trainer: SMTTrainer, plan: ReselectConfig, folder: Path) -> bool:
 
 
 def _joined(outputs: list[TrainOutput]) -> TrainOutput:
-    """One result of all phases: losses weighed by steps, rates by time."""
+    """Join the results of all phases: losses weighed by steps, rates by time."""
     last = outputs[-1]
     if len(outputs) == 1:
         return last

@@ -85,7 +85,7 @@ def reselect(trainer: SMTTrainer, plan: ReselectConfig, checkpoint: VerifiedFold
 
 
 def take_down(trainer: SMTTrainer) -> None:
-    """Let go of engine and optimizer, so that the model is as before the training; ``train`` makes new ones."""
+    """Let go of engine and optimizer; ``train`` makes new ones."""
     trainer.accelerator.free_memory()  # destroys a DeepSpeed engine
     trainer.engine.forget(trainer.model)
     release_gradients(layer.delta for layer in sparse_layers(trainer.model).values())

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 def restore_training(trainer: Trainer, engine: Engine, checkpoint: VerifiedFolder) -> None:
-    """Put a checkpoint's blocks, moments and schedule into a trainer that is prepared to train; collective.
+    """Put a checkpoint's blocks, moments and schedule into a prepared trainer; collective.
 
     Raises:
         SMTError: on all ranks: the checkpoint isn't of this model, base, optimizer or schedule.
@@ -65,14 +65,18 @@ def restore_training(trainer: Trainer, engine: Engine, checkpoint: VerifiedFolde
 
 
 def _state_names(trainer: Trainer) -> tuple[list[str], list[str]] | None:
-    """The moments and counters that the optimizer will keep; None where the DeepSpeed JSON names it."""
+    """Name the moments and counters that the optimizer keeps; None where a JSON names it."""
     if "optimizer" in (trainer.args.filled_deepspeed_config() or {}):
         return None
     return state_names(*trainer.optimizer_class_and_options())
 
 
 def restore_random_state(folder: Path, rank: int) -> None:
-    """Put this rank's random states back, where the checkpoint has any; collective. Raises SMTError on all ranks."""
+    """Put this rank's random states back, where there are any; collective.
+
+    Raises:
+        SMTError: on all ranks: a file is malformed.
+    """
     agree(lambda: load_random_state(folder, rank), "the random state")
     if (saved := ranks_saved(folder)) < (ranks := get_world_size()):
         logger.warning(
@@ -81,7 +85,11 @@ def restore_random_state(folder: Path, rank: int) -> None:
 
 
 def restore_best_blocks(trainer: Trainer, engine: Engine) -> None:
-    """Put the best checkpoint's blocks into the model; collective. Raises SMTError on all ranks."""
+    """Put the best checkpoint's blocks into the model; collective.
+
+    Raises:
+        SMTError: on all ranks: it is damaged.
+    """
     folder, model = Path(trainer.state.best_model_checkpoint), trainer.model
     logger.info("loading the best blocks from %s (score %s)", folder, trainer.state.best_metric)
     adapter = agree(lambda: read_adapter(folder), "reading the best checkpoint")

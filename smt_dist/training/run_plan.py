@@ -105,13 +105,16 @@ def _find_config(
 
 
 def _shown(smt_config: str | dict[str, Any]) -> str:
-    """A config's file, or the beginning of what was given itself."""
+    """Name a config's file, or quote the beginning of what was given itself."""
     text = str(smt_config)
     return shorten(text) if text.lstrip().startswith("{") else text
 
 
 def _on_moved_base(run: Run, config: SMTConfig, checkpoint: VerifiedFolder | None) -> Run:
-    """The flags with the base that a full fine-tuning warm-up moved, to which the checkpoint's blocks belong."""
+    """Point the flags to the base that a full fine-tuning warm-up moved, where there is one.
+
+    The checkpoint's blocks belong to it.
+    """
     if checkpoint is None or config.warmup.mode != "full_ft":
         return run
     moved: Path = checkpoint.folder.parent / MOVED_BASE

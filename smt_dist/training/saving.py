@@ -67,7 +67,7 @@ class CheckpointWriter:
         self._write_on_one_rank(lambda: save_metrics(folder, split, metrics, combined), (), folder)
 
     def best_checkpoint(self, output_dir: Path) -> str | None:
-        """The best checkpoint among those in ``output_dir``, if it is there: as rank 0 sees the disk, for all."""
+        """Find the best checkpoint in ``output_dir``, as rank 0 sees the disk; None if it is gone."""
         best = checkpoint_folder(output_dir, self.trainer.state.best_global_step)
         return from_main_process(lambda: str(best) if best.is_dir() else None, "the best checkpoint")
 
@@ -132,7 +132,7 @@ class CheckpointWriter:
 
     @contextmanager
     def _saving(self, folder: Path) -> Iterator[Path]:
-        """Where the writing rank writes; on all ranks or none it becomes ``folder`` at the end."""
+        """Give the folder to write into, which becomes ``folder`` at the end, on all ranks or none."""
         save = Save(folder)
 
         def begin() -> None:
@@ -147,7 +147,7 @@ class CheckpointWriter:
             save.close()
 
     def _write_on_one_rank(self, write: Callable[[], object], tensors: Iterable[Any], folder: Path) -> None:
-        """Run ``write``, which reads ``tensors``, where checkpoints are written; all ranks fail if it fails.
+        """Run ``write``, which reads ``tensors``, on the writing rank; all fail if it fails.
 
         Reading is collective: ranks that don't write read too, and so does one whose writing failed.
         """
@@ -170,5 +170,5 @@ class CheckpointWriter:
 
 
 def global_batch_size(args: SMTTrainingArguments) -> int:
-    """Rows of a global step."""
+    """Count the rows of a global step."""
     return args.per_device_train_batch_size * args.gradient_accumulation_steps * get_world_size()

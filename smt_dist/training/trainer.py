@@ -100,16 +100,16 @@ class SMTTrainer(Trainer):
         return self.guard.preempted
 
     def saved_when_preempted(self) -> str:
-        """The checkpoint that a preempted run has left."""
+        """Name the checkpoint that a preempted run has left."""
         return str(checkpoint_folder(self.args.output_dir, self.state.global_step))
 
     def describe_optimizer(self) -> str:
-        """The bytes that the blocks' optimizer holds on this rank, by kind; after training."""
+        """Describe the bytes that the optimizer holds on this rank, by kind; after training."""
         kinds = self.engine.memory_bytes(self.optimizer)
         return "optimizer memory on this rank: " + ", ".join(f"{kind} {count:,} bytes" for kind, count in kinds.items())
 
     def optimizer_class_and_options(self) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
-        """What ``--optim`` means: class and keyword arguments."""
+        """Find what ``--optim`` means: class and keyword arguments."""
         return self.args.custom_optimizer or self.get_optimizer_cls_and_kwargs(self.args, self.model)
 
     # -- overrides: the run --------------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class SMTTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Work the loss out, as ``Trainer.compute_loss`` does; one that isn't finite has gradients that are NaN."""
+        """Work the loss out, as ``Trainer.compute_loss`` does; a non-finite one has NaN gradients."""
         # Else a rank whose loss is infinite could have finite gradients, and the step would be applied.
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
@@ -174,7 +174,7 @@ class SMTTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Run one micro-batch, as ``Trainer.training_step`` does; what it adds to the mean loss is finite."""
+        """Run one micro-batch, as ``Trainer.training_step`` does; a non-finite loss counts as 0."""
         # A step that is skipped would make the mean of all others NaN; it is announced and counted apart.
         loss = super().training_step(model, inputs, num_items_in_batch)
         return torch.where(loss.isfinite(), loss, torch.zeros_like(loss))
@@ -267,7 +267,7 @@ class SMTTrainer(Trainer):
         return optimizer
 
     def _watched_loss(self, compute: Any, model: nn.Module, inputs: Any, items: Any) -> tuple[torch.Tensor, Any]:
-        """The training loss and the outputs, as ``compute`` finds them; what isn't finite is noted and poisoned."""
+        """Compute training loss and outputs; note the loss, and poison it if it isn't finite."""
         step = f"training, step {self.state.global_step + 1}"
         enter_phase(f"{step}: forward")
         loss, outputs = compute(model, inputs, True, items)
@@ -278,7 +278,10 @@ class SMTTrainer(Trainer):
 
 @contextmanager
 def _saving_only_the_model(args: SMTTrainingArguments) -> Iterator[None]:
-    """Trainer refuses to be made for checkpoints of a model that was sharded as it was loaded; SMT's can be resumed."""
+    """Let Trainer be made for a model that was sharded as it was loaded.
+
+    It refuses to save such a model's optimizer, which SMT's checkpoints hold.
+    """
     before = args.save_only_model
     args.save_only_model = before or args.engine == "fsdp2"
     try:
@@ -288,7 +291,7 @@ def _saving_only_the_model(args: SMTTrainingArguments) -> Iterator[None]:
 
 
 def block_parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
-    """The blocks by learning-rate multiplier, from the smallest on, and in the model's order."""
+    """Group the blocks by learning-rate multiplier, smallest first, in the model's order."""
     by_multiplier: dict[float, list[nn.Parameter]] = {multiplier: [] for multiplier in group_multipliers(model)}
     for name, layer in sparse_layers(model).items():
         by_multiplier[model.smt.multiplier_of(name)].append(layer.delta)
@@ -299,7 +302,7 @@ def block_parameter_groups(model: nn.Module, learning_rate: float, weight_decay:
 
 
 def state_bytes_per_rank(model: nn.Module) -> int:
-    """Bytes of AdamW's state a rank: fp32 master and two moments of this rank's share of the elements."""
+    """Count the bytes of AdamW's state on a rank: fp32 master and two moments of its share."""
     return STATE_BYTES * -(-model.smt.selection.parameters // get_world_size())
 
 
