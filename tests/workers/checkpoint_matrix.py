@@ -200,7 +200,7 @@ def _tensors_alive(trainer: SMTTrainer, folder: Path) -> dict[str, int]:
     engine.read_moments = lambda *_: read._replace(tensors=moments)
     try:
         trainer.save_model(str(folder))
-        trainer._save_optimizer_and_scheduler(str(folder))
+        trainer.writer._write_optimizer(folder)
     finally:
         del engine.read_blocks, engine.read_moments
     hoarded = _Watched(engine.read_blocks(model, optimizer), grace=0)
