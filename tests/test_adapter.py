@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 
 import smt_dist
 from smt_dist import BlockSelection, SMTConfig
+from smt_dist.checkpoint.adapter import ActiveBlocks, attach_adapter
 from smt_dist.errors import SMTError
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
@@ -155,6 +156,17 @@ def test_a_saved_adapter_can_be_saved_again_as_it_was(adapter, tmp_path):
     smt_dist.load_adapter(model, adapter)
     smt_dist.save_adapter(model, tmp_path / "again")
     assert contents(tmp_path / "again") == contents(adapter)
+
+
+def test_an_empty_fingerprint_becomes_that_of_the_base_under_all_blocks(adapter, tmp_path):
+    """Frozen ones too: else what goes on from a re-selection is refused by its own base."""
+    read = smt_dist.read_adapter(adapter)
+    trained = BlockSelection(block_size=(8, 8), blocks={Q: [(3, 0)]})
+    model = make_model("llama")
+    attach_adapter(model, read._replace(base_fingerprint="", active=ActiveBlocks(step=2, selection=trained)))
+    assert model.smt.base_fingerprint == read.base_fingerprint
+    smt_dist.save_adapter(model, tmp_path / "again")
+    smt_dist.load_adapter(make_model("llama"), tmp_path / "again")
 
 
 def test_a_selection_by_hand_is_saved_with_a_config_that_says_so(tmp_path):

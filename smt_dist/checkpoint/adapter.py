@@ -282,10 +282,12 @@ def attach_adapter(
     """
     remove_blocks(model)
     touched, trained, deltas = adapter.selection, adapter.trained, trained_deltas(adapter)
+    # Of the base under all blocks, frozen ones too: what is saved from this model is compared with it.
+    fingerprint = adapter.base_fingerprint or (base_fingerprint(model, touched) if adapter.active is not None else None)
     if (frozen := without(touched, trained)) is not None:
         masters = {name: rearrange(adapter.deltas[name], touched, frozen, name) for name in frozen.blocks}
         add_frozen_blocks(model, frozen, masters, dtype, device)
-    apply_selection(model, trained, adapter.config, dtype, fingerprint=adapter.base_fingerprint, device=device)
+    apply_selection(model, trained, adapter.config, dtype, fingerprint=fingerprint, device=device)
     model.smt.frozen_groups = dict(touched.groups)
     model.smt.reselected_at = adapter.active.step if adapter.active is not None else None
     with torch.no_grad():
