@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from smt_dist.checkpoint.atomic import MANIFEST_FILE, VerifiedFolder, read_manifest, verify
 from smt_dist.checkpoint.trainer_state import check_trainer_state
 from smt_dist.checkpoint.training_state import OPTIMIZER_FILE, SCHEDULE_FILE
-from smt_dist.distributed import agree, from_main_process
+from smt_dist.distributed import agree, from_main_process, get_rank
 from smt_dist.errors import SMTError
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,8 @@ def last_checkpoint(output_dir: str) -> VerifiedFolder | None:
 def find_checkpoint(wanted: str | bool | VerifiedFolder | None, output_dir: str) -> VerifiedFolder | None:
     """Find the checkpoint that ``--resume_from_checkpoint`` means; collective.
 
-    Rank 0 reads all its files once; the others compare the files' sizes with what rank 0 has found.
+    Rank 0 reads all its files once, and so does the first rank of each other node, whose disk may hold another copy;
+    the others compare the files' sizes with what rank 0 has found.
 
     Args:
         wanted: one that was found before, which is given back; a folder; ``auto``: the newest that is whole, if there
@@ -110,7 +111,7 @@ def find_checkpoint(wanted: str | bool | VerifiedFolder | None, output_dir: str)
             return
         if not found.folder.is_dir():
             raise SMTError(f"{found}: rank 0 found a checkpoint there, this rank doesn't (is --output_dir shared?)")
-        verify(found.folder, found.manifest, checksums=False)
+        verify(found.folder, found.manifest, checksums=get_rank() > 0 and os.environ.get("LOCAL_RANK") == "0")
 
     found = from_main_process(find, "the checkpoint")
     agree(check_that_it_is_here, "the checkpoint")

@@ -9,7 +9,7 @@ import pytest
 from damage import reseal
 from programs import Outcome, logged_losses, write_config
 
-from smt_dist.checkpoint import atomic
+from smt_dist.checkpoint import atomic, rotation
 from smt_dist.checkpoint.adapter import CARD_FILE
 from smt_dist.checkpoint.atomic import MANIFEST_FILE
 from smt_dist.checkpoint.rotation import last_checkpoint, verify_checkpoint
@@ -117,3 +117,19 @@ def test_a_resume_reads_each_file_once_to_verify_it(train, tmp_path, monkeypatch
     saved = {path.name for path in (tmp_path / "out" / "checkpoint-3").iterdir()} - {MANIFEST_FILE, CARD_FILE}
     assert saved > {"smt_optimizer.safetensors", *(["smt_active.json"] if reselect else [])}
     assert sorted(read) == sorted(saved)
+
+
+@pytest.mark.parametrize(("local_rank", "is_refused"), [("0", True), ("1", False)])
+def test_another_node_reads_its_own_copy(checkpoints, monkeypatch, local_rank, is_refused):
+    """Its first rank does, for all there. A bit of an fp32 master may be none of the bf16 values that ranks compare."""
+    found = verify_checkpoint(checkpoints / "checkpoint-3")
+    monkeypatch.setattr(rotation, "from_main_process", lambda _find, _what: found)
+    monkeypatch.setattr(rotation, "get_rank", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    assert rotation.find_checkpoint("auto", str(checkpoints)) is found
+    flip_one_bit(checkpoints / "checkpoint-3" / "smt_blocks.safetensors")
+    if is_refused:
+        with pytest.raises(SMTError, match=r"smt_blocks\.safetensors: damaged"):
+            rotation.find_checkpoint("auto", str(checkpoints))
+    else:
+        assert rotation.find_checkpoint("auto", str(checkpoints)) is found
