@@ -198,7 +198,7 @@ def read_adapter(source: str | Path | VerifiedFolder) -> Adapter:
     """Read an adapter folder, after comparing it with its manifest.
 
     Args:
-        source: the folder; of one that is known to be what was saved, only the files' sizes are compared.
+        source: the folder; one that is known to be what was saved isn't read for that again.
 
     Raises:
         SMTError: a file is missing, malformed or not what was saved, or a tensor is missing, extra, or of another shape
@@ -231,6 +231,8 @@ def _compare_with_manifest(source: str | Path | VerifiedFolder) -> None:
             MANIFEST_FILE,
         )
         return
+    if is_verified:
+        source.check_unchanged()
     active = {ACTIVE_FILE} if ACTIVE_FILE in manifest.files or (folder / ACTIVE_FILE).exists() else set()
     verify(folder, manifest, {CONFIG_FILE, SELECTION_FILE, BLOCKS_FILE} | active, checksums=not is_verified)
 

@@ -70,10 +70,23 @@ class VerifiedFolder(os.PathLike):
     Attributes:
         folder: where it lies.
         manifest: what it holds.
+        stamps: file's name -> when it was written (ns) and its inode, as this rank saw it before it was compared.
     """
 
     folder: Path
     manifest: Manifest
+    stamps: dict[str, tuple[int, int] | None]
+
+    @classmethod
+    def about_to_be(cls, folder: Path, manifest: Manifest) -> VerifiedFolder:
+        """Note the files as they are; :func:`verify` compares them next."""
+        return cls(folder, manifest, {name: _stamp(folder / name) for name in set(manifest.files) - _FREE_FILES})
+
+    def check_unchanged(self) -> None:
+        """Refuse a folder of which a file was written since it was verified. Raises SMTError, naming the file."""
+        for name, stamp in self.stamps.items():
+            if _stamp(self.folder / name) != stamp:
+                raise SMTError(f"{self.folder / name}: was changed after it was verified; does another run write here?")
 
     def __fspath__(self) -> str:
         return os.fspath(self.folder)
@@ -250,6 +263,14 @@ def _old_files(folder: Path) -> set[str]:
     except SMTError:  # damaged: nothing is known of its files
         return set()
     return set(manifest.files) if manifest is not None else set()
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:  # verify says what is wrong with it
+        return None
+    return found.st_mtime_ns, found.st_ino
 
 
 def _digest(path: Path) -> str:

@@ -45,12 +45,13 @@ def verify_checkpoint(folder: Path) -> VerifiedFolder:
     manifest = read_manifest(folder)
     if manifest is None:
         raise SMTError(f"{folder}: has no {MANIFEST_FILE}: no checkpoint, one of an older version, or cut short")
+    verified = VerifiedFolder.about_to_be(folder, manifest)
     verify(folder, manifest)
     for name in (TRAINER_STATE_NAME, OPTIMIZER_FILE, SCHEDULE_FILE):
         if name not in manifest.files:
             raise SMTError(f"{folder}: has no {name}: there is nothing to go on from (--save_only_model)")
     check_trainer_state(folder)
-    return VerifiedFolder(folder, manifest)
+    return verified
 
 
 def last_checkpoint(output_dir: str) -> VerifiedFolder | None:
@@ -106,16 +107,17 @@ def find_checkpoint(wanted: str | bool | VerifiedFolder | None, output_dir: str)
             raise SMTError(f"--resume_from_checkpoint: {output_dir} holds no checkpoint")
         return found
 
-    def check_that_it_is_here() -> None:
-        if found is None:
-            return
+    def see() -> VerifiedFolder | None:
+        if found is None or get_rank() == 0:
+            return found
         if not found.folder.is_dir():
             raise SMTError(f"{found}: rank 0 found a checkpoint there, this rank doesn't (is --output_dir shared?)")
-        verify(found.folder, found.manifest, checksums=get_rank() > 0 and os.environ.get("LOCAL_RANK") == "0")
+        own = VerifiedFolder.about_to_be(found.folder, found.manifest)
+        verify(found.folder, found.manifest, checksums=os.environ.get("LOCAL_RANK") == "0")
+        return own
 
     found = from_main_process(find, "the checkpoint")
-    agree(check_that_it_is_here, "the checkpoint")
-    return found
+    return agree(see, "the checkpoint")
 
 
 def is_whole(folder: Path) -> bool:

@@ -10,7 +10,7 @@ from damage import reseal
 from programs import Outcome, logged_losses, write_config
 
 from smt_dist.checkpoint import atomic, rotation
-from smt_dist.checkpoint.adapter import CARD_FILE
+from smt_dist.checkpoint.adapter import CARD_FILE, read_adapter
 from smt_dist.checkpoint.atomic import MANIFEST_FILE
 from smt_dist.checkpoint.rotation import last_checkpoint, verify_checkpoint
 from smt_dist.errors import SMTError
@@ -126,10 +126,20 @@ def test_another_node_reads_its_own_copy(checkpoints, monkeypatch, local_rank, i
     monkeypatch.setattr(rotation, "from_main_process", lambda _find, _what: found)
     monkeypatch.setattr(rotation, "get_rank", lambda: 1)
     monkeypatch.setenv("LOCAL_RANK", local_rank)
-    assert rotation.find_checkpoint("auto", str(checkpoints)) is found
+    assert rotation.find_checkpoint("auto", str(checkpoints)) == found
     flip_one_bit(checkpoints / "checkpoint-3" / "smt_blocks.safetensors")
     if is_refused:
         with pytest.raises(SMTError, match=r"smt_blocks\.safetensors: damaged"):
             rotation.find_checkpoint("auto", str(checkpoints))
     else:
-        assert rotation.find_checkpoint("auto", str(checkpoints)) is found
+        assert rotation.find_checkpoint("auto", str(checkpoints)).folder == found.folder
+
+
+@pytest.mark.parametrize("name", ["smt_blocks.safetensors", "smt_optimizer.safetensors"])
+def test_a_checkpoint_that_changes_after_it_was_verified_is_refused(checkpoints, name):
+    """Between the two lies the loading of the model, minutes in which another run may write into the same folder."""
+    verified = verify_checkpoint(checkpoints / "checkpoint-3")
+    read_adapter(verified)
+    flip_one_bit(checkpoints / "checkpoint-3" / name)
+    with pytest.raises(SMTError, match=rf"{name}: was changed after it was verified"):
+        read_adapter(verified)
