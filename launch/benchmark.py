@@ -1,5 +1,9 @@
-"""Moved: names the new place, for one version."""
+"""Name the new place of a program, for one version."""
 
-raise SystemExit(
-    "launch/benchmark.py is now launch/benchmarks/step.py (--communication: launch/benchmarks/communication.py)"
+import sys
+
+print(
+    "launch/benchmark.py is now launch/benchmarks/step.py (--communication: launch/benchmarks/communication.py)",
+    file=sys.stderr,
 )
+sys.exit(2)

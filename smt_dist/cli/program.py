@@ -1,4 +1,4 @@
-"""What the programs in ``launch/`` share: one-line errors and exit codes."""
+"""What the programs share: one-line errors, exit codes, flags."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
     """
     from transformers import HfArgumentParser
 
-    from smt_dist.cli.recipe import expand_recipe
+    from smt_dist.cli.recipe import SUFFIXES, expand_recipe
     from smt_dist.training.arguments import SMTTrainingArguments
 
     kinds = [kind, SMTTrainingArguments]
@@ -91,7 +91,8 @@ def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
     words = expand_recipe(sys.argv[1:], parser, kinds)
     own, training, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
-        raise_usage_error(f"unknown flag or value: {' '.join(unknown)}")
+        hint = "; a recipe comes before the flags" if unknown[-1].endswith(SUFFIXES) else ""
+        raise_usage_error(f"unknown flag or value: {' '.join(unknown)}{hint}")
     return own, training
 
 

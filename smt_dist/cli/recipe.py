@@ -77,6 +77,8 @@ def _flag(path: str, key: str, value: Any, parser: ArgumentParser) -> list[str]:
     items = value if isinstance(value, list) else [value]
     if isinstance(value, list) and (not items or any(item is None or isinstance(item, list | dict) for item in items)):
         raise SMTError(f"{path}: {key}: a list holds one value or more, and no lists, mappings or nulls")
+    if len(items) > 1 and any(str(item).startswith("-") for item in items):
+        raise SMTError(f"{path}: {key}: an item of a list can't begin with a dash: it would be a flag of its own")
     # Behind = a value may begin with a dash.
     words = [f"--{key}={_word(items[0])}"] if len(items) == 1 else [f"--{key}", *map(_word, items)]
     try:
@@ -100,7 +102,7 @@ def read_recipe(path: str) -> dict[str, Any]:
     """
     if not path.endswith(SUFFIXES):
         raise SMTError(f"{shorten(path)}: neither a flag nor a recipe, which ends in {', '.join(SUFFIXES)}")
-    text = read_text(path)
+    text = read_text(path).removeprefix("\ufeff")
     if len(text) > MAX_CHARACTERS:
         raise SMTError(f"{path}: {len(text):,} characters are too many for a recipe; at most {MAX_CHARACTERS:,}")
     content = parse_json_object(text, path) if path.endswith(".json") else _parse_yaml(text, path)

@@ -56,7 +56,7 @@ class SelectArguments(RunArguments):
 def main() -> None:
     run, args = parse_arguments(SelectArguments, __doc__)
     run.check()
-    if run.selection or run.adapter:
+    if run.selection is not None or run.adapter is not None:
         raise SMTError("--selection and --adapter belong to train.py: this program makes the selection")
     if run.eval_file:
         raise SMTError("--eval_file: this program evaluates nothing")

@@ -85,7 +85,7 @@ def build_dataset(
     The columns are ``input_ids`` and ``labels`` (the ids where trained, -100 elsewhere and on each example's
     first token, which nothing predicts), with ``attention_mask``, or when packed with ``position_ids`` that
     restart at every example: transformers then keeps packed examples from attending to one another, if the
-    model went through :func:`prepare_model_for_packing`.
+    model went through :func:`smt_dist.models.packing.prepare_model_for_packing`.
 
     Everything happens in memory, so ranks can't race for a cache file.
 

@@ -41,7 +41,7 @@ def merge_blocks(model: nn.Module) -> None:
 
     Raises:
         SMTError: the model has no blocks, or a weight is sharded or quantised (merge the saved adapter with
-            ``launch/merge_adapter.py``). The model is unchanged then.
+            ``smt-merge``). The model is unchanged then.
     """
     layers = {name: module for name, module in base_modules(model) if isinstance(module, SparseLayer)}
     if not layers:

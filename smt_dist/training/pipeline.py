@@ -1,4 +1,4 @@
-"""The steps that ``launch/train.py`` and ``launch/select_blocks.py`` share, in the order in which they run."""
+"""The steps that the programs ``train`` and ``select`` share, in the order in which they run."""
 
 from __future__ import annotations
 

@@ -76,7 +76,9 @@ class SMTTrainer(Trainer):
             raise SMTError("SMTTrainer: the model has no blocks; call smt_dist.apply_selection first")
         config = model.smt.config or SMTConfig()
         if config.reselect is not None and not self.reselects:
-            raise SMTError("SMTTrainer: reselect needs smt_dist.training.phases.ReselectingTrainer")
+            raise SMTError(
+                "SMTTrainer: the model's config has reselect; use smt_dist.training.phases.trainer_class(model)"
+            )
         _refuse_dropped_multipliers(model, args)
         if not model.smt.is_compared:
             assert_same_on_all_ranks(model.smt.selection.to_json().encode(), "the block selection")

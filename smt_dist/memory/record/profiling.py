@@ -1,4 +1,4 @@
-"""``launch/train.py --profile_memory``: what the program asks for before the work, and leaves behind after it."""
+"""``smt-train --profile_memory``: what the program asks for before the work, and leaves behind after it."""
 
 from __future__ import annotations
 

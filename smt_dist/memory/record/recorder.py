@@ -1,4 +1,4 @@
-"""``Recorder``: the memory of a real run, phase by phase; ``launch/train.py --profile_memory``.
+"""``Recorder``: the memory of a real run, phase by phase; ``smt-train --profile_memory``.
 
 Recorded are the load, the first steps of the warm-up and its last with the selection, the engine's set-up with the
 first steps of training, and the save. Of the steps between, which are like those, only what costs nothing is kept:
