@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from memory_grid import Deviation, deviations, make_grid, summarize
-from programs import LAUNCH, write_json
+from programs import write_json
 
 from smt_dist.memory.plan.categories import CATEGORIES, Memory
 from smt_dist.memory.plan.request import ENGINES, METHODS
@@ -223,13 +223,6 @@ def test_the_fullest_rank_of_each_phase_is_reported():
 
 
 # -- the validation --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def run(run, monkeypatch):
-    """Programs find their neighbours in ``launch/``, as when they are started."""
-    monkeypatch.syspath_prepend(str(LAUNCH))
-    return run
 
 
 def test_the_grid_has_every_engine_and_method_in_both_dtypes_on_two_ranks():

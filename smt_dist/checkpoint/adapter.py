@@ -110,7 +110,7 @@ def save_adapter(
 def write_blocks_of(
     model: nn.Module, folder: Path, deltas: Iterable[tuple[str, torch.Tensor]] | None = None, card: str = ""
 ) -> None:
-    """The files of :func:`save_adapter`, into a folder that is a part of something larger and saved with it."""
+    """Write the files of :func:`save_adapter` into a folder that is saved as part of another."""
     touched, active, layers = touched_selection(model), model.smt.selection, sparse_layers(model)
     if deltas is None:
         deltas = ((name, layer.delta) for name, layer in layers.items())
@@ -132,7 +132,7 @@ def write_blocks_of(
 def write_adapter(
     folder: Path, adapter: Adapter, order: Iterable[str], deltas: Iterable[tuple[str, torch.Tensor]], card: str
 ) -> None:
-    """Write an adapter's files, into a folder that is a part of something larger and saved with it.
+    """Write an adapter's files into a folder that is saved as part of another.
 
     Args:
         folder: empty, or without an :data:`ACTIVE_FILE`.
@@ -238,7 +238,7 @@ def _compare_with_manifest(source: str | Path | VerifiedFolder) -> None:
 
 
 def trained_deltas(adapter: Adapter) -> Mapping[str, torch.Tensor]:
-    """Module -> fp32 values of the blocks that training goes on with; made when they are asked for, one at a time."""
+    """Map modules to the fp32 values that training goes on with, made one at a time when asked."""
     return adapter.deltas if adapter.active is None else _TrainedDeltas(adapter)
 
 
@@ -257,7 +257,11 @@ class _TrainedDeltas(Mapping[str, torch.Tensor]):
 
 
 def read_active(folder: Path, touched: BlockSelection) -> ActiveBlocks | None:
-    """Which of an adapter's blocks are still trained; None if it doesn't say: all. Raises SMTError if malformed."""
+    """Read which of an adapter's blocks are still trained; None if it doesn't say: all.
+
+    Raises:
+        SMTError: the file is malformed, or names blocks that aren't the adapter's.
+    """
     path = folder / ACTIVE_FILE
     if not path.exists():
         return None
@@ -311,7 +315,10 @@ def verify_base_model(model: nn.Module, adapter: Adapter, source: str) -> None:
 
 
 def verify_fingerprint(adapter: Adapter, fingerprint: str, source: str) -> None:
-    """Refuse a base by its :class:`smt_dist.sparse.fingerprint.Fingerprint`. Raises SMTError, naming the source."""
+    """Refuse a base with another fingerprint. Raises SMTError, naming the source.
+
+    See :class:`smt_dist.sparse.fingerprint.Fingerprint`.
+    """
     if fingerprint != adapter.base_fingerprint:
         moved = adapter.config.warmup.mode == "full_ft"
         why = "it needs the base as its full fine-tuning warm-up moved it" if moved else "its weights differ from these"
@@ -324,8 +331,14 @@ def delta_shape(selection: BlockSelection, name: str) -> tuple[int, int]:
     return len(selection.blocks[name]) * rows, cols
 
 
-def config_of(selection: BlockSelection) -> SMTConfig:
-    """What a selection amounts to that comes without its config: built by hand, or read from a file."""
+def config_of(selection: BlockSelection | None) -> SMTConfig:
+    """Make the config that a selection without one amounts to; without a selection, the default.
+
+    Args:
+        selection: built by hand, or read from a file.
+    """
+    if selection is None:
+        return SMTConfig()
     modules: dict[str, list[str]] = {}
     for module in selection.blocks:
         modules.setdefault(selection.groups.get(module, "selected"), []).append(module)

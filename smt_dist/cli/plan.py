@@ -23,10 +23,8 @@ from smt_dist.cli.program import HelpFormatter, configure_logging, raise_usage_e
 from smt_dist.errors import SMTError
 
 if TYPE_CHECKING:  # imported where they are used: `--help` should not wait for torch
-    from smt_dist.config import SMTConfig
     from smt_dist.memory.plan.plan import Plan
     from smt_dist.memory.plan.request import Request
-    from smt_dist.sparse.blocks import BlockSelection
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 
@@ -78,6 +76,8 @@ def yes_or_no(text: str) -> bool:
 
 def make_request(arguments: argparse.Namespace) -> Request:
     """What the flags ask for. Raises SMTError for what is wrong with them."""
+    from smt_dist.checkpoint.adapter import config_of
+    from smt_dist.config import SMTConfig
     from smt_dist.memory.plan.categories import parse_size
     from smt_dist.memory.plan.request import Request, read_model_config
     from smt_dist.sparse.blocks import BlockSelection
@@ -89,7 +89,7 @@ def make_request(arguments: argparse.Namespace) -> Request:
     path = arguments.model_config if arguments.model_config is not None else arguments.model_name_or_path
     return Request(
         model=read_model_config(path, flag, arguments.trust_remote_code),
-        smt=_config(arguments.smt_config, selection),
+        smt=SMTConfig.from_flag(arguments.smt_config) if arguments.smt_config is not None else config_of(selection),
         engine=arguments.engine,
         world_size=arguments.world_size,
         replicas=arguments.dp_replicate_size,
@@ -108,16 +108,6 @@ def make_request(arguments: argparse.Namespace) -> Request:
         zero=_read_zero(arguments.deepspeed, arguments.engine),
         backend=arguments.backend,
     )
-
-
-def _config(path: str | None, selection: BlockSelection | None) -> SMTConfig:
-    """The SMT config, or what a selection without one amounts to, as train.py has it."""
-    from smt_dist.checkpoint.adapter import config_of
-    from smt_dist.config import SMTConfig
-
-    if path is not None:
-        return SMTConfig.from_flag(path)
-    return SMTConfig() if selection is None else config_of(selection)
 
 
 def _read_zero(path: str | None, engine: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from smt_dist.checkpoint.adapter import CONFIG_FILE, SELECTION_FILE, Adapter, config_of, read_active, read_adapter
 from smt_dist.checkpoint.atomic import VerifiedFolder
@@ -16,8 +16,6 @@ from smt_dist.errors import SMTError
 from smt_dist.files import shorten
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.training.run_arguments import RunArguments
-
-Run = TypeVar("Run", bound=RunArguments)
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def _find_config(
     if given is None and adapter is not None:
         return adapter.config
     if given is None:
-        return SMTConfig() if selection is None else config_of(selection)
+        return config_of(selection)
     if adapter is not None and given.warmup.mode != adapter.config.warmup.mode:
         raise SMTError(f"--smt_config: {_shown(run.smt_config)}: warmup.mode isn't that of {run.adapter}")
     if run.selection is not None and given.warmup.mode == "full_ft":
@@ -110,7 +108,7 @@ def _shown(smt_config: str | dict[str, Any]) -> str:
     return shorten(text) if text.lstrip().startswith("{") else text
 
 
-def _on_moved_base(run: Run, config: SMTConfig, checkpoint: VerifiedFolder | None) -> Run:
+def _on_moved_base(run: RunArguments, config: SMTConfig, checkpoint: VerifiedFolder | None) -> RunArguments:
     """Point the flags to the base that a full fine-tuning warm-up moved, where there is one.
 
     The checkpoint's blocks belong to it.
