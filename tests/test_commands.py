@@ -96,10 +96,11 @@ def test_the_face_has_every_name_that_it_exports():
         _ = smt_dist.nothing
 
 
-@pytest.mark.parametrize("name", ["benchmark.py", "compare.py", "capacity.py"])
+@pytest.mark.parametrize("name", ["benchmark.py", "compare.py", "capacity.py", "capacity.sh"])
 def test_an_old_path_names_the_new_one(name):
     """Scripts that measure this project are started by path."""
-    done = subprocess.run([sys.executable, str(ROOT / "launch" / name)], capture_output=True, text=True, timeout=60)
+    program = "bash" if name.endswith(".sh") else sys.executable
+    done = subprocess.run([program, str(ROOT / "launch" / name)], capture_output=True, text=True, timeout=60)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert (ROOT / line.partition(" is now ")[2].split()[0]).is_file()

@@ -2,7 +2,8 @@
 # Trains a Llama of 7B parameters on a machine with 24 GiB, three times: on 2 ranks under fsdp2, on 1 rank, and on 1 rank
 # with the paper's score in passes. Watches the memory of all processes. Flags go to launch/benchmarks/capacity.py.
 #
-#   launch/benchmarks/capacity.sh            launch/benchmarks/capacity.sh --layers 2 --hidden_size 256 --intermediate_size 704 --heads 4
+#   launch/benchmarks/capacity.sh
+#   launch/benchmarks/capacity.sh --layers 2 --hidden_size 256 --intermediate_size 704 --heads 4
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 source launch/environment.sh
