@@ -26,5 +26,6 @@ def build(folder: Path) -> None:
 
 def remove_locks() -> None:
     """To be called when no process of ours runs."""
-    for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
-        lock.unlink(missing_ok=True)
+    if folder := os.environ.get("TORCH_EXTENSIONS_DIR"):  # without, builds are the user's own
+        for lock in Path(folder).glob("*/lock"):
+            lock.unlink(missing_ok=True)

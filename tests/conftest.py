@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 
@@ -27,8 +26,7 @@ def _ops(request) -> None:
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup():
     """Before a test's fixtures, which launch processes too."""
-    if "TORCH_EXTENSIONS_DIR" in os.environ:
-        compiled_ops.remove_locks()
+    compiled_ops.remove_locks()
     return (yield)
 
 
