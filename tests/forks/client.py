@@ -33,8 +33,8 @@ class ForkServer:
         # A session of its own: an interrupt from the keyboard is for the tests, which then close its pipe.
         self.process = subprocess.Popen(
             [*self.enter, sys.executable, "-m", "forks.server"],
-            # Arrow's own allocator would start a thread, which forks don't have.
-            env=rank_environment(0, 1) | {"ARROW_DEFAULT_MEMORY_POOL": "system"},
+            # Without it Arrow's allocator starts a thread, which forks would not have.
+            env=rank_environment(0, 1) | {"JE_ARROW_MALLOC_CONF": "background_thread:false"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
