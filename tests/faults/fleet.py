@@ -117,7 +117,9 @@ class Fleet:
         folder.mkdir(parents=True, exist_ok=True)
         compiled_ops.remove_locks()
         for server in self._servers:
-            server.start()  # so that no node's ranks wait for the other's parent
+            server.begin()
+        for server in self._servers:
+            server.start()  # no node's ranks wait for the other's parent
         port, per_node = free_port(), world_size // len(self.nodes)
         for index, server in enumerate(self._servers):
             ranks = range(index * per_node, (index + 1) * per_node)

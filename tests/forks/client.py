@@ -23,12 +23,21 @@ class ForkServer:
     def __init__(self, enter: Sequence[str] = ()) -> None:
         self.enter = list(enter)
         self.process: subprocess.Popen | None = None
+        self._ready = False
 
     def start(self) -> None:
-        """Start it, unless it runs."""
+        """Have it ready for jobs."""
+        self.begin()
+        if not self._ready:
+            self._answer("ready\n")
+            self._ready = True
+
+    def begin(self) -> None:
+        """Start it, unless it runs, without waiting until it is ready."""
         if self.process is not None and self.process.poll() is None:
             return
         self.close()
+        self._ready = False
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the parent)
         # A session of its own: an interrupt from the keyboard is for the tests, which then close its pipe.
         self.process = subprocess.Popen(
@@ -41,7 +50,6 @@ class ForkServer:
             text=True,
             start_new_session=True,
         )
-        self._answer("ready\n")
 
     def submit(self, job: Job) -> None:
         """Give it a job; :meth:`result` has to be called before the next one."""
