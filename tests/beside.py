@@ -1,8 +1,8 @@
-"""Tells tests that start rank processes from others, which can run beside them: ``pytest -n 2 --dist loadgroup``.
+"""Tell tests that start ranks from others, which can run beside them.
 
-One worker then runs all files whose tests start ranks, one test after the other: ranks take both cores of a small
-machine already, and they share a prepared parent and the folder of compiled ops. The other worker runs the other
-files, each of them whole, for its module's fixtures.
+Under ``pytest -n 2 --dist loadgroup`` one worker runs all files whose tests start ranks, one test after the other:
+ranks take both cores of a small machine already, and they share a prepared parent and the folder of compiled ops. The
+other worker runs the other files, each of them whole, for its module's fixtures.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def starts_ranks(path: Path) -> bool:
 
 
 def make_scheduler(config: pytest.Config, log: object):
-    """Return what hands whole files to pytest-xdist's workers, those that start ranks as if they were one.
+    """Make what hands files to pytest-xdist's workers, those that start ranks as one.
 
     Marks (``xdist_group``) would do the same, but pytest-xdist 3.8.0 loses them under pytest 9.2: issue 1386 there.
     """

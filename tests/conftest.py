@@ -22,7 +22,7 @@ from smt_dist.cli.program import run_program
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Give the compiled ops a folder of this checkout; leave the other cores to the other workers."""
+    """Give compiled ops a folder of this checkout, and each worker one thread."""
     os.environ["TORCH_EXTENSIONS_DIR"] = str(session.config.cache.mkdir("torch_extensions"))
     if "PYTEST_XDIST_WORKER" in os.environ:
         torch.set_num_threads(1)
@@ -43,9 +43,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_setup(item: pytest.Item):
-    """Before a test's fixtures, which launch processes too; the parent of the ranks compiles what isn't compiled yet.
+    """Prepare what ranks need, before a test's fixtures, which launch them too.
 
-    Not in other tests: a lock could then be that of a process which the other worker has started.
+    The parent of the ranks compiles what isn't compiled yet. Not in other tests: a lock could then be that of a
+    process which the other worker has started.
     """
     if starts_ranks(item.path):
         compiled_ops.remove_locks()

@@ -1,9 +1,9 @@
-"""Runs a function in N real processes that form a gloo group, and gives back what each rank returned.
+"""Run a function in N real processes, and give back what each rank returned.
 
-The processes are forked from a prepared parent (see :mod:`forks.server`), new ones for each launch: nothing that one
-launch leaves behind is seen by the next. They share what chance a parent has, and a fresh interpreter doesn't: the
-order of sets of strings is the same in all ranks. A hang is a failure like any other: after ``timeout`` seconds, or
-``GRACE`` seconds after the first rank failed, every process is killed and each rank's output is in the message.
+The processes form a gloo group. They are forked from a prepared parent (see :mod:`forks.server`), new ones for each
+launch: nothing that one launch leaves behind is seen by the next. Unlike ranks that a launcher starts, they agree on
+the order of sets of strings. A hang is a failure like any other: after ``timeout`` seconds, or ``GRACE`` seconds after
+the first rank failed, every process is killed and each rank's output is in the message.
 
     results = launch("workers.warmup:faults", world_size=2, folder=tmp_path, some="argument")
 """

@@ -20,7 +20,7 @@ def imported(path: Path) -> set[str]:
 
 
 def test_no_file_that_starts_ranks_is_taken_for_another():
-    """Two launches at once take each other's locks away, and time out on a machine with two cores."""
+    """Two launches at once take each other's locks away, and may time out on two cores."""
     files = sorted(TESTS.rglob("test_*.py"))
     assert {path.name for path in files if STARTERS & imported(path)} == {p.name for p in files if starts_ranks(p)}
 

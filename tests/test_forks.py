@@ -1,4 +1,4 @@
-"""Ranks that are forked from a prepared parent are as separate as processes that were started anew."""
+"""Forked ranks are as separate as processes that are started anew."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def is_gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_the_parent_has_one_thread_and_no_group(tmp_path):
-    """A fork copies the thread that forks and no other: a lock that another one holds would be held for good."""
+def test_the_parent_has_one_thread(tmp_path):
+    """A fork copies no other: a lock that another one holds would be held for good."""
     launch("workers.forked:describe", 2, tmp_path)
     assert psutil.Process(this_server.process.pid).num_threads() == 1
 
@@ -71,7 +71,7 @@ def test_a_hang_is_named_and_killed_with_its_children(tmp_path):
 
 
 def test_a_parent_that_is_killed_takes_its_ranks_along_and_is_replaced(tmp_path):
-    """By the kernel for memory, say. The test that waits has to hear of it, and those after it have to go on."""
+    """By the kernel, say: the test that waits hears of it, and those after it go on."""
 
     def kill() -> None:
         wait_until(lambda: (tmp_path / "process").exists() and (tmp_path / "process").read_text())

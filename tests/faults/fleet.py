@@ -1,4 +1,4 @@
-"""Starts the ranks of a job, on this machine or on two nodes, with a fault or without, and tells what came of it."""
+"""Run a job on one machine or two nodes, with a fault or without, and tell its outcome."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Outcome:
 
 
 class Fleet:
-    """Where the ranks of jobs run, and the prepared parents that they are forked from.
+    """Fork the ranks of launch/train.py from prepared parents.
 
     Args:
         nodes: where; each runs as many ranks of a job as the others. None: on this machine, from the parent that the

@@ -1,4 +1,4 @@
-"""Starts a prepared parent when it is first needed, gives it jobs, and starts another when it has died."""
+"""Start a prepared parent when it is first needed, and another when it has died."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from forks.job import Job
 
 
 class ForkServer:
-    """A prepared parent, which starts at its first job.
+    """Hold a prepared parent, which starts at its first job.
 
     Args:
         enter: what to put before a command that is to run where the ranks shall.
@@ -70,7 +70,7 @@ class ForkServer:
             self.process = None
 
     def _answer(self, expected: str = "") -> str:
-        """The next line that it says; one that doesn't begin as expected, or none at all, is its end."""
+        """Read its next line; one that doesn't begin as expected, or none, is its end."""
         try:
             said = self.process.stdout.readline()
         except BaseException:  # a test that is over, by its time limit or the keyboard

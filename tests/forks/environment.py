@@ -1,4 +1,4 @@
-"""The environment of a rank that the tests start."""
+"""Make the environment of a rank that the tests start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_
 
 
 def rank_environment(rank: int, world_size: int) -> dict[str, str]:
-    """Return this process's environment, less what launchers and pytest set, with a rank's own variables."""
+    """Return this process's environment for a rank, less what launchers and pytest set."""
     inherited = {
         name: value
         for name, value in os.environ.items()

@@ -1,4 +1,4 @@
-"""Hurts a rank of launch/train.py in the phase that was asked for, and writes down each phase as it begins."""
+"""Hurt a rank of launch/train.py in the phase that was asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a prepared parent is asked to do: the ranks of one job, as JSON that both sides understand."""
+"""Describe what a prepared parent is asked to do, as JSON for both sides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PHASES, FAULT, OUTPUT = "phases_{}.jsonl", "fault_{}.json", "output_{}.txt"
 
 @dataclass
 class Job:
-    """The ranks of one job that one parent forks, and how long it waits for them.
+    """Describe the ranks of a job that one parent forks, and how long it waits for them.
 
     Attributes:
         folder: the ranks' working directory, with their files.
@@ -41,10 +41,12 @@ class Job:
     limit: float = STARTED
 
     def to_json(self) -> dict[str, Any]:
+        """Return what :meth:`from_json` takes."""
         return asdict(self) | {"folder": str(self.folder)}
 
     @classmethod
     def from_json(cls, told: dict[str, Any]) -> Job:
+        """Make the job that was told; JSON's keys are strings, and ranks are numbers."""
         by_rank = {
             name: {int(rank): value for rank, value in told[name].items()} for name in ("environments", "faults")
         }

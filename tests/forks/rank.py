@@ -1,4 +1,4 @@
-"""What a forked process does as one rank of a job: an ordinary process otherwise."""
+"""Be one rank of a job, in a forked process that is an ordinary one otherwise."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def _work(job: Job, rank: int) -> None:
 
 
 def _code_of(work: Callable[[], None]) -> int:
-    """The exit code that Python would end with."""
+    """Return the exit code that Python would end with."""
     try:
         work()
     except SystemExit as ended:
@@ -104,7 +104,10 @@ def _code_of(work: Callable[[], None]) -> int:
 
 
 def _end(code: int) -> NoReturn:
-    """End as Python does, but for freeing memory, for which a fork must first copy what it shares: half its time."""
+    """End as Python does, but for freeing memory.
+
+    For that a fork must first copy what it shares, which takes half of a job's time.
+    """
     for thread in threading.enumerate():
         if thread is not threading.current_thread() and not thread.daemon:
             thread.join()

@@ -1,4 +1,4 @@
-"""A prepared parent that has imported everything, and forks the ranks of one job after the other.
+"""Import everything once, and fork the ranks of one job after the other.
 
 A job then costs its own seconds, not those of the imports. Jobs come as JSON lines on stdin; for each, one line of
 results goes to stdout. The parent ends with its stdin, and takes the ranks of an unfinished job along.
@@ -40,13 +40,16 @@ def serve() -> Callable[[], None] | None:
 
 
 def _become(job: Job, rank: int, parent: int) -> None:
-    from forks.rank import become
+    from forks.rank import become  # torch and all: not before the streams are as they shall be
 
     become(job, rank, parent)
 
 
 def _prepare() -> None:
-    """Import whatever a rank would, so that forks share it; none of it may start a thread or a process group."""
+    """Import whatever a rank would, so that forks share it.
+
+    None of it may start a thread or a process group.
+    """
     import datasets  # noqa: F401
     import deepspeed.runtime.engine  # noqa: F401
     import torch._dynamo
@@ -56,6 +59,7 @@ def _prepare() -> None:
     from compiled_ops import BUILD
     from programs import load_program
 
+    import forks.rank  # noqa: F401
     import smt_dist.engines.ddp
     import smt_dist.engines.deepspeed
     import smt_dist.engines.fsdp2

@@ -1,4 +1,4 @@
-"""Waits in the prepared parent for the ranks of a job, and ends those that don't end."""
+"""Wait for the ranks of a job, and end those that don't end."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WRITING_SECONDS = 1.0  # for faulthandler, in a process that is about to be kill
 
 
 class Watch:
-    """Watches over the ranks of one job.
+    """Watch over the ranks of one job.
 
     Args:
         job: what they do.
@@ -73,7 +73,7 @@ class Watch:
                 os.kill(self.running[rank], signal.SIGCONT)
 
     def _stopped(self) -> set[int]:
-        """Which ranks a fault has stopped for good."""
+        """Return the ranks that a fault has stopped for good."""
         hurt = {rank: self.faults[rank] for rank in self.running if rank in self.faults}
         return {rank for rank, fault in hurt.items() if fault["signal"] == signal.SIGSTOP and not fault.get("pause")}
 

@@ -1,4 +1,4 @@
-"""What the tests of the prepared parent have ranks do."""
+"""Do what the tests of the prepared parent ask for."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ seen: list[str] = []  # the module's state, which a launch changes
 
 
 def describe(_folder: Path, mark: str = "") -> dict[str, Any]:
-    """What this rank finds around it."""
+    """Describe what this rank finds around it."""
     seen.append(mark)
     return {
         "seen": list(seen),
@@ -30,7 +30,7 @@ def describe(_folder: Path, mark: str = "") -> dict[str, Any]:
 
 
 def fail(_folder: Path) -> None:
-    """Rank 1 fails; the others would wait for an hour."""
+    """Fail on rank 1, and wait for an hour on others."""
     print(f"rank {get_rank()} has begun")
     if get_rank() == 1:
         raise RuntimeError("on purpose")
@@ -38,7 +38,7 @@ def fail(_folder: Path) -> None:
 
 
 def hang(folder: Path) -> None:
-    """Rank 1 hangs, and so does its child."""
+    """Hang on rank 1, with a child that hangs too."""
     if get_rank() == 1:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
         (folder / "child").write_text(str(child.pid))

@@ -1,4 +1,4 @@
-"""Saves two adapters by turns into one folder, is killed at random moments, and reads what is left."""
+"""Save two adapters by turns, be killed at random moments, and read what is left."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def what_is_there(folder: Path) -> str:
 
 
 def overwrite_and_kill(place: Path, kills: int, seed: int) -> dict[str, int]:
-    """How often each adapter was found after ``kills`` kills."""
+    """Count how often each adapter was found after ``kills`` kills."""
     folder = place / "adapter"
     models, draw = make_models(), random.Random(seed)
     smt_dist.save_adapter(next(iter(models.values())), folder)
