@@ -236,6 +236,10 @@ OVERRIDDEN = [
     "evaluate",
     "_run_epoch",
     "_determine_best_metric",
+    "_get_dataloader",
+    "get_batch_samples",
+    "evaluation_loop",
+    "prediction_step",
 ]
 
 

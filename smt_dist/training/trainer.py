@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from smt_dist.checkpoint.atomic import VerifiedFolder
 from smt_dist.checkpoint.rotation import checkpoint_folder, find_checkpoint
@@ -35,6 +35,7 @@ from smt_dist.training.arguments import SMTTrainingArguments
 from smt_dist.training.guards import GuardCallback
 from smt_dist.training.resume import restore_best_blocks, restore_random_state, restore_training
 from smt_dist.training.saving import CheckpointWriter
+from smt_dist.training.token_counts import StepTokens, TokenMean, check_loader, mask_repeated_rows, trained_tokens
 
 # Adam keeps an fp32 master and two fp32 moments of each trained element.
 STATE_BYTES = 12
@@ -55,6 +56,8 @@ class SMTTrainer(Trainer):
         guard: what the ranks must agree on.
         writer: of adapters and checkpoints.
         bad_numbers: counts steps with NaN or infinity.
+        evaluation_mean: the loss over all trained tokens of the last evaluation.
+        step_tokens: of a model that doesn't divide by the global step's tokens itself.
         initial_deltas: written when training begins, unless it resumes.
 
     Raises:
@@ -95,6 +98,11 @@ class SMTTrainer(Trainer):
         self.bad_numbers = BadNumbers(config.bad_numbers)
         self.add_callback(self.bad_numbers)
         self.add_callback(self.guard)
+        self.evaluation_mean = TokenMean()
+        self.step_tokens: StepTokens | None = None
+        if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
+            # Trainer would weigh a micro-batch of one token like one of a thousand.
+            self.step_tokens, self.loss_is_scaled_for_ga = StepTokens(), True
 
     @property
     def preempted(self) -> int:
@@ -153,6 +161,24 @@ class SMTTrainer(Trainer):
         with self.writer.keeping_checkpoints(bool(self.preempted)):
             return super()._finalize_training(trial, num_train_samples, start_time)
 
+    # -- overrides: batches --------------------------------------------------------------------------------------
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer would leave the evaluation's last rows out too.
+        with _dropping_no_rows(self.args, not kwargs.get("is_training")):
+            return check_loader(super()._get_dataloader(*args, **kwargs))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Collect a global step's micro-batches and its trained tokens; each row counts once an epoch."""
+        # Trainer would train once more on the rows that fill up the last batch, and divide by their tokens too.
+        rows_once = (mask_repeated_rows(batch, self.accelerator.gradient_state) for batch in epoch_iterator)
+        batches, items = super().get_batch_samples(rows_once, num_batches, device)
+        if self.step_tokens is not None:
+            self.step_tokens.begin(batches)
+        return batches, items
+
     # -- overrides: a step ---------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -170,8 +196,8 @@ class SMTTrainer(Trainer):
     ) -> Any:
         """Work the loss out, as ``Trainer.compute_loss`` does; a non-finite one has NaN gradients."""
         # Else a rank whose loss is infinite could have finite gradients, and the step would be applied.
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:  # the batch's own mean, which prediction_step weighs
+            return super().compute_loss(model, inputs, return_outputs, None)
         loss, outputs = self._watched_loss(super().compute_loss, model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -201,6 +227,33 @@ class SMTTrainer(Trainer):
         # A rank that is lost or hangs here would be said to have been lost in a training step.
         enter_phase(f"evaluation after step {self.state.global_step}")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate or predict, as ``Trainer.evaluation_loop`` does; the loss is the mean over all trained tokens."""
+        # Trainer's is a mean of batch means, which changes with the ranks and the batch size.
+        self.evaluation_mean, loss = TokenMean(), f"{metric_key_prefix}_loss"
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if loss in output.metrics:
+            output.metrics[loss] = self.evaluation_mean.value()
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Evaluate one batch, as ``Trainer.prediction_step`` does, and note its loss and tokens."""
+        # As in training, rows that fill up the last batch count nothing.
+        inputs = mask_repeated_rows(inputs, self.accelerator.gradient_state)
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if result[0] is not None:
+            self.evaluation_mean.add(result[0], trained_tokens(inputs, self._loss_shifts_labels))
+        return result
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # With --save_strategy best it decides alone whether a step is saved: a preempted run would leave nothing.
@@ -273,6 +326,8 @@ class SMTTrainer(Trainer):
         step = f"training, step {self.state.global_step + 1}"
         enter_phase(f"{step}: forward")
         loss, outputs = compute(model, inputs, True, items)
+        if self.step_tokens is not None:
+            loss = self.step_tokens.share(loss, outputs, inputs, self.args.world_size)
         self.bad_numbers.note_loss(loss)
         enter_phase(f"{step}: backward")
         return poisoned_if_bad(loss), outputs
@@ -290,6 +345,17 @@ def _saving_only_the_model(args: SMTTrainingArguments) -> Iterator[None]:
         yield
     finally:
         args.save_only_model = before
+
+
+@contextmanager
+def _dropping_no_rows(args: SMTTrainingArguments, apply: bool) -> Iterator[None]:
+    """Let a data loader be made that holds every row, whatever ``--dataloader_drop_last`` says of training."""
+    before = args.dataloader_drop_last
+    args.dataloader_drop_last = before and not apply
+    try:
+        yield
+    finally:
+        args.dataloader_drop_last = before
 
 
 def block_parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:
