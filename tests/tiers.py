@@ -45,22 +45,48 @@ def chosen(request: pytest.FixtureRequest, *names: str) -> list[Any]:
     return list(found)
 
 
+def engines_of(runs: Iterable[tuple[int, str]]) -> dict[int, list[str]]:
+    """Sort (world size, engine) pairs by world size, as ``launch_engines`` takes them."""
+    engines: dict[int, list[str]] = {}
+    for world_size, engine in runs:
+        engines.setdefault(world_size, []).append(engine)
+    return engines
+
+
 def asks_for(request: pytest.FixtureRequest, *tests: str) -> bool:
     """Say whether one of these tests of this module was collected."""
     own = (item for item in request.session.items if item.module is request.module)
     return any(item.originalname in tests for item in own)
 
 
-def quick_values(test: Callable, names: str) -> list[Any]:
-    """List what the default tier runs of a test's parameters, by its own and its module's marks."""
+def in_default_tier(test: Callable) -> bool:
+    """Say whether the default tier runs the test, with at least one of the values of each of its parameters."""
+    marks = _marks(test)
+    return not any(mark.name == "slow" for mark in marks) and all(
+        _quick(mark) for mark in marks if mark.name == "parametrize"
+    )
+
+
+def quick_values(test: Callable, names: str | tuple[str, ...]) -> list[Any]:
+    """List what the default tier runs of a test's parameter, or of several that were given together."""
+    (parameter,) = [mark for mark in _marks(test) if mark.name == "parametrize" and mark.args[0] == names]
+    return _quick(parameter) if in_default_tier(test) else []
+
+
+def _marks(test: Callable) -> list[pytest.Mark]:
     of_module = getattr(sys.modules[test.__module__], "pytestmark", [])
-    marks = [*(of_module if isinstance(of_module, list) else [of_module]), *getattr(test, "pytestmark", [])]
-    if any(mark.name == "slow" for mark in marks):
-        return []
-    (values,) = [mark.args[1] for mark in marks if mark.name == "parametrize" and mark.args[0] == names]
-    parameters = [pytest.param(value) if not hasattr(value, "marks") else value for value in values]
-    quick = [parameter.values for parameter in parameters if not any(mark.name == "slow" for mark in parameter.marks)]
-    return [values[0] if len(values) == 1 else values for values in quick]
+    decorators = [*(of_module if isinstance(of_module, list) else [of_module]), *getattr(test, "pytestmark", [])]
+    return [getattr(decorator, "mark", decorator) for decorator in decorators]
+
+
+def _quick(parametrize: pytest.Mark) -> list[Any]:
+    found = []
+    for value in parametrize.args[1]:
+        if not hasattr(value, "marks"):
+            found.append(value)
+        elif not any(mark.name == "slow" for mark in value.marks):
+            found.append(value.values[0] if len(value.values) == 1 else value.values)
+    return found
 
 
 @contextmanager
