@@ -10,7 +10,7 @@ import torch
 from checkpoint_pairs import ENGINE_TYPES, distance, equal_bits
 from harness import launch_engines
 from safetensors.torch import load_file
-from tiers import chosen, engines_of, slow_rows_unless
+from tiers import all_differences, chosen, engines_of, slow_rows_unless
 from transformers import AutoModelForCausalLM
 from workers.reselect import EVERY, MIDDLE, STEPS
 from workers.training import BLOCK, BLOCKS
@@ -132,14 +132,26 @@ def test_the_adapter_holds_all_blocks_ever_touched(found, world_size, engine):
 def test_world_size_and_engine_change_nothing(found, world_size, engine):
     """The same blocks by name at each exchange; values and losses up to the order of sums."""
     alone = found[ALONE][0]["straight"]
-    for rank in found[world_size, engine]:
-        run = rank["straight"]
-        assert [phase["active"] for phase in run["phases"]] == [phase["active"] for phase in alone["phases"]]
-        assert run["end"]["touched"] == alone["end"]["touched"]
-        assert len(run["losses"]) == STEPS
-        assert run["losses"] == pytest.approx(alone["losses"], rel=TOLERANCE)
-        assert distance(run["end"]["masters"], alone["end"]["masters"]) < TOLERANCE
-        assert run["loss"] == pytest.approx(sum(run["losses"]) / STEPS, rel=1e-3), "the loss is of all phases"
+    with all_differences() as check:
+        with check("ranks"):
+            assert len(found[world_size, engine]) == world_size
+        for index, rank in enumerate(found[world_size, engine]):
+            run = rank["straight"]
+            with check(f"rank {index}: blocks of each phase"):
+                assert [phase["active"] for phase in run["phases"]] == [phase["active"] for phase in alone["phases"]]
+            with check(f"rank {index}: blocks ever touched"):
+                assert run["end"]["touched"] == alone["end"]["touched"]
+            with check(f"rank {index}: losses"):
+                assert len(run["losses"]) == STEPS
+                assert run["losses"] == pytest.approx(alone["losses"], rel=TOLERANCE)
+            with check(f"rank {index}: final blocks"):
+                assert distance(run["end"]["masters"], alone["end"]["masters"]) < TOLERANCE
+            with check(f"rank {index}: the loss is of all phases"):
+                assert run["loss"] == pytest.approx(sum(run["losses"]) / STEPS, rel=1e-3)
+            for kind in {"straight", "middle", "before"} & set(rank):
+                with check(f"rank {index}, {kind}: it was what it claims to be"):
+                    assert (rank[kind]["world_size"], rank[kind]["engine"]) == (world_size, ENGINE_TYPES[engine])
+                    assert rank[kind]["trainable"] == 0, "something beside the blocks is trained"
 
 
 @pytest.mark.parametrize(
@@ -163,16 +175,6 @@ def test_a_killed_run_goes_on_bit_by_bit(found, world_size, engine, kind):
         assert distance(resumed["end"]["masters"], straight["end"]["masters"]) <= tolerance
         files = [load_file(Path(run["output"]) / BLOCKS_FILE) for run in (straight, resumed)]
         assert tolerance or equal_bits(*files)
-
-
-@each_run
-def test_runs_were_what_they_claim_to_be(found, world_size, engine):
-    """Guards the tests above."""
-    assert len(found[world_size, engine]) == world_size
-    for rank in found[world_size, engine]:
-        for run in (rank[kind] for kind in ("straight", "middle", "before") if kind in rank):
-            assert (run["world_size"], run["engine"]) == (world_size, ENGINE_TYPES[engine])
-            assert run["trainable"] == 0, "something beside the blocks is trained"
 
 
 def test_the_reselected_adapter_loads_computes_and_merges_as_it_was_trained(found, model_folder, tmp_path):

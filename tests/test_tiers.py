@@ -100,7 +100,7 @@ def test_all_differences_are_listed():
                 with check(name):
                     assert value == 2
 
-    with pytest.raises(AssertionError, match="2 differences") as caught:
+    with pytest.raises(AssertionError, match="differences: 2") as caught:
         compare({"loss": 1, "norm": 2, "rate": 3})
     assert "loss" in str(caught.value)
     assert "assert 3 == 2" in str(caught.value)

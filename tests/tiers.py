@@ -103,7 +103,8 @@ def all_differences() -> Iterator[Callable[[str], AbstractContextManager[None]]]
         try:
             yield
         except AssertionError as error:
-            differences.append("\n    ".join([what, *str(error).splitlines()[:8]]))
+            lines = [line[:200] for line in str(error).splitlines()[:8]]
+            differences.append("\n    ".join([what, *lines]))
 
     yield check
-    assert not differences, "\n".join([f"{len(differences)} differences", *differences])
+    assert not differences, "\n".join([f"differences: {len(differences)}", *differences])
