@@ -12,7 +12,7 @@ import pytest
 import torch
 from harness import launch
 from safetensors import safe_open
-from tiers import all_differences, chosen, slow_unless
+from tiers import Check, all_differences, chosen, slow_unless
 from tiny_models import make_rows, save_tiny_llama
 from transformers import AutoModelForCausalLM, Trainer
 from workers.checkpoints import BEST_AT, STEPS
@@ -112,8 +112,8 @@ def test_resumed_training_is_the_same_bit_by_bit(ranks, run):
         check_claims(check, run, ranks)
 
 
-def check_state(check, index: int, straight: dict, resumed: dict) -> None:
-    """Masters and moments."""
+def check_state(check: Check, index: int, straight: dict, resumed: dict) -> None:
+    """Compare masters and moments bit by bit."""
     with check(f"rank {index}: modules"):
         assert set(straight) == set(resumed) == set(BLOCKS)
     for module, tensors in straight.items():
@@ -125,8 +125,8 @@ def check_state(check, index: int, straight: dict, resumed: dict) -> None:
                 assert torch.equal(tensor, resumed[module][name])
 
 
-def check_claims(check, run: tuple[int, str, str], ranks: list[dict]) -> None:
-    """Guards the comparison: the engine, the world size, and that randomness and training really mattered."""
+def check_claims(check: Check, run: tuple[int, str, str], ranks: list[dict]) -> None:
+    """Check what is compared: engine, world size, and that randomness and training mattered."""
     world_size, engine, dtype = run
     wrapper = {"ddp": "LlamaForCausalLM", "fsdp2": "FSDPLlamaForCausalLM"}.get(engine, "DeepSpeedEngine")
     sharded = "ShardedBlockOptimizer"
@@ -199,8 +199,8 @@ def test_adapter_is_complete_and_small_and_loads_elsewhere(ranks, run, model_fol
         check_loads(check, ranks[0], folder, model_folder)
 
 
-def check_loads(check, rank: dict, folder: Path, model_folder: Path) -> None:
-    """This process trained nothing: the folder alone must be enough, and must change what the model says."""
+def check_loads(check: Check, rank: dict, folder: Path, model_folder: Path) -> None:
+    """Load it where nothing was trained: the folder alone must change what the model says."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     ids = torch.tensor([make_rows(1)[0]["input_ids"]])
     with torch.no_grad():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -22,7 +23,7 @@ from checkpoint_pairs import (
 )
 from harness import launch
 from safetensors.torch import load_file
-from tiers import all_differences, chosen, slow_unless
+from tiers import Check, all_differences, chosen, slow_unless
 from workers.checkpoint_matrix import Run, checkpoint_of
 from workers.checkpoints import SAVED_AT, STEPS
 from workers.runs import engine_arguments
@@ -106,9 +107,11 @@ def test_at_load_the_state_is_the_files_bit_by_bit(straight, resumed, checkpoint
     """
     masters, moments = (load_file(checkpoint / name) for name in (BLOCKS_FILE, OPTIMIZER_FILE))
     dtype = getattr(torch, pair[1].dtype)
+    ranks = resumed[*pair, "nothing"]
     with all_differences() as check:
-        for index, rank in enumerate(resumed[*pair, "nothing"]):
-            at_load = rank["at_load"]
+        for index, at_load in enumerate(rank["at_load"] for rank in ranks):
+            with check(f"rank {index}: counters as on rank 0"):
+                assert at_load["counters"] == ranks[0]["at_load"]["counters"]
             with check(f"rank {index}: masters"):
                 assert equal_bits(at_load["masters"], masters)
             with check(f"rank {index}: moments"):
@@ -119,8 +122,10 @@ def test_at_load_the_state_is_the_files_bit_by_bit(straight, resumed, checkpoint
             check_schedule_at_load(check, index, at_load, straight, checkpoint, pair)
 
 
-def check_schedule_at_load(check, index, at_load, straight, checkpoint, pair) -> None:
-    """Adam's bias correction starts over without its step count, and the first step needs its rate already."""
+def check_schedule_at_load(
+    check: Check, index: int, at_load: dict, straight: dict, checkpoint: Path, pair: tuple[Run, Run]
+) -> None:
+    """Compare counters, which Adam's bias correction needs, and rates, which the next step does."""
     schedule = json.loads((checkpoint / SCHEDULE_FILE).read_text())
     rates = [straight[pair[0]][0]["learning_rates"][SAVED_AT] * multiplier for multiplier in MULTIPLIERS.values()]
     with check(f"rank {index}: step"):
@@ -161,14 +166,11 @@ def test_training_goes_on_as_if_nothing_had_happened(straight, resumed, checkpoi
                 assert equal_bits(masters, ranks[0]["end"]["masters"]), "ranks drift apart"
             with check(f"rank {index}: steps"):
                 assert rank["end"]["counters"]["step"] == STEPS
-            # NAdam's running product is a counter too, of the run and not of a rank.
-            with check(f"rank {index}: counters at load as on rank 0"):
-                assert rank["at_load"]["counters"] == ranks[0]["at_load"]["counters"]
         check_claims(check, checkpoint, zip(pair, (straight[pair[0]], ranks), strict=True))
 
 
-def check_claims(check, checkpoint: Path, runs) -> None:
-    """Guards the comparison: engines, world sizes, accumulation, and that every module moved after the checkpoint."""
+def check_claims(check: Check, checkpoint: Path, runs: Iterable[tuple[Run, list[dict]]]) -> None:
+    """Check what is compared: engines, world sizes, accumulation, modules that moved."""
     before = load_file(checkpoint / BLOCKS_FILE)
     for run, ranks in runs:
         kind = ENGINE_TYPES[run.engine if run.world_size > 1 else run.engine.replace("fsdp2", "ddp")]

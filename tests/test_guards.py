@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from harness import launch
-from tiers import all_differences, chosen, slow_unless
+from tiers import Check, all_differences, chosen, slow_unless
 from workers.guards import BAD_STEP, MODULE, STEPS
 
 ENGINES = ["ddp", "fsdp2", "zero1", "zero2", "zero3"]
@@ -56,8 +56,8 @@ def test_skipped_step_leaves_nothing_and_training_goes_on(bad, engine):
                     assert same_bits(one, other)
 
 
-def check_skipped(check, label: str, rank: dict) -> None:
-    """No bit moves, and data and schedule go on: Trainer holds it under DeepSpeed only, so engines would differ."""
+def check_skipped(check: Check, label: str, rank: dict) -> None:
+    """Check that no bit moves and the schedule goes on, which is Trainer's under DeepSpeed."""
     with check(f"{label}: message and steps"):
         assert rank["said"] == "nothing"
         assert len(rank["states"]) == STEPS

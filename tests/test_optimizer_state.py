@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from harness import launch
-from tiers import all_differences, chosen, slow_unless
+from tiers import Check, all_differences, chosen, slow_unless
 from tiny_models import save_tiny_llama
 from workers.training import BLOCKS
 
@@ -53,8 +53,8 @@ def test_state_is_twelve_bytes_a_selected_element_and_shared_among_ranks(found, 
             assert 0 <= total - MASTER_AND_MOMENTS * found[run][0]["selected"] <= padding
 
 
-def check_frozen(check, index: int, rank: dict) -> None:
-    """State for one frozen weight costs more than all blocks: only the blocks may be known to the optimizer."""
+def check_frozen(check: Check, index: int, rank: dict) -> None:
+    """Check that frozen weights have no state: one's would cost more than all blocks'."""
     with check(f"rank {index}: what is trainable"):
         assert rank["trainable"] == sorted(f"{module}.delta" for module in BLOCKS)
     with check(f"rank {index}: gradients of frozen weights"):
@@ -63,8 +63,8 @@ def check_frozen(check, index: int, rank: dict) -> None:
         assert rank["step_counters"] == rank["tensors"] <= len(BLOCKS)
 
 
-def check_claims(check, index: int, rank: dict, world_size: int, engine: str, dtype: str) -> None:
-    """Masters are fp32 over a base of any dtype, or steps smaller than bf16's spacing vanish; and the engine's type."""
+def check_claims(check: Check, index: int, rank: dict, world_size: int, engine: str, dtype: str) -> None:
+    """Check the engine, and for fp32 masters: in bf16, steps below its spacing vanish."""
     optimizer = {
         "ddp": "ShardedBlockOptimizer",
         "fsdp2": "ShardedBlockOptimizer",

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from harness import launch_engines
-from tiers import all_differences, chosen, engines_of, slow_rows_unless
+from tiers import Check, all_differences, chosen, engines_of, slow_rows_unless
 from tiny_models import label_tokens, save_tiny_llama, sum_of_token_losses
 from transformers import AutoModelForCausalLM
 from workers.runs import GLOBAL_BATCH, shard_group, standard_data
@@ -228,7 +228,8 @@ def test_selections_and_scores_are_those_of_one_process(found, dense, world_size
             check_scores(check, index, rank["tables"], expected)
 
 
-def check_scores(check, index: int, tables: dict, expected: dict[str, dict[str, torch.Tensor]]) -> None:
+def check_scores(check: Check, index: int, tables: dict, expected: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Compare a rank's scores with the dense ones."""
     for score, truths in expected.items():
         for passes in PASSES[score]:
             found = tables[f"{score}, {passes}"]

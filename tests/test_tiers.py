@@ -10,10 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import test_benchmark
+import test_capacity
 import test_checkpoint_matrix
 import test_communication
 import test_comparison_runs
 import test_guards
+import test_memory_measured
 import test_memory_plan
 import test_programs
 import test_selection_parity
@@ -33,14 +35,18 @@ RUNS_OF = {
     "smt-compare": test_comparison_runs.test_a_comparison_from_flags_to_figures_goes_on_where_it_was,
     "step.py": test_benchmark.test_smt_beats_full_fine_tuning_and_the_report_is_complete,
     "communication.py": test_communication.test_the_program_prints_and_writes_every_row,
+    "capacity.py": test_capacity.test_two_ranks_with_the_papers_score_in_passes,
+    "profile_memory.py validate": test_memory_measured.test_validation_runs_its_cells_and_goes_on_where_it_stopped,
 }
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_every_file_has_something_in_the_default_tier(name):
+def test_every_file_has_something_in_the_default_tier():
     """A room of which no test runs by default can break for a day before anybody sees it."""
-    tests = [test for key, test in vars(importlib.import_module(name)).items() if key.startswith("test_")]
-    assert any(in_default_tier(test) for test in tests if callable(test))
+    with all_differences() as check:
+        for name in MODULES:
+            tests = [test for key, test in vars(importlib.import_module(name)).items() if key.startswith("test_")]
+            with check(name):
+                assert any(in_default_tier(test) for test in tests if callable(test))
 
 
 def test_every_engine_has_a_parity_run_on_two_ranks():
@@ -56,11 +62,9 @@ def test_every_engine_has_a_parity_run_on_two_ranks():
 
 def test_selections_are_made_by_each_way_to_hold_a_base_on_two_ranks():
     """Replicated, sharded by PyTorch, partitioned by DeepSpeed."""
-    runs = quick_values(test_selection_parity.test_selections_and_scores_are_those_of_one_process, RANKS)
+    parity = test_selection_parity.test_selections_and_scores_are_those_of_one_process
+    runs = quick_values(parity, ("world_size", "engine"))
     assert set(runs) >= {(2, "ddp"), (2, "fsdp2"), (2, "zero3")}
-
-
-RANKS = ("world_size", "engine")
 
 
 def test_checkpoint_pairs_have_every_engine_on_both_sides():

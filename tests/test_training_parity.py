@@ -9,7 +9,7 @@ import pytest
 import torch
 from dense_training import masked_dense_training
 from harness import launch
-from tiers import all_differences, chosen, slow_unless
+from tiers import Check, all_differences, chosen, slow_unless
 from workers.runs import shard_group
 from workers.training import BLOCKS, LEARNING_RATE, MAX_GRAD_NORM, STEPS
 
@@ -171,8 +171,8 @@ def test_bf16_is_as_near_to_the_truth_as_dense_training_is(found, reference, den
         check_claims(check, run, found[run], reference)
 
 
-def check_claims(check, run: Run, ranks: list[dict], reference: dict) -> None:
-    """Ranks hold the same blocks, or each would train a model of its own; and the run was what it claims to be."""
+def check_claims(check: Check, run: Run, ranks: list[dict], reference: dict) -> None:
+    """Compare ranks, which might drift apart, and the run with what it claims to be."""
     for index, rank in enumerate(ranks):
         with check(f"rank {index}: the same blocks as rank 0"):
             assert all(torch.equal(rank["blocks"][module], ranks[0]["blocks"][module]) for module in BLOCKS)

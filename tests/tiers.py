@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 slow = pytest.mark.slow
+Check = Callable[[str], AbstractContextManager[None]]
 
 
 def slow_unless(values: Iterable[Any], is_quick: Callable[[Any], bool]) -> list[Any]:
@@ -60,7 +61,7 @@ def asks_for(request: pytest.FixtureRequest, *tests: str) -> bool:
 
 
 def in_default_tier(test: Callable) -> bool:
-    """Say whether the default tier runs the test, with at least one of the values of each of its parameters."""
+    """Say whether the default tier runs the test, with one value of each parameter at least."""
     marks = _marks(test)
     return not any(mark.name == "slow" for mark in marks) and all(
         _quick(mark) for mark in marks if mark.name == "parametrize"
@@ -90,7 +91,7 @@ def _quick(parametrize: pytest.Mark) -> list[Any]:
 
 
 @contextmanager
-def all_differences() -> Iterator[Callable[[str], AbstractContextManager[None]]]:
+def all_differences() -> Iterator[Check]:
     """List all that differs in one failure, instead of stopping at the first.
 
     with all_differences() as check, check("the losses"):
