@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from harness import launch, launch_engines
+from tiers import chosen, engines_of, slow_rows_unless
 from tiny_models import label_tokens, make_rows, sum_of_token_losses
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoModelForCausalLM
@@ -19,7 +20,8 @@ from smt_dist.training.token_counts import StepTokens, TokenMean, mask_repeated_
 COUNTS, BATCH_SIZES = [3, 10], [1, 4]
 LAUNCHES = {1: ["ddp", "zero3"], 2: ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"], 4: ["ddp"]}
 RUNS = [(world_size, engine) for world_size, engines in LAUNCHES.items() for engine in engines]
-each_run = pytest.mark.parametrize(("world_size", "engine"), RUNS)
+QUICK = [(1, "ddp"), (2, "ddp"), (2, "fsdp2"), (2, "zero3")]
+each_run = pytest.mark.parametrize(("world_size", "engine"), slow_rows_unless(RUNS, lambda *run: run in QUICK))
 EVALUATION_TOLERANCE, TRAINING_TOLERANCE = 1e-6, 1e-5
 PLANS = [[count, accumulation, "plain"] for count in (5, 7) for accumulation in (1, 2)]
 PLANS += [[7, 1, "no token count"], [7, 2, "no token count"], [7, 1, "resumed"], [7, 1, "best"]]
@@ -31,18 +33,20 @@ def plans_for(world_size: int) -> list[list]:
 
 
 @pytest.fixture(scope="module")
-def evaluated(tmp_path_factory, model_folder):
+def evaluated(request, tmp_path_factory, model_folder):
     """(world size, engine) -> each rank's findings."""
     folder = tmp_path_factory.mktemp("evaluated")
     files = {"model": str(model_folder), "counts": COUNTS, "batch_sizes": BATCH_SIZES}
-    return launch_engines("workers.token_counts:evaluate", LAUNCHES, folder, **files)
+    launches = engines_of(chosen(request, "world_size", "engine"))
+    return launch_engines("workers.token_counts:evaluate", launches, folder, **files)
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory, model_folder):
-    """(world size, engine) -> each rank's findings, one for each plan."""
+def trained(request, tmp_path_factory, model_folder):
+    """(world size, engine) -> each rank's findings, one for each plan; one process is the reference."""
     folder, found = tmp_path_factory.mktemp("trained"), {}
-    for world_size, engines in LAUNCHES.items():
+    runs = {(1, "ddp"): None, (2, "ddp"): None} | dict.fromkeys(chosen(request, "world_size", "engine"))
+    for world_size, engines in engines_of(runs).items():
         options = {"model": str(model_folder), "plans": plans_for(world_size), "timeout": 300}
         found |= launch_engines("workers.token_counts:train", {world_size: engines}, folder, **options)
     return found
