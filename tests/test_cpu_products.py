@@ -47,16 +47,19 @@ def test_choice_is_the_programs_unless_it_is_said(monkeypatch, tmp_path, wanted,
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
 @pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64)])
-def test_evaluation_multiplies_in_fp32_too(monkeypatch, mode, shape):
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_evaluation_multiplies_in_fp32_too(monkeypatch, mode, shape, has_bias):
     """inference_mode, in which answers are generated, shows a linear layer whole: its product would stay in bf16."""
     calls = []
     monkeypatch.setattr(cpu_products, "product", lambda *a, **k: calls.append(1) or product(*a, **k))
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(size, generator=generator).bfloat16() for size in ((32, 64), (32,), shape))
+    added = [bias] if has_bias else []
     with mode(), SinglePrecisionProducts():
-        ours = linear(x, weight, bias)
+        ours = linear(x, weight, *added)
     assert calls
-    assert torch.equal(ours, linear(x.float(), weight.float(), bias.float()).bfloat16())
+    truth = linear(x.float(), weight.float(), *(one.float() for one in added))
+    assert torch.equal(ours, truth.bfloat16())
 
 
 product = cpu_products.product

@@ -18,6 +18,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 # Elements of a weight that are converted at once: 8 MiB in fp32, which stays in a core's cache.
 PIECE = 2**21
+_COMPOSITE = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
 
 
 def lacks_bf16_instructions(cpu_info: str | None = None) -> bool:
@@ -59,8 +60,8 @@ class SinglePrecisionProducts(TorchDispatchMode):
         # A DTensor takes its operation apart first; what it does locally comes here piece by piece.
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
-        if func is torch.ops.aten.linear.default and _is_ours(*args[:2]):
-            with self:  # torch.inference_mode shows it whole, no_grad the products in it
+        if func in _COMPOSITE and _is_ours(*args[:2]):
+            with self:  # torch.inference_mode shows these whole, no_grad the products in them
                 return func.decompose(*args)
         if func is torch.ops.aten.mm.default and _is_ours(*args):
             return product(*args, self._piece)
