@@ -49,7 +49,7 @@ def test_choice_is_the_programs_unless_it_is_said(monkeypatch, tmp_path, wanted,
 @pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_evaluation_multiplies_in_fp32_too(monkeypatch, mode, shape, has_bias):
-    """inference_mode, in which answers are generated, shows a linear layer whole: its product would stay in bf16."""
+    """inference_mode shows a linear layer whole: its product would stay in bf16."""
     calls = []
     monkeypatch.setattr(cpu_products, "product", lambda *a, **k: calls.append(1) or product(*a, **k))
     generator = torch.Generator().manual_seed(0)

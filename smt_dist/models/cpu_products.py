@@ -22,7 +22,7 @@ _COMPOSITE = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
 
 
 def lacks_bf16_instructions(cpu_info: str | None = None) -> bool:
-    """Tell whether this CPU multiplies bf16 without instructions for it; False where that can't be known.
+    """Tell whether this CPU has no bf16 instructions; False where that can't be known.
 
     Args:
         cpu_info: what Linux says of the CPU (x86: ``avx512_bf16``, ``amx_bf16``; ARM: ``bf16``); None: of this one.
