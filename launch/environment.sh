@@ -33,11 +33,6 @@ smt_has_gpu() {
   command -v nvidia-smi >/dev/null && nvidia-smi --list-gpus >/dev/null 2>&1
 }
 
-# Whether this run computes on a CPU without bf16 instructions, where --cpu_fp32_products makes steps many times faster.
-smt_lacks_bf16() {
-  [ -r /proc/cpuinfo ] && ! grep -q bf16 /proc/cpuinfo && ! smt_has_gpu
-}
-
 smt_install_torch() {
   python -c 'import torch' 2>/dev/null && return 0
   if [ "$(uname)" != Linux ] || smt_has_gpu; then

@@ -13,8 +13,6 @@ items="${EVAL_ITEMS:-289}"
 ranks="${RANKS:-2}"
 output="${OUTPUT:-outputs/quickstart}"
 cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
-products=false
-if smt_lacks_bf16; then products=true; fi
 export TOKENIZERS_PARALLELISM=false
 started=$SECONDS
 
@@ -30,7 +28,7 @@ echo "== 3/4 fine-tuning: $steps steps on $ranks ranks, ZeRO-2, bf16"
 OMP_NUM_THREADS=$(( cores > ranks ? cores / ranks : 1 )) deepspeed --num_gpus "$ranks" \
   launch/train.py configs/recipes/quickstart.yaml --model_name_or_path "$output/data/model" \
   --train_file "$output/data/train.json" --output_dir "$output/adapter" \
-  --max_steps "$steps" --cpu_fp32_products "$products"
+  --max_steps "$steps"
 
 echo "== 4/4 after"
 OMP_NUM_THREADS="$cores" python launch/evaluate_model.py --model_name_or_path "$output/data/model" \

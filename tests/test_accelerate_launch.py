@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from harness import launch, rank_environment
 from programs import LAUNCH, command_line, logged_losses, train_flags
+from tiers import chosen, slow, slow_unless
 from two_nodes import free_port
 
 CONFIGS = LAUNCH.parent / "configs"
@@ -38,18 +39,18 @@ def single_node(name: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def ran(folder, tmp_path_factory) -> dict[str, tuple[Path, str]]:
+def ran(request, folder, tmp_path_factory) -> dict[str, tuple[Path, str]]:
     """Config -> checkpoint folder and what was printed."""
     results = {}
-    for name, flags in RUNS.items():
-        output = tmp_path_factory.mktemp(name)
+    for name in dict.fromkeys(["ddp", *chosen(request, "name")]):
+        flags, output = RUNS[name], tmp_path_factory.mktemp(name)
         done = accelerate(folder, output, single_node(name), flags)
         assert done.returncode == 0, done.stderr[-4000:]
         results[name] = output / "checkpoint-2", done.stdout + done.stderr
     return results
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", slow_unless(RUNS, lambda name: name == "ddp"))
 def test_each_config_trains_the_same_on_two_ranks(ran, name):
     """A launcher whose variables we read wrongly would start one rank, or another engine, without a word."""
     checkpoint, printed = ran[name]
@@ -64,7 +65,7 @@ def test_each_config_trains_the_same_on_two_ranks(ran, name):
     ("options", "reason"),
     [
         (["--use_fsdp", "--fsdp_version", "2"], "accelerate's FSDP plugin can't be used with SMT.*--engine fsdp2"),
-        (["--use_deepspeed", "--zero_stage", "2"], "needs deepspeed_config_file"),
+        pytest.param(["--use_deepspeed", "--zero_stage", "2"], "needs deepspeed_config_file", marks=slow),
     ],
     ids=["fsdp", "deepspeed without a file"],
 )
@@ -77,6 +78,7 @@ def test_plugin_that_would_do_something_else_is_refused_in_one_line(folder, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@slow
 def test_the_refusal_is_needed(tmp_path, monkeypatch):
     """Without it: asked for FSDP on CPU, accelerate wraps in DDP. Once this fails, the refusal may be too strict."""
     monkeypatch.setenv("FSDP_VERSION", "2")

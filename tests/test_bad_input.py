@@ -17,6 +17,7 @@ from programs import (
     write_config,
     write_json,
 )
+from tiers import slow
 from tiny_tokenizer import make_tokenizer
 from transformers import AutoModelForCausalLM
 
@@ -207,7 +208,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-@pytest.mark.parametrize("fault", ["config", "data"])
+@pytest.mark.parametrize("fault", [pytest.param("config", marks=slow), "data"])
 def test_two_ranks_with_bad_input_all_stop_and_print_one_line(folder, tmp_path, fault):
     """A rank that waits for one that has left hangs until the time-out, hours later on a real cluster."""
     flags = train_flags(folder, tmp_path / "out")

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tiers import slow
+
 PROGRAM = Path(__file__).parents[1] / "launch" / "benchmarks" / "step.py"
 # Few tokens for many weights: full fine-tuning's AdamW alone takes longer than SMT's whole step. One thread, as
 # threads that wait for each other measure how busy the machine is.
@@ -36,6 +38,7 @@ def test_smt_beats_full_fine_tuning_and_the_report_is_complete(tmp_path: Path) -
     assert "smt/full" in report["memory_ratios"]
 
 
+@slow
 def test_a_bad_shape_gets_one_line() -> None:
     """A failure means a traceback where one line would do."""
     finished = run_benchmark("--hidden_size", "100", "--skip_memory")

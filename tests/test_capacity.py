@@ -12,6 +12,7 @@ import pytest
 import torch
 from random_model import write_random_llama
 from safetensors.torch import load_file
+from tiers import slow
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from smt_dist.memory.record.resident import Resident, ResidentSampler, descendants, resident_of
@@ -57,9 +58,9 @@ def test_two_ranks_with_the_papers_score_in_passes(tmp_path):
     ("flags", "named"),
     [
         ({"score": "nonsense"}, "nonsense"),
-        ({"fraction": 2}, "fraction"),
-        ({"heads": 3}, "heads 3"),
-        ({"vocab_size": 3}, "vocab_size 3"),
+        pytest.param({"fraction": 2}, "fraction", marks=slow),
+        pytest.param({"heads": 3}, "heads 3", marks=slow),
+        pytest.param({"vocab_size": 3}, "vocab_size 3", marks=slow),
     ],
 )
 def test_bad_flags_are_named_before_any_weight_is_written(tmp_path, flags, named):
@@ -72,6 +73,7 @@ def test_bad_flags_are_named_before_any_weight_is_written(tmp_path, flags, named
     assert not list(tmp_path.rglob("*.safetensors"))
 
 
+@slow
 def test_memory_beyond_the_limit_is_an_error(tmp_path):
     """Else the claim to stay below it could not fail."""
     finished = run_capacity(tmp_path, steps=2, warmup_steps=1, limit="10MiB")

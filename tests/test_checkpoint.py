@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import itertools
 import textwrap
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from harness import launch
 from safetensors import safe_open
+from tiers import Check, all_differences, chosen, slow_unless
 from tiny_models import make_rows, save_tiny_llama
 from transformers import AutoModelForCausalLM, Trainer
 from workers.checkpoints import BEST_AT, STEPS
@@ -30,10 +32,16 @@ PLANS = {
 }
 BEST_OF = {1: ["ddp"], 2: ["ddp", "fsdp2", "zero2", "zero3"]}
 RUNS = [(world_size, *run) for world_size, runs in PLANS.items() for run in runs]
-each_run = pytest.mark.parametrize("run", RUNS, ids=lambda run: f"{run[1]}-{run[0]}ranks-{run[2]}")
+QUICK = [(2, "ddp", "float32"), (2, "fsdp2", "bfloat16"), (2, "zero3", "bfloat16")]
+each_run = pytest.mark.parametrize(
+    "run", slow_unless(RUNS, lambda run: run in QUICK), ids=lambda run: f"{run[1]}-{run[0]}ranks-{run[2]}"
+)
 each_best = pytest.mark.parametrize(
-    "run",
-    [(size, engine) for size, engines in BEST_OF.items() for engine in engines],
+    "best",
+    slow_unless(
+        [(size, engine) for size, engines in BEST_OF.items() for engine in engines],
+        lambda best: best in [(2, "ddp"), (2, "zero3")],
+    ),
     ids=lambda run: f"{run[1]}-{run[0]}ranks",
 )
 
@@ -47,26 +55,28 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, model_folder):
-    """World size -> each rank's findings."""
-    return {
-        world_size: launch(
+def found(request, tmp_path_factory, model_folder):
+    """Run, or (world size, engine) of keeping the best -> each rank's findings."""
+    results, runs, best = {}, chosen(request, "run"), chosen(request, "best")
+    for world_size in sorted({run[0] for run in runs + best}):
+        own, own_best = ([run for run in asked if run[0] == world_size] for asked in (runs, best))
+        ranks = launch(
             "workers.checkpoints:everything",
             world_size,
             tmp_path_factory.mktemp(f"ranks{world_size}"),
             model=str(model_folder),
-            runs=runs,
-            best_of=BEST_OF[world_size],
+            runs=[run[1:] for run in own],
+            best_of=[engine for _, engine in own_best],
         )
-        for world_size, runs in PLANS.items()
-    }
+        results |= {run: [rank["resumed"][index] for rank in ranks] for index, run in enumerate(own)}
+        results |= {run: [rank["best"][run[1]] for rank in ranks] for run in own_best}
+    return results
 
 
 @pytest.fixture
 def ranks(found, run):
     """Each rank's findings of one run."""
-    world_size, *rest = run
-    return [rank["resumed"][PLANS[world_size].index(list(rest))] for rank in found[world_size]]
+    return found[run]
 
 
 def tensors_of(path: Path) -> dict[str, torch.Tensor]:
@@ -78,41 +88,45 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 @each_run
-def test_resumed_training_logs_the_same_losses(ranks):
-    """Dropout, data order and schedule go on where they were; a loss that is only close means that one doesn't."""
-    for rank in ranks:
-        straight, resumed = rank["straight"], rank["resumed"]
-        assert len(straight["losses"]) == STEPS
-        for key in ("losses", "gradient_norms", "learning_rates"):
-            assert resumed[key] == straight[key], key
+def test_resumed_training_is_the_same_bit_by_bit(ranks, run):
+    """Dropout, data order and schedule go on where they were; a loss that is only close means that one doesn't.
 
-
-@each_run
-def test_resumed_training_ends_with_identical_bits(ranks):
-    """Masters, moments, step count and random states: rounding a master to the base's dtype would show here."""
-    for rank in ranks:
-        straight, resumed = rank["straight"], rank["resumed"]
-        assert straight["step"] == resumed["step"] == STEPS
-        assert torch.equal(straight["random"], resumed["random"])
-        assert set(straight["state"]) == set(resumed["state"]) == set(BLOCKS)
-        for module, tensors in straight["state"].items():
-            assert set(tensors) == {"delta", "exp_avg", "exp_avg_sq"}
-            for name, tensor in tensors.items():
-                assert tensor.dtype == torch.float32
-                assert torch.equal(tensor, resumed["state"][module][name]), f"{name} of {module}"
-
-
-@each_run
-def test_resumed_adapter_is_the_same_file(ranks):
-    """What a user keeps of a run that was interrupted must be what the run without interruption gives."""
+    Rounding a master to the base's dtype would show in its bits; what a user keeps of an interrupted run must be what
+    the run without interruption gives.
+    """
     folder = Path(ranks[0]["folder"])
-    for name in (BLOCKS_FILE, SELECTION_FILE, CONFIG_FILE):
-        assert (folder / "again" / name).read_bytes() == (folder / "straight" / name).read_bytes(), name
+    with all_differences() as check:
+        for index, rank in enumerate(ranks):
+            straight, resumed = rank["straight"], rank["resumed"]
+            with check(f"rank {index}: steps"):
+                assert len(straight["losses"]) == straight["step"] == resumed["step"] == STEPS
+            for key in ("losses", "gradient_norms", "learning_rates"):
+                with check(f"rank {index}: {key}"):
+                    assert resumed[key] == straight[key]
+            with check(f"rank {index}: random state"):
+                assert torch.equal(straight["random"], resumed["random"])
+            check_state(check, index, straight["state"], resumed["state"])
+        for name in (BLOCKS_FILE, SELECTION_FILE, CONFIG_FILE):
+            with check(f"the adapter's {name}"):
+                assert (folder / "again" / name).read_bytes() == (folder / "straight" / name).read_bytes()
+        check_claims(check, run, ranks)
 
 
-@each_run
-def test_run_was_what_it_claims_to_be(ranks, run):
-    """Guards the tests above: the engine, the world size, and that randomness and training really mattered."""
+def check_state(check: Check, index: int, straight: dict, resumed: dict) -> None:
+    """Compare masters and moments bit by bit."""
+    with check(f"rank {index}: modules"):
+        assert set(straight) == set(resumed) == set(BLOCKS)
+    for module, tensors in straight.items():
+        with check(f"rank {index}: tensors of {module}"):
+            assert set(tensors) == {"delta", "exp_avg", "exp_avg_sq"}
+        for name, tensor in tensors.items():
+            with check(f"rank {index}: {name} of {module}"):
+                assert tensor.dtype == torch.float32
+                assert torch.equal(tensor, resumed[module][name])
+
+
+def check_claims(check: Check, run: tuple[int, str, str], ranks: list[dict]) -> None:
+    """Check what is compared: engine, world size, and that randomness and training mattered."""
     world_size, engine, dtype = run
     wrapper = {"ddp": "LlamaForCausalLM", "fsdp2": "FSDPLlamaForCausalLM"}.get(engine, "DeepSpeedEngine")
     sharded = "ShardedBlockOptimizer"
@@ -121,14 +135,18 @@ def test_run_was_what_it_claims_to_be(ranks, run):
     )
     if (engine, dtype) == ("zero1", "bfloat16"):
         stepper = "BF16_Optimizer"  # DeepSpeed's choice for stage 1 with fp32 gradients
-    for rank in ranks:
-        assert rank["world_size"] == world_size
-        assert rank["engine"].startswith(wrapper)
-        assert rank["engine"].endswith(f", {stepper}")
+    for index, rank in enumerate(ranks):
+        with check(f"rank {index}: world size"):
+            assert rank["world_size"] == world_size
+        with check(f"rank {index}: engine"):
+            assert rank["engine"].startswith(wrapper)
+            assert rank["engine"].endswith(f", {stepper}")
         before = read_adapter(rank["checkpoint"]).deltas
         for module, tensors in rank["straight"]["state"].items():
-            assert not torch.equal(before[module], tensors["delta"])
-        assert len(set(rank["straight"]["losses"])) == STEPS
+            with check(f"rank {index}: {module} moved"):
+                assert not torch.equal(before[module], tensors["delta"])
+        with check(f"rank {index}: losses differ from step to step"):
+            assert len(set(rank["straight"]["losses"])) == STEPS
 
 
 # -- what is on disk -------------------------------------------------------------------------------------------
@@ -154,58 +172,55 @@ def test_checkpoint_holds_the_blocks_training_and_nothing_of_the_base(ranks, run
         sum(path.stat().st_size for path in folder.iterdir())
         < model_folder.joinpath("model.safetensors").stat().st_size / 4
     )
-
-
-@each_run
-def test_newest_checkpoint_is_found(ranks):
-    """``--resume_from_checkpoint auto`` would otherwise start anew, over the old run's output."""
-    for rank in ranks:
+    for rank in ranks:  # or `--resume_from_checkpoint auto` would start anew, over the old run's output
         assert Path(rank["newest"]).name == f"checkpoint-{STEPS}"
 
 
 @each_run
-def test_adapter_is_complete_and_holds_the_masters(ranks, run):
-    """Under ZeRO-3 each rank sees a part, or nothing, of a parameter: what is saved must be the whole, unrounded."""
-    adapter = read_adapter(Path(ranks[0]["folder"]) / "straight")
-    for rank in ranks:
-        for module, tensors in rank["straight"]["state"].items():
-            assert adapter.deltas[module].shape == (len(BLOCKS[module]) * BLOCK[0], BLOCK[1])
-            assert torch.equal(adapter.deltas[module], tensors["delta"])
-    if run[2] == "bfloat16":
-        assert all((delta != delta.bfloat16().float()).any() for delta in adapter.deltas.values())
+def test_adapter_is_complete_and_small_and_loads_elsewhere(ranks, run, model_folder):
+    """Under ZeRO-3 each rank sees a part, or nothing, of a parameter: what is saved must be the whole, unrounded.
+
+    And nothing beside it: more than 4 bytes a selected element is a second copy or a part of the base.
+    """
+    folder = Path(ranks[0]["folder"]) / "straight"
+    adapter = read_adapter(folder)
+    with all_differences() as check:
+        for index, rank in enumerate(ranks):
+            for module, tensors in rank["straight"]["state"].items():
+                with check(f"rank {index}: {module}"):
+                    assert adapter.deltas[module].shape == (len(BLOCKS[module]) * BLOCK[0], BLOCK[1])
+                    assert torch.equal(adapter.deltas[module], tensors["delta"])
+        if run[2] == "bfloat16":
+            with check("masters are finer than bf16"):
+                assert all((delta != delta.bfloat16().float()).any() for delta in adapter.deltas.values())
+        elements = sum(len(blocks) for blocks in BLOCKS.values()) * BLOCK[0] * BLOCK[1]
+        with check("bytes on disk"):
+            assert 4 * elements < (folder / BLOCKS_FILE).stat().st_size <= 4 * elements + 4096
+        check_loads(check, ranks[0], folder, model_folder)
 
 
-@each_run
-def test_adapter_is_small(ranks):
-    """4 bytes a selected element and a header: anything more is a second copy or a part of the base."""
-    path = Path(ranks[0]["folder"]) / "straight" / BLOCKS_FILE
-    elements = sum(len(blocks) for blocks in BLOCKS.values()) * BLOCK[0] * BLOCK[1]
-    assert 4 * elements < path.stat().st_size <= 4 * elements + 4096
-
-
-@each_run
-def test_adapter_loads_in_another_process(ranks, model_folder):
-    """This process trained nothing: the folder alone must be enough, and must change what the model says."""
+def check_loads(check: Check, rank: dict, folder: Path, model_folder: Path) -> None:
+    """Load it where nothing was trained: the folder alone must change what the model says."""
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     ids = torch.tensor([make_rows(1)[0]["input_ids"]])
     with torch.no_grad():
         before = model(ids).logits
-        smt_dist.load_adapter(model, Path(ranks[0]["folder"]) / "straight")
+        smt_dist.load_adapter(model, folder)
         after = model(ids).logits
-    assert (after - before).norm() > 1e-2 * before.norm()
+    with check("loaded, it changes the logits"):
+        assert (after - before).norm() > 1e-2 * before.norm()
     for name, layer in smt_dist.sparse_layers(model).items():
-        assert torch.equal(layer.delta, ranks[0]["straight"]["state"][name]["delta"])
+        with check(f"loaded, {name}"):
+            assert torch.equal(layer.delta, rank["straight"]["state"][name]["delta"])
 
 
 # -- the best checkpoint ---------------------------------------------------------------------------------------
 
 
 @each_best
-def test_best_blocks_come_back_at_the_end(found, run):
+def test_best_blocks_come_back_at_the_end(found, best):
     """``load_best_model_at_end`` that does nothing hands over the worst model of a run that diverged."""
-    world_size, engine = run
-    for rank in found[world_size]:
-        result = rank["best"][engine]
+    for result in found[best]:
         assert Path(result["best"]).name == f"checkpoint-{BEST_AT}"
         assert result["best"] != result["last"]
         saved = read_adapter(result["best"]).deltas
@@ -236,6 +251,10 @@ OVERRIDDEN = [
     "evaluate",
     "_run_epoch",
     "_determine_best_metric",
+    "_get_dataloader",
+    "get_batch_samples",
+    "evaluation_loop",
+    "prediction_step",
 ]
 
 
@@ -245,27 +264,30 @@ def overridden() -> set[str]:
     return {name for name in ours if callable(getattr(Trainer, name, None)) and not name.startswith("__")}
 
 
-@pytest.mark.parametrize("name", OVERRIDDEN)
-def test_overridden_method_still_exists_in_trainer(name):
+def test_overridden_methods_still_exist_in_trainer():
     """A method that transformers renames isn't overridden any more, silently: the base would be in checkpoints."""
-    assert name in overridden()
-    theirs = list(inspect.signature(getattr(Trainer, name)).parameters)
-    for owner in (SMTTrainer, ReselectingTrainer):
-        ours = list(inspect.signature(getattr(owner, name)).parameters)
-        assert ours in (theirs, ["self", "args", "kwargs"])  # or it hands on whatever it is given
+    with all_differences() as check:
+        for name in OVERRIDDEN:
+            with check(name):
+                assert name in overridden()
+                theirs = list(inspect.signature(getattr(Trainer, name)).parameters)
+                for owner in (SMTTrainer, ReselectingTrainer):
+                    ours = list(inspect.signature(getattr(owner, name)).parameters)
+                    assert ours in (theirs, ["self", "args", "kwargs"])  # or it hands on whatever it is given
 
 
-@pytest.mark.parametrize("name", OVERRIDDEN)
-def test_an_override_is_short_and_says_why(name):
+def test_overrides_are_short_and_say_why():
     """The work is done elsewhere, where it can be read and tested without Trainer."""
-    for owner in (SMTTrainer, ReselectingTrainer):
-        if name in vars(owner):
-            source = textwrap.dedent(inspect.getsource(vars(owner)[name]))
-            (function,) = ast.parse(source).body
-            body = function.body[1:] if ast.get_docstring(function) else function.body
-            lines = source.splitlines()[body[0].lineno - 1 :]
-            assert len([line for line in lines if not line.strip().startswith("#")]) <= 5
-            assert "# " in source
+    with all_differences() as check:
+        for owner, name in itertools.product((SMTTrainer, ReselectingTrainer), OVERRIDDEN):
+            if name in vars(owner):
+                source = textwrap.dedent(inspect.getsource(vars(owner)[name]))
+                (function,) = ast.parse(source).body
+                body = function.body[1:] if ast.get_docstring(function) else function.body
+                lines = source.splitlines()[body[0].lineno - 1 :]
+                with check(f"{owner.__name__}.{name}"):
+                    assert len([line for line in lines if not line.strip().startswith("#")]) <= 5
+                    assert "# " in source
 
 
 def test_list_of_overridden_methods_is_complete():

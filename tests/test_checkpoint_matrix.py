@@ -4,12 +4,26 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_pairs import (
+    ENGINE_TYPES,
+    LOSSES,
+    PAIRS,
+    PLAIN,
+    QUICK,
+    SAVED,
+    WORLD_SIZES,
+    distance,
+    equal_bits,
+    tolerance_of,
+)
 from harness import launch
 from safetensors.torch import load_file
+from tiers import Check, all_differences, chosen, slow_unless
 from workers.checkpoint_matrix import Run, checkpoint_of
 from workers.checkpoints import SAVED_AT, STEPS
 from workers.runs import engine_arguments
@@ -18,60 +32,15 @@ from workers.training import BLOCK, BLOCKS, MULTIPLIERS, fixed_data, make_traine
 from smt_dist.checkpoint.adapter import BLOCKS_FILE, SELECTION_FILE
 from smt_dist.checkpoint.training_state import OPTIMIZER_FILE, SCHEDULE_FILE
 
-TOLERANCE = 1e-5
-# Numbers of bf16 lie up to 2^-7 of their size apart. Activations and single gradients differ by that where another
-# number of rows makes sums run in another order, and Adam hands it on: twice as much is granted to norms and blocks,
-# half to losses, which average over tokens. With as many rows a micro-batch nothing differs, and fp32's tolerance
-# holds. The state itself is fp32 and compared bit by bit at load.
-BF16_TOLERANCES = {"losses": 2**-8, "gradient_norms": 2**-6, "masters": 2**-6}
-BF16, NADAM = {"dtype": "bfloat16"}, {"optim": "torch.optim.NAdam"}
-
-# (saved under, resumed under)
-PAIRS = [
-    (Run("ddp", 1), Run("zero3", 2)),
-    (Run("fsdp2", 1), Run("zero1", 4)),
-    (Run("zero1", 1), Run("fsdp2", 1)),
-    (Run("ddp", 2, accumulation=2), Run("fsdp2", 4)),
-    (Run("fsdp2", 2), Run("ddp", 1)),
-    (Run("hsdp", 2), Run("zero2", 1)),
-    (Run("zero1", 2), Run("hsdp", 4)),
-    (Run("zero2", 2), Run("fsdp2", 2)),
-    (Run("zero3", 2), Run("ddp", 2, accumulation=2)),
-    (Run("fsdp2", 4), Run("zero1", 2)),
-    (Run("hsdp", 4), Run("zero3", 4)),
-    (Run("zero2", 4), Run("ddp", 2)),
-    (Run("zero3", 4), Run("zero2", 2)),
-    (Run("fsdp2", 2, **BF16), Run("zero1", 2, **BF16)),
-    (Run("zero1", 2, **BF16), Run("fsdp2", 4, **BF16)),
-    (Run("zero3", 2, **BF16), Run("zero2", 1, **BF16)),
-    (Run("ddp", 2, **NADAM), Run("fsdp2", 1, **NADAM)),
-    (Run("ddp", 2, **NADAM), Run("zero2", 2, **NADAM)),
-]
-SAVED = list(dict.fromkeys(saved for saved, _ in PAIRS))
-PLAIN = Run("ddp", 1)
-# (saved under, resumed under, what is lost on the way)
-LOSSES = [
-    (PLAIN, PLAIN, "data"),
-    (PLAIN, PLAIN, "moments"),
-    (Run("zero3", 2, **BF16), Run("ddp", 1, **BF16), "data"),
-    (Run("zero3", 2, **BF16), Run("ddp", 1, **BF16), "moments"),
-]
-WORLD_SIZES = (1, 2, 4)
-# (world size, saves, resumes). Four ranks resume in the processes in which they have just saved: they start slowest.
-LAUNCHES = [(1, True, False), (2, True, False), (4, True, True), (2, False, True), (1, False, True)]
-each_saved = pytest.mark.parametrize("run", SAVED, ids=str)
-each_loss = pytest.mark.parametrize("case", LOSSES, ids=lambda case: f"{case[2]}-{case[1].dtype}")
-each_pair = pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: f"{pair[0]}-to-{pair[1]}")
-
-ZERO = "DeepSpeedEngine, DeepSpeedZeroOptimizer"
-ENGINE_TYPES = {
-    "ddp": "LlamaForCausalLM, ShardedBlockOptimizer",
-    "fsdp2": "FSDPLlamaForCausalLM, ShardedBlockOptimizer",
-    "hsdp": "FSDPLlamaForCausalLM, ShardedBlockOptimizer",
-    "zero1": ZERO,
-    "zero2": ZERO,
-    "zero3": f"{ZERO}_Stage3",
-}
+each_saved = pytest.mark.parametrize(
+    "run", slow_unless(SAVED, lambda run: run in [saved for saved, _ in QUICK]), ids=str
+)
+each_loss = pytest.mark.parametrize(
+    "case", slow_unless(LOSSES, lambda case: case[0] == PLAIN), ids=lambda case: f"{case[2]}-{case[1].dtype}"
+)
+each_pair = pytest.mark.parametrize(
+    "pair", slow_unless(PAIRS, lambda pair: pair in QUICK), ids=lambda pair: f"{pair[0]}-to-{pair[1]}"
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,12 +50,13 @@ def saved(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, model_folder, saved):
+def found(request, tmp_path_factory, model_folder, saved):
     """Each rank's findings of a run that goes straight on, and of (saved under, resumed under, what is lost)."""
     results = {}
-    resumes = [(*pair, "nothing") for pair in PAIRS] + LOSSES
-    for size, saving, resuming in LAUNCHES:
-        straight = [run for run in SAVED if run.world_size == size and saving]
+    resumes = [(*pair, "nothing") for pair in chosen(request, "pair")] + chosen(request, "case")
+    saves = list(dict.fromkeys([PLAIN, *(case[0] for case in resumes), *chosen(request, "run")]))
+    for size, saving, resuming in launches(saves, resumes):
+        straight = [run for run in saves if run.world_size == size and saving]
         resumed = [case for case in resumes if case[1].world_size == size and resuming]
         folder, places = tmp_path_factory.mktemp(f"ranks{size}"), {"model": str(model_folder), "saved": str(saved)}
         runs = {"saves": straight, "resumes": resumed}
@@ -94,6 +64,13 @@ def found(tmp_path_factory, model_folder, saved):
         results |= {run: [rank[0][index] for rank in ranks] for index, run in enumerate(straight)}
         results |= {case: [rank[1][index] for rank in ranks] for index, case in enumerate(resumed)}
     return results
+
+
+def launches(saves: list[Run], resumes: list[tuple]) -> list[tuple[int, bool, bool]]:
+    """World size, whether it saves, whether it resumes. The last to save resume in the same processes."""
+    *earlier, last = sorted({run.world_size for run in saves})
+    others = {case[1].world_size for case in resumes} - {last}
+    return [(size, True, False) for size in earlier] + [(last, True, True)] + [(size, False, True) for size in others]
 
 
 @pytest.fixture(scope="module")
@@ -119,108 +96,97 @@ def checkpoint(checkpoints, pair) -> Path:
     return checkpoints[pair[0]]
 
 
-def equal_bits(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> bool:
-    """Not only equal numbers: -0.0 isn't 0.0 here."""
-    return set(actual) == set(expected) and all(
-        tensor.dtype == expected[name].dtype and torch.equal(tensor.view(torch.uint8), expected[name].view(torch.uint8))
-        for name, tensor in actual.items()
-    )
-
-
-def distance(actual: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The relative norm of the difference of all blocks."""
-    ours, theirs = (torch.cat([blocks[name].flatten() for name in sorted(expected)]) for blocks in (actual, expected))
-    return float((ours - theirs).norm() / theirs.norm())
-
-
-def tolerance_of(key: str, *pair: Run) -> float:
-    """What rounding explains of the difference between a resumed run and the straight one."""
-    micro_batches = {run.world_size * run.accumulation for run in pair}
-    return BF16_TOLERANCES[key] if pair[0].dtype == "bfloat16" and len(micro_batches) > 1 else TOLERANCE
-
-
 # -- at load ---------------------------------------------------------------------------------------------------
 
 
 @each_pair
-def test_state_at_load_is_the_files_bit_by_bit(resumed, checkpoint, pair):
-    """Read back through the engine before its first step: a rounded master or a moment in the wrong place shows."""
+def test_at_load_the_state_is_the_files_bit_by_bit(straight, resumed, checkpoint, pair):
+    """Read back through the engine before its first step: a rounded master or a moment in the wrong place shows.
+
+    What computes is the masters' rounding: otherwise the first step's gradients would be those of another model.
+    """
     masters, moments = (load_file(checkpoint / name) for name in (BLOCKS_FILE, OPTIMIZER_FILE))
-    for rank in resumed[*pair, "nothing"]:
-        assert equal_bits(rank["at_load"]["masters"], masters)
-        assert equal_bits(rank["at_load"]["moments"], moments)
-
-
-@each_pair
-def test_what_computes_at_load_is_the_masters_rounding(resumed, checkpoint, pair):
-    """Otherwise the first step's gradients would be those of another model, and no master would show it."""
     dtype = getattr(torch, pair[1].dtype)
-    masters = {name: tensor.to(dtype) for name, tensor in load_file(checkpoint / BLOCKS_FILE).items()}
-    for rank in resumed[*pair, "nothing"]:
-        computing = {name: tensor.to(dtype) for name, tensor in rank["at_load"]["computing"].items()}
-        assert equal_bits(computing, masters)
+    ranks = resumed[*pair, "nothing"]
+    with all_differences() as check:
+        for index, at_load in enumerate(rank["at_load"] for rank in ranks):
+            with check(f"rank {index}: counters as on rank 0"):
+                assert at_load["counters"] == ranks[0]["at_load"]["counters"]
+            with check(f"rank {index}: masters"):
+                assert equal_bits(at_load["masters"], masters)
+            with check(f"rank {index}: moments"):
+                assert equal_bits(at_load["moments"], moments)
+            with check(f"rank {index}: what computes"):
+                computing = {name: tensor.to(dtype) for name, tensor in at_load["computing"].items()}
+                assert equal_bits(computing, {name: tensor.to(dtype) for name, tensor in masters.items()})
+            check_schedule_at_load(check, index, at_load, straight, checkpoint, pair)
 
 
-@each_pair
-def test_counters_and_schedule_go_on_at_load(straight, resumed, checkpoint, pair):
-    """Adam's bias correction starts over without its step count, and the first step needs its rate already."""
+def check_schedule_at_load(
+    check: Check, index: int, at_load: dict, straight: dict, checkpoint: Path, pair: tuple[Run, Run]
+) -> None:
+    """Compare counters, which Adam's bias correction needs, and rates, which the next step does."""
     schedule = json.loads((checkpoint / SCHEDULE_FILE).read_text())
     rates = [straight[pair[0]][0]["learning_rates"][SAVED_AT] * multiplier for multiplier in MULTIPLIERS.values()]
-    for rank in resumed[*pair, "nothing"]:
-        at_load = rank["at_load"]
+    with check(f"rank {index}: step"):
         assert at_load["global_step"] == at_load["counters"]["step"] == SAVED_AT
+    with check(f"rank {index}: counters"):
         assert set(at_load["counters"]) == ({"step", "mu_product"} if "NAdam" in pair[0].optim else {"step"})
+        # Started over at 1, this one would only show as slightly different steps.
+        assert 0 < at_load["counters"].get("mu_product", 0.5) < 1
+    with check(f"rank {index}: learning rates"):
         assert at_load["learning_rates"] == schedule["_last_lr"] == pytest.approx(rates, rel=1e-12)
+    with check(f"rank {index}: schedule"):
         assert at_load["schedule"].items() <= schedule.items()
         assert at_load["schedule"]["last_epoch"] == SAVED_AT
-
-
-@pytest.mark.parametrize("pair", [pair for pair in PAIRS if "NAdam" in pair[0].optim], ids=lambda pair: str(pair[1]))
-def test_running_product_of_nadam_goes_on(resumed, pair):
-    """A counter that is no step count: started over at 1, it would only show as slightly different steps."""
-    (found,) = {rank["at_load"]["counters"]["mu_product"] for rank in resumed[*pair, "nothing"]}
-    assert 0 < found < 1
 
 
 # -- from there on ---------------------------------------------------------------------------------------------
 
 
 @each_pair
-def test_training_goes_on_as_if_nothing_had_happened(straight, resumed, pair):
-    """Data position, schedule, moments and counters: each that is lost makes later losses or norms another run's."""
-    expected = straight[pair[0]][0]
-    for rank in resumed[*pair, "nothing"]:
-        assert rank["learning_rates"] == expected["learning_rates"]
-        for key in ("losses", "gradient_norms"):
-            assert len(rank[key]) == STEPS
-            assert rank[key] == pytest.approx(expected[key], rel=tolerance_of(key, *pair)), key
+def test_training_goes_on_as_if_nothing_had_happened(straight, resumed, checkpoint, pair):
+    """Data position, schedule, moments and counters: each that is lost makes later losses or norms another run's.
+
+    Equal losses over a few steps can hide a group of blocks that stood still; equal blocks can't.
+    """
+    expected, ranks = straight[pair[0]][0], resumed[*pair, "nothing"]
+    with all_differences() as check:
+        for index, rank in enumerate(ranks):
+            with check(f"rank {index}: learning rates"):
+                assert rank["learning_rates"] == expected["learning_rates"]
+            for key in ("losses", "gradient_norms"):
+                with check(f"rank {index}: {key}"):
+                    assert len(rank[key]) == STEPS
+                    assert rank[key] == pytest.approx(expected[key], rel=tolerance_of(key, *pair))
+            masters = rank["end"]["masters"]
+            with check(f"rank {index}: final blocks"):
+                assert distance(masters, expected["end"]["masters"]) <= tolerance_of("masters", *pair)
+            with check(f"rank {index}: the same blocks as rank 0"):
+                assert equal_bits(masters, ranks[0]["end"]["masters"]), "ranks drift apart"
+            with check(f"rank {index}: steps"):
+                assert rank["end"]["counters"]["step"] == STEPS
+        check_claims(check, checkpoint, zip(pair, (straight[pair[0]], ranks), strict=True))
 
 
-@each_pair
-def test_final_blocks_equal_those_of_the_straight_run(straight, resumed, pair):
-    """Equal losses over a few steps can hide a group of blocks that stood still."""
-    expected = straight[pair[0]][0]["end"]["masters"]
-    for rank in resumed[*pair, "nothing"]:
-        assert distance(rank["end"]["masters"], expected) <= tolerance_of("masters", *pair)
-        assert equal_bits(rank["end"]["masters"], resumed[*pair, "nothing"][0]["end"]["masters"]), "ranks drift apart"
-        assert rank["end"]["counters"]["step"] == STEPS
-
-
-@each_pair
-def test_runs_were_what_they_claim_to_be(straight, resumed, checkpoint, pair):
-    """Guards the tests above: engines, world sizes, accumulation, and that every module moved after resuming."""
+def check_claims(check: Check, checkpoint: Path, runs: Iterable[tuple[Run, list[dict]]]) -> None:
+    """Check what is compared: engines, world sizes, accumulation, modules that moved."""
     before = load_file(checkpoint / BLOCKS_FILE)
-    for run, ranks in zip(pair, (straight[pair[0]], resumed[*pair, "nothing"]), strict=True):
+    for run, ranks in runs:
         kind = ENGINE_TYPES[run.engine if run.world_size > 1 else run.engine.replace("fsdp2", "ddp")]
         if (run.engine, run.dtype) == ("zero1", "bfloat16"):
             kind = "DeepSpeedEngine, BF16_Optimizer"  # DeepSpeed's choice for stage 1 with fp32 gradients
-        assert len(ranks) == run.world_size
-        for rank in ranks:
-            assert (rank["engine"], rank["world_size"], rank["accumulation"]) == (kind, *run[1:3])
+        with check(f"{run}: ranks"):
+            assert len(ranks) == run.world_size
+        for index, rank in enumerate(ranks):
+            with check(f"{run}, rank {index}: engine, world size, accumulation"):
+                assert (rank["engine"], rank["world_size"], rank["accumulation"]) == (kind, *run[1:3])
             for module, master in rank["end"]["masters"].items():
-                assert (master - before[module]).abs().amax() > 1e-3, module
-    if pair[0].dtype == "bfloat16":
-        assert all((master != master.bfloat16().float()).any() for master in before.values())
+                with check(f"{run}, rank {index}: {module} moved"):
+                    assert (master - before[module]).abs().amax() > 1e-3
+        if run.dtype == "bfloat16":
+            with check(f"{run}: masters are finer than bf16"):
+                assert all((master != master.bfloat16().float()).any() for master in before.values())
 
 
 @each_loss

@@ -13,6 +13,7 @@ import torch
 from harness import launch
 from programs import LAUNCH
 from test_training_parity import ENGINE_TYPES
+from tiers import all_differences, asks_for, chosen, slow, slow_unless
 from workers.communication import STEPS
 from workers.training import BLOCK, BLOCKS
 
@@ -31,19 +32,22 @@ RUNS = [
     *[(4, engine, 2, False) for engine in ("ddp", "hsdp")],
 ]
 HONEST = [run for run in RUNS if not run[3]]
+QUICK = [(2, "ddp", 2, False), (2, "fsdp2", 2, False), (2, "zero2", 1, False), (2, "zero3", 1, False)]
 
 
 def each_run(*engines: str):
-    runs = [run for run in HONEST if run[1] in engines]
+    runs = slow_unless([run for run in HONEST if run[1] in engines], lambda run: run in QUICK)
     return pytest.mark.parametrize("run", runs, ids=lambda run: f"{run[1]}-{run[0]}ranks-acc{run[2]}")
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, model_folder):
+def found(request, tmp_path_factory, model_folder):
     """Run, or "operators" -> each rank's findings."""
-    results = {}
-    for world_size in (2, 4):
-        runs = [run for run in RUNS if run[0] == world_size]
+    results, asked = {}, chosen(request, "run")
+    if asks_for(request, "test_a_second_all_reduce_would_be_seen"):
+        asked += [(2, "ddp", 1, False), (2, "ddp", 1, True)]
+    for world_size in sorted({2, *(run[0] for run in asked)}):
+        runs = [run for run in RUNS if run in asked and run[0] == world_size]
         ranks = launch(
             "workers.communication:count_steps",
             world_size,
@@ -138,6 +142,7 @@ def test_zero12_move_the_blocks_only(found, run):
             assert reduced == [("all_reduce", GRADIENTS)]
 
 
+@slow
 def test_a_second_all_reduce_would_be_seen(found):
     """Guards the tests above: they can fail."""
     for honest, leaking in zip(found[2, "ddp", 1, False], found[2, "ddp", 1, True], strict=True):
@@ -146,22 +151,20 @@ def test_a_second_all_reduce_would_be_seen(found):
 
 
 @each_run("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
-def test_run_was_what_it_claims_to_be(found, run):
-    """Guards the tests above: engine, world size, number of steps, and blocks that moved."""
+def test_run_was_what_it_claims_to_be_and_gloo_recorded_as_much(found, run):
+    """Guards the tests above: a collective that goes past the counter makes every promise worthless."""
     world_size, engine, _, _ = run
     expected = "DeepSpeedEngine, BF16_Optimizer" if engine == "zero1" else ENGINE_TYPES[engine]
-    for rank in found[run]:
-        assert rank["world_size"] == world_size
-        assert rank["engine"] == expected
-        assert len(rank["steps"]) == STEPS
-        assert rank["moved"] > 0
-
-
-@each_run("ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3")
-def test_counts_what_gloo_itself_recorded(found, run):
-    """A collective that goes past the counter makes every promise above worthless."""
-    for rank in found[run]:
-        assert rank["counted"] == rank["profiled"] > 0
+    with all_differences() as check:
+        for index, rank in enumerate(found[run]):
+            with check(f"rank {index}: world size and engine"):
+                assert (rank["world_size"], rank["engine"]) == (world_size, expected)
+            with check(f"rank {index}: steps"):
+                assert len(rank["steps"]) == STEPS
+            with check(f"rank {index}: every block moved"):
+                assert rank["moved"] > 0
+            with check(f"rank {index}: counted as gloo recorded"):
+                assert rank["counted"] == rank["profiled"] > 0
 
 
 def test_counts_every_way_to_call_a_collective(found):

@@ -20,6 +20,7 @@ from comparison.plan import Plan, Slot
 from comparison.settings import Settings, parse_methods, parse_rates
 from comparison.tasks import Counts
 from programs import Outcome, write_json
+from tiers import slow
 
 from smt_dist import SMTError
 from smt_dist.data.dataset import CausalLMCollator
@@ -259,6 +260,7 @@ def test_a_run_that_diverges_is_no_failure(compare, tmp_path):
 # -- processes ---------------------------------------------------------------------------------------------------
 
 
+@slow
 def test_a_cell_is_a_process_of_its_own(make_plan, tmp_path):
     """With its own peak memory: this process's is far above that of a cell that only looks at a tiny model."""
     plan = make_plan(tmp_path, "smt", rates=("smt=1e-2",), steps=2)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import slow
 from tiny_tokenizer import make_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -210,7 +211,7 @@ def test_program_writes_both_styles_and_the_better(tmp_path):
     assert [path.name for path in output.parent.iterdir()] == ["results.json"]
 
 
-@pytest.mark.parametrize("bad", ["eval_file", "model"])
+@pytest.mark.parametrize("bad", [pytest.param("eval_file", marks=slow), "model"])
 def test_program_answers_bad_input_with_one_line(tmp_path, bad):
     """No traceback, exit code 2."""
     questions = tmp_path / "questions.json"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from harness import launch
 from memory_grid import GATHERED
+from tiers import slow, slow_rows_unless
 from transformers import BertConfig, LlamaConfig, T5Config
 from workers.memory import SHAPE, small_request
 
@@ -63,7 +64,15 @@ def assert_near(planned: int, measured: int, label: str) -> None:
     assert abs(planned - measured) <= 0.05 * measured, f"{label}: planned {planned:,}, measured {measured:,}"
 
 
-@pytest.mark.parametrize(("ranks", "cells"), [(1, ONE_RANK), (2, TWO_RANKS)])
+QUICK = TWO_RANKS[:1]
+REST = [cell for cell in TWO_RANKS if cell not in QUICK]
+
+
+@pytest.mark.parametrize(
+    ("ranks", "cells"),
+    [(2, QUICK), pytest.param(1, ONE_RANK, marks=slow), pytest.param(2, REST, marks=slow)],
+    ids=["smt under fsdp2", "1 rank", "2 ranks"],
+)
 def test_planned_peaks_are_the_profilers(tmp_path, ranks, cells):
     """A failure means people are told that a run fits which doesn't, or that they need more devices than they do."""
     measured = launch("workers.memory:measure", ranks, tmp_path, timeout=400, cells=cells)[0]
@@ -76,12 +85,15 @@ def test_planned_peaks_are_the_profilers(tmp_path, ranks, cells):
 
 @pytest.mark.parametrize(
     ("engine", "method", "checkpointing"),
-    [
-        *(("ddp", method, False) for method in ("smt", "full", "lora")),
-        *(("fsdp2", method, True) for method in ("smt", "full", "lora")),
-        ("fsdp2", "smt", False),
-        ("zero3", "smt", True),
-    ],
+    slow_rows_unless(
+        [
+            *(("ddp", method, False) for method in ("smt", "full", "lora")),
+            *(("fsdp2", method, True) for method in ("smt", "full", "lora")),
+            ("fsdp2", "smt", False),
+            ("zero3", "smt", True),
+        ],
+        lambda *case: case in [("ddp", "smt", False), ("fsdp2", "lora", True)],
+    ),
 )
 def test_two_small_depths_tell_the_whole_depth(engine, method, checkpointing):
     """A failure means another moment leads at the full depth than was reckoned, or peaks don't grow evenly."""
@@ -100,7 +112,10 @@ def test_two_small_depths_tell_the_whole_depth(engine, method, checkpointing):
         assert near.worst.peak.total == pytest.approx(whole.worst.peak.total, rel=0.02)
 
 
-@pytest.mark.parametrize(("engine", "replicas", "shards"), [("ddp", 1, 1), ("fsdp2", 1, 8), ("fsdp2", 2, 4)])
+@pytest.mark.parametrize(
+    ("engine", "replicas", "shards"),
+    [("ddp", 1, 1), pytest.param("fsdp2", 1, 8, marks=slow), ("fsdp2", 2, 4)],
+)
 def test_a_rank_holds_its_share_of_the_base_and_of_the_state(engine, replicas, shards):
     """A failure means that planning charges frozen weights as trained ones, or a replica as a shard."""
     plan = make_plan(small_request(engine=engine, world_size=8, replicas=replicas, checkpointing=True))
@@ -111,8 +126,8 @@ def test_a_rank_holds_its_share_of_the_base_and_of_the_state(engine, replicas, s
     assert (peak.gathered_weights > 0) == (engine == "fsdp2")
 
 
-@pytest.mark.parametrize("method", ["smt", "full"])
-@pytest.mark.parametrize("engine", ["fsdp2", "zero3"])
+@pytest.mark.parametrize("method", ["smt", pytest.param("full", marks=slow)])
+@pytest.mark.parametrize("engine", [pytest.param("fsdp2", marks=slow), "zero3"])
 def test_what_gloo_copies_is_planned_for_gloo_alone(engine, method):
     """On GPUs, memory that is never used; on CPU, a whole embedding too little."""
     large = {"engine": engine, "method": method, "world_size": 2, "shape": {"vocab_size": 40000}, "smt": FEW, **SHORT}
@@ -191,7 +206,7 @@ def test_the_worst_case_holds_every_block_from_the_bottom():
     assert sum(even.values()) + left == 150
 
 
-@pytest.mark.parametrize("what", ["batch", "sequence"])
+@pytest.mark.parametrize("what", [pytest.param("batch", marks=slow), "sequence"])
 def test_more_tokens_never_take_less(what):
     """A failure would make a search stop at the wrong value."""
     values = {"batch": (1, 2, 4), "sequence": (32, 64, 128)}[what]
@@ -200,7 +215,7 @@ def test_more_tokens_never_take_less(what):
     assert totals[0] < totals[-1]
 
 
-@pytest.mark.parametrize(("what", "values"), [("batch", (2, 5)), ("world_size", (8, 1))])
+@pytest.mark.parametrize(("what", "values"), [("batch", (2, 5)), pytest.param("world_size", (8, 1), marks=slow)])
 def test_what_a_search_finds_fits_and_the_next_does_not(what, values):
     """A failure means devices stand half empty, or the run fails on the largest batch that was promised."""
     engine = "fsdp2" if what == "world_size" else "ddp"

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from tiers import slow
 from transformers import LlamaConfig
 from workers.memory import SHAPE, small_request
 
@@ -49,7 +50,7 @@ def test_a_head_of_the_selection_keeps_its_logits():
     assert chunked == whole
 
 
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("fsdp2", marks=slow)])
 def test_micro_batches_before_the_last_leave_their_gradients(engine):
     """Under fsdp2 all slices of the blocks' sums exist from the second micro-batch on: 4 bytes an element more."""
     request = small_request(dtype="float32", engine=engine, world_size=8, smt=FEW)
@@ -58,6 +59,7 @@ def test_micro_batches_before_the_last_leave_their_gradients(engine):
     assert four == one if engine == "ddp" else four > one
 
 
+@slow
 def test_a_score_of_each_step_accumulates_between_micro_batches():
     """With one micro-batch its sums live inside the step only."""
     smt = FEW | {"selection": {"score": "abs_mean_per_step"}}

@@ -13,6 +13,7 @@ import torch
 from browser import open_browser
 from PIL import Image
 from selenium.webdriver.support.ui import WebDriverWait
+from tiers import slow
 
 from smt_dist import BlockScores, BlockSelection, SMTConfig, select_blocks
 from smt_dist.report import summary as picture_summary
@@ -152,6 +153,7 @@ def test_a_page_of_too_many_blocks_takes_them_together_and_says_so(browser, tmp_
     assert "a cell is 2 x 2 blocks" in seen["text"]
 
 
+@slow
 def test_a_page_of_a_70b_has_a_reasonable_size(tmp_path):
     """80 layers of q, k, v and MLP in blocks of 256: 962,560 blocks."""
     shapes = {"q_proj": (32, 32), "k_proj": (4, 32), "v_proj": (4, 32), "up_proj": (112, 32), "down_proj": (32, 112)}
@@ -292,7 +294,7 @@ def test_programs_write_the_picture_beside_what_they_make(train, tmp_path):
     assert not list((tmp_path / "bare").glob("selection*"))
 
 
-@pytest.mark.parametrize("picture", [True, False])
+@pytest.mark.parametrize("picture", [pytest.param(True, marks=slow), False])
 def test_damaged_scores_cost_no_more_than_the_picture(train, tmp_path, caplog, picture):
     """They are there for the picture alone: a run that has been saved well would never be resumed."""
     assert train(save_strategy="steps", save_steps=1, max_steps=1).code == 0

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiers import slow
 from tiny_models import make_rows
 from transformers import AutoModelForCausalLM, TrainerCallback
 
@@ -158,6 +159,7 @@ def test_a_group_keeps_its_rate_when_blocks_are_exchanged(make, grouped):
     assert rates.found == [{"q_proj": pytest.approx(1e-3), "up_proj": pytest.approx(1e-2)}] * 4
 
 
+@slow
 def test_a_group_that_loses_all_its_blocks_does_not_end_the_run(make, grouped):
     """With a joint budget one group may take all: the checkpoint has rates of two groups, the optimizer one."""
     model = grouped(two_groups(budget="joint", strategy="no_restriction"))
@@ -195,6 +197,7 @@ def test_asked_to_end_before_the_first_step_says_so(make):
         make(_Ask(1, "on_train_begin")).train()
 
 
+@slow
 def test_an_exchange_of_an_earlier_run_is_not_taken_for_this_ones(make, grouped, model_folder):
     """Both are due at the same step: a run that continues an adapter and is killed there would go on without."""
     config = two_groups()

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_pairs import ENGINE_TYPES, distance, equal_bits
 from harness import launch_engines
 from safetensors.torch import load_file
-from test_checkpoint_matrix import ENGINE_TYPES, distance, equal_bits
+from tiers import all_differences, chosen, engines_of, slow_rows_unless
 from transformers import AutoModelForCausalLM
 from workers.reselect import EVERY, MIDDLE, STEPS
 from workers.training import BLOCK, BLOCKS
@@ -22,23 +23,26 @@ from smt_dist.checkpoint.training_state import OPTIMIZER_FILE
 LAUNCHES = {1: ["ddp"], 2: ["ddp", "fsdp2", "zero1", "zero2", "zero3"], 4: ["ddp"]}
 KILLED = ["ddp", "zero3"]  # these on two ranks at most
 RUNS = [(world_size, engine) for world_size, engines in LAUNCHES.items() for engine in engines]
-each_run = pytest.mark.parametrize(("world_size", "engine"), RUNS)
+ALONE = (1, "ddp")
+QUICK = [ALONE, (2, "ddp"), (2, "zero3")]
+each_run = pytest.mark.parametrize(("world_size", "engine"), slow_rows_unless(RUNS, lambda *run: run in QUICK))
 ROWS, TOLERANCE = BLOCK[0], 1e-4
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, model_folder):
+def found(request, tmp_path_factory, model_folder):
     """(world size, engine) -> each rank's findings."""
-    folder = tmp_path_factory.mktemp("launches")
+    folder, asked = tmp_path_factory.mktemp("launches"), {ALONE, *chosen(request, "world_size", "engine")}
+    killed = [run[:2] for run in chosen(request, "world_size", "engine", "kind") if run[2] == "before"]
     return {
         run: ranks
-        for world_size, engines in LAUNCHES.items()
+        for world_size, engines in engines_of(run for run in RUNS if run in asked).items()
         for run, ranks in launch_engines(
             "workers.reselect:train",
             {world_size: engines},
             folder,
             model=str(model_folder),
-            killed=KILLED if world_size < 4 else [],
+            killed=[engine for size, engine in killed if size == world_size],
             timeout=400,
         ).items()
     }
@@ -127,20 +131,35 @@ def test_the_adapter_holds_all_blocks_ever_touched(found, world_size, engine):
 @each_run
 def test_world_size_and_engine_change_nothing(found, world_size, engine):
     """The same blocks by name at each exchange; values and losses up to the order of sums."""
-    alone = found[1, "ddp"][0]["straight"]
-    for rank in found[world_size, engine]:
-        run = rank["straight"]
-        assert [phase["active"] for phase in run["phases"]] == [phase["active"] for phase in alone["phases"]]
-        assert run["end"]["touched"] == alone["end"]["touched"]
-        assert len(run["losses"]) == STEPS
-        assert run["losses"] == pytest.approx(alone["losses"], rel=TOLERANCE)
-        assert distance(run["end"]["masters"], alone["end"]["masters"]) < TOLERANCE
-        assert run["loss"] == pytest.approx(sum(run["losses"]) / STEPS, rel=1e-3), "the loss is of all phases"
+    alone = found[ALONE][0]["straight"]
+    with all_differences() as check:
+        with check("ranks"):
+            assert len(found[world_size, engine]) == world_size
+        for index, rank in enumerate(found[world_size, engine]):
+            run = rank["straight"]
+            with check(f"rank {index}: blocks of each phase"):
+                assert [phase["active"] for phase in run["phases"]] == [phase["active"] for phase in alone["phases"]]
+            with check(f"rank {index}: blocks ever touched"):
+                assert run["end"]["touched"] == alone["end"]["touched"]
+            with check(f"rank {index}: losses"):
+                assert len(run["losses"]) == STEPS
+                assert run["losses"] == pytest.approx(alone["losses"], rel=TOLERANCE)
+            with check(f"rank {index}: final blocks"):
+                assert distance(run["end"]["masters"], alone["end"]["masters"]) < TOLERANCE
+            with check(f"rank {index}: the loss is of all phases"):
+                assert run["loss"] == pytest.approx(sum(run["losses"]) / STEPS, rel=1e-3)
+            for kind in {"straight", "middle", "before"} & set(rank):
+                with check(f"rank {index}, {kind}: it was what it claims to be"):
+                    assert (rank[kind]["world_size"], rank[kind]["engine"]) == (world_size, ENGINE_TYPES[engine])
+                    assert rank[kind]["trainable"] == 0, "something beside the blocks is trained"
 
 
 @pytest.mark.parametrize(
     ("world_size", "engine", "kind"),
-    [(*run, "middle") for run in RUNS] + [(*run, "before") for run in RUNS if run[0] < 4 and run[1] in KILLED],
+    slow_rows_unless(
+        [(*run, "middle") for run in RUNS] + [(*run, "before") for run in RUNS if run[0] < 4 and run[1] in KILLED],
+        lambda *run: run[:2] in QUICK,
+    ),
 )
 def test_a_killed_run_goes_on_bit_by_bit(found, world_size, engine, kind):
     """From the middle of a phase, and from a checkpoint whose exchange was still to be made."""
@@ -158,19 +177,9 @@ def test_a_killed_run_goes_on_bit_by_bit(found, world_size, engine, kind):
         assert tolerance or equal_bits(*files)
 
 
-@each_run
-def test_runs_were_what_they_claim_to_be(found, world_size, engine):
-    """Guards the tests above."""
-    assert len(found[world_size, engine]) == world_size
-    for rank in found[world_size, engine]:
-        for run in (rank[kind] for kind in ("straight", "middle", "before") if kind in rank):
-            assert (run["world_size"], run["engine"]) == (world_size, ENGINE_TYPES[engine])
-            assert run["trainable"] == 0, "something beside the blocks is trained"
-
-
 def test_the_reselected_adapter_loads_computes_and_merges_as_it_was_trained(found, model_folder, tmp_path):
     """Frozen blocks are ordinary blocks of the adapter: for inference, for merging, and for going on."""
-    run = found[1, "ddp"][0]["straight"]
+    run = found[ALONE][0]["straight"]
     ids = torch.arange(3, 23)[None]
 
     def logits(model) -> torch.Tensor:

@@ -10,6 +10,7 @@ import pytest
 from damage import reseal
 from harness import launch
 from safetensors.torch import load_file, save_file
+from tiers import slow
 
 from smt_dist.checkpoint.training_state import OPTIMIZER_FILE, SCHEDULE_FILE
 
@@ -17,11 +18,19 @@ CHECKPOINT = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
 MOMENTUM = {"optim": "torch.optim.SGD", "optim_args": "momentum=0.9"}
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory) -> Path:
+    """Where the run lies that all tests copy."""
+    return tmp_path_factory.mktemp("run") / "out"
+
+
 @pytest.fixture
-def checkpoint(train, tmp_path) -> Path:
+def checkpoint(train, once, tmp_path) -> Path:
     """Saved by AdamW after 2 steps."""
-    outcome = train(output_dir=tmp_path / "saved", **CHECKPOINT)
-    assert outcome.code == 0, outcome.err
+    if not once.exists():
+        outcome = train(output_dir=once, **CHECKPOINT)
+        assert outcome.code == 0, outcome.err
+    shutil.copytree(once, tmp_path / "saved")
     return tmp_path / "saved" / "checkpoint-2"
 
 
@@ -41,7 +50,11 @@ def test_optimizer_by_dotted_name_trains_and_resumes(train, tmp_path):
 
 @pytest.mark.parametrize(
     "other",
-    [MOMENTUM, {"optim": "torch.optim.AdamW", "optim_args": "amsgrad=True"}, {"optim": "torch.optim.Adagrad"}],
+    [
+        MOMENTUM,
+        pytest.param({"optim": "torch.optim.AdamW", "optim_args": "amsgrad=True"}, marks=slow),
+        pytest.param({"optim": "torch.optim.Adagrad"}, marks=slow),
+    ],
     ids=lambda flags: flags["optim"] + flags.get("optim_args", ""),
 )
 def test_state_of_another_optimizer_is_refused(train, checkpoint, other):
@@ -103,6 +116,7 @@ def test_checkpoint_of_weights_only_is_passed_over(train, checkpoint):
     assert outcome.code == 0, outcome.err
 
 
+@slow
 def test_full_disk_ends_all_ranks_with_the_same_line(tmp_path, model_folder):
     """The writing rank gives up in the middle of a collective read: the others would wait for it until the time-out."""
     ranks = launch("workers.faults:full_disk", 2, tmp_path, model=str(model_folder))

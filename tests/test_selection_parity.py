@@ -8,6 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from harness import launch_engines
+from tiers import Check, all_differences, chosen, engines_of, slow_rows_unless
 from tiny_models import label_tokens, save_tiny_llama, sum_of_token_losses
 from transformers import AutoModelForCausalLM
 from workers.runs import GLOBAL_BATCH, shard_group, standard_data
@@ -18,6 +19,9 @@ from smt_dist.sparse.targets import count_parameters_2d, find_targets
 
 LAUNCHES = {1: ["ddp"], 2: ["ddp", "fsdp2", "hsdp", "zero1", "zero2", "zero3"], 4: ["ddp", "hsdp"]}
 RUNS = [(world_size, engine) for world_size, engines in LAUNCHES.items() for engine in engines]
+ALONE = (1, "ddp")
+QUICK = [ALONE, (2, "ddp"), (2, "fsdp2"), (2, "zero3")]
+each_run = pytest.mark.parametrize(("world_size", "engine"), slow_rows_unless(RUNS, lambda *run: run in QUICK))
 BLOCK_ROWS, BLOCK_COLS = 16, 8
 # By a formula; the others are tested in test_weight_scores.py.
 COMPUTED = [score for score in SCORES if score not in ("random", "diagonal")]
@@ -30,10 +34,11 @@ def model_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, model_folder):
+def found(request, tmp_path_factory, model_folder):
     """(world size, engine) -> each rank's findings."""
-    folder = tmp_path_factory.mktemp("launches")
-    return launch_engines("workers.selection:select_with", LAUNCHES, folder, model=str(model_folder))
+    folder, asked = tmp_path_factory.mktemp("launches"), {ALONE, *chosen(request, "world_size", "engine")}
+    launches = engines_of(run for run in RUNS if run in asked)
+    return launch_engines("workers.selection:select_with", launches, folder, model=str(model_folder))
 
 
 class Dense(NamedTuple):
@@ -188,50 +193,63 @@ def expected_blocks(tables: dict, groups: dict, parameters_2d: int, strategy: st
     return chosen, min(gaps)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("score", COMPUTED)
-def test_selection_is_the_one_that_dense_computation_makes(found, dense, score, strategy):
+def test_selection_is_the_one_that_dense_computation_makes(found, dense, score):
     """Otherwise SMT trains other blocks than it says, and nothing else would show it."""
-    expected, gap = expected_blocks(dense_tables(dense, score), dense.groups, dense.parameters_2d, strategy)
-    # Weights are the same bits everywhere; gradients and inputs are rounded.
-    assert gap > (1e-9 if score == "magnitude" else 1e-5), (
-        "the seed makes a tie that rounding decides: the comparison would mean nothing"
-    )
-    selection = json.loads(found[1, "ddp"][0]["selections"][f"{score}, {strategy}, 1"])
-    assert {(m, row, col) for m, blocks in selection["blocks"].items() for row, col in blocks} == expected
+    with all_differences() as check:
+        for strategy in STRATEGIES:
+            expected, gap = expected_blocks(dense_tables(dense, score), dense.groups, dense.parameters_2d, strategy)
+            selection = json.loads(found[ALONE][0]["selections"][f"{score}, {strategy}, 1"])
+            with check(f"{strategy}: the seed makes a tie that rounding decides: the comparison would mean nothing"):
+                # Weights are the same bits everywhere; gradients and inputs are rounded.
+                assert gap > (1e-9 if score == "magnitude" else 1e-5)
+            with check(strategy):
+                assert {(m, row, col) for m, blocks in selection["blocks"].items() for row, col in blocks} == expected
 
 
-@pytest.mark.parametrize("score", COMPUTED)
-@pytest.mark.parametrize(("world_size", "engine"), RUNS)
-def test_scores_equal_those_of_dense_computation(found, dense, world_size, engine, score):
-    """A wrong normalisation over ranks or micro-batches would shift scores without always changing the choice."""
-    expected = dense_tables(dense, score)
-    for rank in found[world_size, engine]:
-        for passes in PASSES[score]:
-            tables = rank["tables"][f"{score}, {passes}"]
-            assert list(tables) == list(expected)
-            for module, table in tables.items():
-                # Relative to the module's scale: the mean of a block may cancel to nearly nothing.
-                assert (table - expected[module]).abs().max() <= 1e-5 * expected[module].max(), module
+@each_run
+def test_selections_and_scores_are_those_of_one_process(found, dense, world_size, engine):
+    """Otherwise a selection couldn't be made on a small machine and used on a large one, or be reproduced.
 
-
-@pytest.mark.parametrize(("world_size", "engine"), RUNS)
-def test_selection_file_has_the_same_bytes_on_any_world_size_and_engine(found, world_size, engine):
-    """Otherwise a selection couldn't be made on a small machine and used on a large one, or be reproduced."""
-    reference = found[1, "ddp"][0]["selections"]
+    A wrong normalisation over ranks or micro-batches would shift scores without always changing the choice.
+    """
+    reference = found[ALONE][0]["selections"]
     assert len(reference) == len(STRATEGIES) * sum(map(len, PASSES.values()))
-    for rank in found[world_size, engine]:
-        assert rank["world_size"] == world_size
-        assert rank["selections"] == reference
+    expected = {score: dense_tables(dense, score) for score in COMPUTED}
+    with all_differences() as check:
+        for index, rank in enumerate(found[world_size, engine]):
+            with check(f"rank {index}: world size"):
+                assert rank["world_size"] == world_size
+            for name, selection in reference.items():
+                with check(f"rank {index}: bytes of the selection by {name}"):
+                    assert rank["selections"].get(name) == selection
+            with check(f"rank {index}: names of selections"):
+                assert set(rank["selections"]) == set(reference)
+            check_scores(check, index, rank["tables"], expected)
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("score", [score for score in SCORES if len(PASSES[score]) > 1])
-def test_passes_change_nothing_but_memory(found, score, strategy):
+def check_scores(check: Check, index: int, tables: dict, expected: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Compare a rank's scores with the dense ones."""
+    for score, truths in expected.items():
+        for passes in PASSES[score]:
+            found = tables[f"{score}, {passes}"]
+            with check(f"rank {index}: modules scored by {score}, {passes}"):
+                assert list(found) == list(truths)
+            for module, table in found.items():
+                with check(f"rank {index}: {score}, {passes} of {module}"):
+                    # Relative to the module's scale: the mean of a block may cancel to nearly nothing.
+                    assert (table - truths[module]).abs().max() <= 1e-5 * truths[module].max()
+
+
+@each_run
+def test_passes_change_nothing_but_memory(found, world_size, engine):
     """Probing moves no weight, so a pass for each half of the layers must give the same answer."""
-    for ranks in found.values():
-        selections = ranks[0]["selections"]
-        assert selections[f"{score}, {strategy}, 1"] == selections[f"{score}, {strategy}, 2"]
+    selections = found[world_size, engine][0]["selections"]
+    with all_differences() as check:
+        for score in (score for score in SCORES if len(PASSES[score]) > 1):
+            for strategy in STRATEGIES:
+                with check(f"{score}, {strategy}"):
+                    assert selections[f"{score}, {strategy}, 1"] == selections[f"{score}, {strategy}, 2"]
 
 
 def test_every_pass_sees_the_same_dropout(tmp_path):
@@ -245,14 +263,14 @@ def test_every_pass_sees_the_same_dropout(tmp_path):
     assert torch.equal(state, torch.get_rng_state()), "the caller's random numbers mustn't depend on the warm-up"
 
 
-def test_the_comparison_covers_what_it_should(found):
+@each_run
+def test_the_comparison_covers_what_it_should(found, world_size, engine):
     """Guards the tests above: partitioned bases, and ranks whose micro-batch has no label at all."""
-    whole = found[1, "ddp"][0]["base_elements_held"]
-    for (world_size, engine), ranks in found.items():
-        for rank in ranks:
-            assert rank["base_elements_held"] == whole // shard_group(engine, world_size)
-            assert rank["base_elements_after"] == rank["base_elements_held"], "weights were left gathered"
-            assert rank["gradients"] == 0
-        if world_size > 1:
-            without = [rank["micro_batches_without_labels"] for rank in ranks]
-            assert min(without) < max(without), "a rank has a micro-batch without labels where another has some"
+    whole, ranks = found[ALONE][0]["base_elements_held"], found[world_size, engine]
+    for rank in ranks:
+        assert rank["base_elements_held"] == whole // shard_group(engine, world_size)
+        assert rank["base_elements_after"] == rank["base_elements_held"], "weights were left gathered"
+        assert rank["gradients"] == 0
+    if world_size > 1:
+        without = [rank["micro_batches_without_labels"] for rank in ranks]
+        assert min(without) < max(without), "a rank has a micro-batch without labels where another has some"

@@ -8,6 +8,7 @@ import pickle
 import pytest
 import torch
 from harness import launch
+from tiers import all_differences, chosen, slow, slow_unless
 from torch import nn
 from workers.optimizer import GROUPS, SHAPES, reference
 
@@ -38,16 +39,16 @@ for _name in ("AdamW-float32", "SGD-bfloat16"):
 CASES |= {
     "bf16 reduction": {"optimizer": "torch.optim.SGD", "options": {}, "dtype": "float32", "reduce_dtype": "bfloat16"}
 }
-each_size = pytest.mark.parametrize("world_size", WORLD_SIZES)
-each_exact_case = pytest.mark.parametrize("case", [case for case in CASES if case != "bf16 reduction"])
+EXACT = [case for case in CASES if case != "bf16 reduction"]
+each_size = pytest.mark.parametrize("world_size", slow_unless(WORLD_SIZES, lambda size: size == 2))
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(request, tmp_path_factory):
     """World size -> each rank's findings, by case."""
     return {
         size: launch("workers.optimizer:run_cases", size, tmp_path_factory.mktemp(f"ranks{size}"), cases=CASES)
-        for size in WORLD_SIZES
+        for size in chosen(request, "world_size")
     }
 
 
@@ -56,17 +57,21 @@ def expected(case: str):
     return reference(given["optimizer"], given["options"], getattr(torch, given["dtype"]))
 
 
-@each_exact_case
 @each_size
-def test_steps_as_plain_torch_on_the_averaged_gradients(found, world_size, case):
+def test_steps_as_plain_torch_on_the_averaged_gradients(found, world_size):
     """Two groups, clipping, accumulation, a schedule, shapes that no rank's slice fits: a wrong offset shows here."""
-    plain = expected(case)
-    for rank in found[world_size]:
-        assert rank[case]["world_size"] == world_size
-        assert rank[case]["norms"] == pytest.approx(plain["norms"], rel=1e-6)
-        for ours, theirs in zip(rank[case]["masters"], plain["masters"], strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
-        assert max(plain["norms"]) > 1.5, "clipping has to act, or it isn't tested"
+    with all_differences() as check:
+        for case in EXACT:
+            plain = expected(case)
+            with check(f"{case}: clipping has to act, or it isn't tested"):
+                assert max(plain["norms"]) > 1.5
+            for index, rank in enumerate(found[world_size]):
+                with check(f"{case}, rank {index}: world size and norms"):
+                    assert rank[case]["world_size"] == world_size
+                    assert rank[case]["norms"] == pytest.approx(plain["norms"], rel=1e-6)
+                for ours, theirs in zip(rank[case]["masters"], plain["masters"], strict=True):
+                    with check(f"{case}, rank {index}: master of {tuple(theirs.shape)}"):
+                        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
 @each_size
@@ -86,15 +91,17 @@ def test_more_backwards_than_told_are_refused(tmp_path):
     assert messages == ["more than the 1 backwards that a step was said to have"] * 2
 
 
-@each_exact_case
 @each_size
-def test_what_computes_is_the_rounded_master(found, world_size, case):
+def test_what_computes_is_the_rounded_master(found, world_size):
     """A rank that computed with other values than the rest would train a model of its own."""
-    for rank in found[world_size]:
-        for value, master in zip(rank[case]["values"], rank[case]["masters"], strict=True):
-            assert str(value.dtype) == f"torch.{CASES[case]['dtype']}"
-            assert master.dtype == torch.float32
-            assert torch.equal(value, master.to(value.dtype))
+    with all_differences() as check:
+        for case in EXACT:
+            for index, rank in enumerate(found[world_size]):
+                for value, master in zip(rank[case]["values"], rank[case]["masters"], strict=True):
+                    with check(f"{case}, rank {index}: values of {tuple(master.shape)}"):
+                        assert str(value.dtype) == f"torch.{CASES[case]['dtype']}"
+                        assert master.dtype == torch.float32
+                        assert torch.equal(value, master.to(value.dtype))
 
 
 @each_size
@@ -115,7 +122,7 @@ def test_gradients_are_dropped_as_they_come(found, world_size):
     assert all(rank["AdamW-float32"]["gradients_left"] == 0 for rank in found[world_size])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=slow)])
 def test_reduction_in_bf16_is_close_and_isnt_fp32(found, world_size):
     """A --reduce_dtype that were ignored would be exact; one that also added up in bf16 would be further off."""
     plain = expected("bf16 reduction")
@@ -153,7 +160,7 @@ def test_state_dict_asks_nothing_of_other_ranks(found, world_size):
     assert all(rank["state_dict"] for rank in found[world_size])
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=slow)])
 def test_ranks_that_miss_a_gradient_reduce_when_the_others_do(found, world_size):
     """An expert that no token of a rank reaches: that rank would reduce later than the others, who would wait for it
     where it waits for them, in one of FSDP2's gathers. Not told of it, the ranks do part.

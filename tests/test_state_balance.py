@@ -6,56 +6,49 @@ import math
 
 import pytest
 from harness import launch
+from tiers import all_differences, chosen, slow_unless
 from workers.balance import BLOCKS, ODD_SHAPES, SIDE
 
 MASTER_AND_MOMENTS = 12
 ELEMENTS = sum(BLOCKS) * SIDE * SIDE
 FAKE_WORLD, FAKE_RANKS = 64, [0, 1, 31, 63]
 WORLD_SIZES = (2, 4, FAKE_WORLD)
-each_size = pytest.mark.parametrize("world_size", WORLD_SIZES)
-each_stage = pytest.mark.parametrize("stage", ["zero1", "zero2", "zero3"])
+SHARDED = {"sharded": ELEMENTS, "sharded, odd shapes": sum(map(math.prod, ODD_SHAPES))}
+each_size = pytest.mark.parametrize("world_size", slow_unless(WORLD_SIZES, lambda size: size == 2))
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(request, tmp_path_factory):
     """World size -> each rank's findings; of the largest only some ranks', on the fake process group."""
-    real = {size: launch("workers.balance:measure", size, tmp_path_factory.mktemp(f"ranks{size}")) for size in (2, 4)}
-    folder = tmp_path_factory.mktemp("fake")
-    arguments = {"fake_ranks": FAKE_RANKS, "fake_world": FAKE_WORLD}
-    return real | {FAKE_WORLD: launch("workers.balance:measure", len(FAKE_RANKS), folder, **arguments)}
-
-
-def bytes_of(found, world_size, what):
-    return [rank["bytes"][what] for rank in found[world_size]]
+    results = {}
+    for size in chosen(request, "world_size"):
+        fake = {"fake_ranks": FAKE_RANKS, "fake_world": FAKE_WORLD} if size == FAKE_WORLD else {}
+        ranks = len(FAKE_RANKS) if fake else size
+        results[size] = launch("workers.balance:measure", ranks, tmp_path_factory.mktemp(f"ranks{size}"), **fake)
+    return results
 
 
 @each_size
-@pytest.mark.parametrize(
-    ("what", "elements"), [("sharded", ELEMENTS), ("sharded, odd shapes", sum(map(math.prod, ODD_SHAPES)))]
-)
-def test_ddp_and_fsdp2_share_evenly_to_one_element(found, world_size, what, elements):
+def test_no_rank_holds_more_than_its_share(found, world_size):
     """Whole modules or blocks on one rank would fit on paper and run out of memory on that rank."""
-    shares = bytes_of(found, world_size, what)
-    assert max(shares) - min(shares) <= MASTER_AND_MOMENTS
-    assert 0 <= max(shares) - MASTER_AND_MOMENTS * elements / world_size < MASTER_AND_MOMENTS
-
-
-@each_size
-@each_stage
-def test_zero_shares_within_five_percent(found, world_size, stage):
-    """Rows of blocks spread over all ranks; blocks stored whole would land on the first ones."""
-    shares = bytes_of(found, world_size, stage)
-    assert max(shares) / min(shares) <= 1.05
-    fair = MASTER_AND_MOMENTS * ELEMENTS / world_size
-    assert fair / 1.05 <= min(shares)
-    assert max(shares) <= 1.05 * fair
-
-
-@each_size
-def test_group_was_what_it_claims_to_be(found, world_size):
-    """Guards the tests above."""
-    fake = world_size == FAKE_WORLD
-    for index, rank in enumerate(found[world_size]):
-        assert rank["world_size"] == world_size
-        assert rank["rank"] == (FAKE_RANKS[index] if fake else index)
-        assert rank["backend"] == ("fake" if fake else "gloo")
+    with all_differences() as check:
+        for what, elements in SHARDED.items():
+            shares = [rank["bytes"][what] for rank in found[world_size]]
+            with check(f"{what}: even to one element"):
+                assert max(shares) - min(shares) <= MASTER_AND_MOMENTS
+                assert 0 <= max(shares) - MASTER_AND_MOMENTS * elements / world_size < MASTER_AND_MOMENTS
+        for stage in ("zero1", "zero2", "zero3"):
+            shares = [rank["bytes"][stage] for rank in found[world_size]]
+            fair = MASTER_AND_MOMENTS * ELEMENTS / world_size
+            # Rows of blocks spread over all ranks; blocks stored whole would land on the first ones.
+            with check(f"{stage}: even within five percent"):
+                assert max(shares) / min(shares) <= 1.05
+            with check(f"{stage}: the fair share within five percent"):
+                assert fair / 1.05 <= min(shares)
+                assert max(shares) <= 1.05 * fair
+        fake = world_size == FAKE_WORLD
+        for index, rank in enumerate(found[world_size]):
+            with check(f"rank {index}: the group is what it claims to be"):
+                assert rank["world_size"] == world_size
+                assert rank["rank"] == (FAKE_RANKS[index] if fake else index)
+                assert rank["backend"] == ("fake" if fake else "gloo")

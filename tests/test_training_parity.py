@@ -9,6 +9,7 @@ import pytest
 import torch
 from dense_training import masked_dense_training
 from harness import launch
+from tiers import Check, all_differences, chosen, slow_unless
 from workers.runs import shard_group
 from workers.training import BLOCKS, LEARNING_RATE, MAX_GRAD_NORM, STEPS
 
@@ -58,18 +59,27 @@ def matrix() -> list[Run]:
     return runs
 
 
-RUNS = matrix()
-each_run = pytest.mark.parametrize("run", RUNS, ids=str)
-each_fp32_run = pytest.mark.parametrize("run", [run for run in RUNS if run.dtype == "float32"], ids=str)
-each_bf16_run = pytest.mark.parametrize("run", [run for run in RUNS if run.dtype == "bfloat16"], ids=str)
+def is_quick(run: Run) -> bool:
+    """The default tier: one run of each engine on two ranks, in bf16 where engines differ most; and one process."""
+    if run.dtype == "bfloat16":
+        return run.world_size == 2 and run.engine in ("ddp", "fsdp2", "zero3")
+    return run == ALONE or (run.world_size == 2 and run[3:] == (2, True))
+
+
+RUNS, ALONE = matrix(), Run(1, "ddp", "float32", 1, False)
+
+
+def each_run(dtype: str):
+    runs = slow_unless([run for run in RUNS if run.dtype == dtype], is_quick)
+    return pytest.mark.parametrize("run", runs, ids=str)
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory, model_folder):
+def found(request, tmp_path_factory, model_folder):
     """Run -> each rank's findings; one launch for each world size."""
-    results = {}
-    for world_size in sorted({run.world_size for run in RUNS}):
-        runs = [run for run in RUNS if run.world_size == world_size]
+    results, asked = {}, {ALONE, *chosen(request, "run")}
+    for world_size in sorted({run.world_size for run in asked}):
+        runs = [run for run in RUNS if run in asked and run.world_size == world_size]
         ranks = launch(
             "workers.training:train",
             world_size,
@@ -85,7 +95,7 @@ def found(tmp_path_factory, model_folder):
 @pytest.fixture(scope="module")
 def reference(found):
     """One process in fp32, the whole global batch at once."""
-    return found[Run(1, "ddp", "float32", 1, False)][0]
+    return found[ALONE][0]
 
 
 def engine_type_of(run: Run) -> str:
@@ -119,23 +129,25 @@ def test_one_process_equals_masked_dense_training(reference, model_folder):
     assert distance(reference["blocks"], dense.blocks) <= 5 * TOLERANCE
 
 
-@each_fp32_run
-def test_losses_equal_one_process(found, reference, run):
-    """A wrong average over ranks, micro-batches or tokens shows here, from the second step on in the blocks too."""
-    for rank in found[run]:
-        assert len(rank["losses"]) == STEPS
-        assert rank["losses"] == pytest.approx(reference["losses"], rel=TOLERANCE)
-        assert rank["gradient_norms"] == pytest.approx(reference["gradient_norms"], rel=TOLERANCE)
-        assert rank["learning_rates"] == pytest.approx(reference["learning_rates"], rel=1e-12)
+@each_run("float32")
+def test_run_trains_as_one_process_does(found, reference, run):
+    """A wrong average over ranks, micro-batches or tokens shows in losses, from the second step on in the blocks too.
 
-
-@each_fp32_run
-def test_final_blocks_equal_one_process(found, reference, run):
-    """Equal losses over a few steps can hide a group whose learning rate was dropped; equal blocks can't."""
-    for rank in found[run]:
-        assert distance(rank["blocks"], reference["blocks"]) <= TOLERANCE
-        for module, blocks in rank["blocks"].items():
-            assert distance({module: blocks}, {module: reference["blocks"][module]}) <= 10 * TOLERANCE, module
+    Equal losses over a few steps can hide a group whose learning rate was dropped; equal blocks can't.
+    """
+    with all_differences() as check:
+        for index, rank in enumerate(found[run]):
+            with check(f"rank {index}: steps"):
+                assert len(rank["losses"]) == STEPS
+            for key, tolerance in (("losses", TOLERANCE), ("gradient_norms", TOLERANCE), ("learning_rates", 1e-12)):
+                with check(f"rank {index}: {key}"):
+                    assert rank[key] == pytest.approx(reference[key], rel=tolerance)
+            with check(f"rank {index}: all blocks"):
+                assert distance(rank["blocks"], reference["blocks"]) <= TOLERANCE
+            for module, blocks in rank["blocks"].items():
+                with check(f"rank {index}: blocks of {module}"):
+                    assert distance({module: blocks}, {module: reference["blocks"][module]}) <= 10 * TOLERANCE
+        check_claims(check, run, found[run], reference)
 
 
 @pytest.fixture(scope="module")
@@ -144,37 +156,38 @@ def dense_in_bf16(model_folder):
     return masked_dense_training(model_folder, torch.bfloat16)
 
 
-@each_bf16_run
+@each_run("bfloat16")
 def test_bf16_is_as_near_to_the_truth_as_dense_training_is(found, reference, dense_in_bf16, run):
     """The truth is fp32. Blocks that were summed or kept in bf16 would be further off than the base makes them."""
-    for rank in found[run]:
-        for key, dense in (("losses", dense_in_bf16.losses), ("gradient_norms", dense_in_bf16.gradient_norms)):
-            assert relative_error(rank[key], reference[key]) <= SCALAR_SLACK * relative_error(dense, reference[key]), (
-                key
-            )
-        error = distance(rank["blocks"], reference["blocks"])
-        assert 0 < error <= BLOCK_SLACK * distance(dense_in_bf16.blocks, reference["blocks"])
+    with all_differences() as check:
+        for index, rank in enumerate(found[run]):
+            for key, dense in (("losses", dense_in_bf16.losses), ("gradient_norms", dense_in_bf16.gradient_norms)):
+                with check(f"rank {index}: {key}"):
+                    granted = SCALAR_SLACK * relative_error(dense, reference[key])
+                    assert relative_error(rank[key], reference[key]) <= granted
+            with check(f"rank {index}: blocks"):
+                error = distance(rank["blocks"], reference["blocks"])
+                assert 0 < error <= BLOCK_SLACK * distance(dense_in_bf16.blocks, reference["blocks"])
+        check_claims(check, run, found[run], reference)
 
 
-@each_run
-def test_ranks_hold_the_same_blocks(found, run):
-    """Ranks that drift apart would each train a model of their own."""
-    first, *others = found[run]
-    for other in others:
-        assert all(torch.equal(other["blocks"][module], first["blocks"][module]) for module in BLOCKS)
-
-
-@each_run
-def test_run_was_what_it_claims_to_be(found, reference, run):
-    """Guards the tests above: the engine's type, the world size, recomputation, and that every block moved."""
-    for rank in found[run]:
-        assert rank["world_size"] == run.world_size
-        assert rank["engine"] == engine_type_of(run)
-        assert rank["base_dtypes"] == [f"torch.{run.dtype}"]
-        assert (rank["layers_recomputed"] > 0) == run.checkpointing
-        assert rank["trainable"] == sorted(f"{module}.delta" for module in BLOCKS)
-        held = reference["base_elements_held"]
-        assert rank["base_elements_held"] == held // shard_group(run.engine, run.world_size)
+def check_claims(check: Check, run: Run, ranks: list[dict], reference: dict) -> None:
+    """Compare ranks, which might drift apart, and the run with what it claims to be."""
+    for index, rank in enumerate(ranks):
+        with check(f"rank {index}: the same blocks as rank 0"):
+            assert all(torch.equal(rank["blocks"][module], ranks[0]["blocks"][module]) for module in BLOCKS)
+        claims = {
+            "world_size": run.world_size,
+            "engine": engine_type_of(run),
+            "base_dtypes": [f"torch.{run.dtype}"],
+            "trainable": sorted(f"{module}.delta" for module in BLOCKS),
+            "base_elements_held": reference["base_elements_held"] // shard_group(run.engine, run.world_size),
+        }
+        for key, claim in claims.items():
+            with check(f"rank {index}: {key}"):
+                assert rank[key] == claim
+        with check(f"rank {index}: recomputation"):
+            assert (rank["layers_recomputed"] > 0) == run.checkpointing
         for module, blocks in rank["blocks"].items():
-            cells = blocks.view(len(BLOCKS[module]), -1)
-            assert (cells.abs().amax(1) > LEARNING_RATE).all(), f"a block of {module} didn't move"
+            with check(f"rank {index}: every block of {module} moved"):
+                assert (blocks.view(len(BLOCKS[module]), -1).abs().amax(1) > LEARNING_RATE).all()

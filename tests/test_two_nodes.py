@@ -15,6 +15,7 @@ import psutil
 import pytest
 from programs import LAUNCH, command_line, logged_losses, train_flags
 from safetensors.torch import load_file
+from tiers import slow, slow_unless
 from two_nodes import Ended, Nodes, free_port, run_together, tails, this_machine, two_nodes
 
 # Launcher and engine.
@@ -58,7 +59,7 @@ def reference(folder, tmp_path_factory) -> Path:
     return output
 
 
-@pytest.fixture(scope="module", params=RUNS, ids="-".join)
+@pytest.fixture(scope="module", params=slow_unless(RUNS, lambda run: run == RUNS[0]), ids="-".join)
 def run(request, nodes, folder, tmp_path_factory) -> Run:
     """The job on two nodes."""
     launcher, engine = request.param
@@ -147,6 +148,7 @@ def test_the_base_does_not_cross_the_link_in_each_step(run, folder):
     assert max(run.moved) < STEPS / 2 * base
 
 
+@slow
 def test_without_a_network_no_node_trains_alone(link, folder, tmp_path):
     """A job that starts on the nodes which are there would train with another batch, and report success."""
     outputs = [tmp_path / "disk0", tmp_path / "disk1"]

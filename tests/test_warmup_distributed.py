@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import pytest
 from harness import launch
+from tiers import all_differences, chosen, slow
 from tiny_models import save_tiny_llama
 from workers.warmup import ROUTED_SCORES
 
 LAUNCHES = {1: [], 2: ["ddp", "zero3"], 4: []}
+each_size = pytest.mark.parametrize("world_size", [2, pytest.param(4, marks=slow)])
 
 
 @pytest.fixture(scope="module")
-def found(tmp_path_factory):
+def found(request, tmp_path_factory):
     """World size -> each rank's findings."""
+    asked = {1, 2, *chosen(request, "world_size")}
     model = str(save_tiny_llama(tmp_path_factory.mktemp("model")))
     return {
         world_size: launch(
@@ -23,25 +26,31 @@ def found(tmp_path_factory):
             engines=engines,
         )
         for world_size, engines in LAUNCHES.items()
+        if world_size in asked
     }
 
 
 # -- routing that differs by rank ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("score", ROUTED_SCORES)
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_expert_that_one_rank_never_reaches_counts_as_zero_there(found, world_size, score):
+@each_size
+def test_expert_that_one_rank_never_reaches_counts_as_zero_there(found, world_size):
     """Were collectives issued as gradients come, ranks would pair different experts' gradients, or hang."""
-    expected = found[1][0]["routed"][score]
-    assert any(table.any() for table in expected.values())
-    for rank in found[world_size]:
-        assert list(rank["routed"][score]) == list(expected)
-        for module, table in rank["routed"][score].items():
-            assert (table - expected[module]).abs().max() <= 1e-5 * max(t.max() for t in expected.values()), module
+    with all_differences() as check:
+        for score in ROUTED_SCORES:
+            expected = found[1][0]["routed"][score]
+            largest = max(table.max() for table in expected.values())
+            with check(f"{score}: there is something to compare"):
+                assert any(table.any() for table in expected.values())
+            for index, rank in enumerate(found[world_size]):
+                with check(f"{score}, rank {index}: modules"):
+                    assert list(rank["routed"][score]) == list(expected)
+                for module, table in rank["routed"][score].items():
+                    with check(f"{score}, rank {index}: {module}"):
+                        assert (table - expected[module]).abs().max() <= 1e-5 * largest
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@each_size
 def test_ranks_of_the_toy_reach_different_experts(found, world_size):
     """Guards the test above: a whole layer and single experts are missing on rank 0 and present elsewhere."""
     first, last = (set(found[world_size][rank]["untouched"]) for rank in (0, -1))
@@ -51,34 +60,26 @@ def test_ranks_of_the_toy_reach_different_experts(found, world_size):
 
 # -- the memory promise ----------------------------------------------------------------------------------------
 
-WATCHED = [(2, engine) for engine in LAUNCHES[2]]
 
+@pytest.mark.parametrize("engine", LAUNCHES[2])
+def test_probe_holds_no_more_than_a_layers_gradients_and_a_shard_of_the_scores(found, engine):
+    """Otherwise the warm-up, not the sparse phase, would set the run's peak memory.
 
-@pytest.mark.parametrize(("world_size", "engine"), WATCHED)
-def test_probe_holds_neither_weight_gradients_nor_an_optimizer(found, world_size, engine):
-    """Otherwise the warm-up, not the sparse phase, would set the run's peak memory."""
-    for rank in found[world_size]:
-        memory = rank["memory"][engine]
-        assert memory["world_size"] == world_size
-        assert memory["calls"] == 2 * 2 * 6  # steps, micro-batches, targets: it was looked at every time
-        assert memory["weight_gradients"] == memory["weight_gradients_after"] == 0
-        assert memory["optimizers"] == 0
-
-
-@pytest.mark.parametrize(("world_size", "engine"), WATCHED)
-def test_probe_never_holds_more_than_one_layers_gradients(found, world_size, engine):
-    """A queue that grows with depth would hold the full model's gradient at the end of a backward."""
-    for rank in found[world_size]:
-        memory = rank["memory"][engine]
-        assert 0 < memory["most_gradient_elements"] <= memory["layer_elements"] < memory["target_elements"]
-
-
-@pytest.mark.parametrize(("world_size", "engine"), WATCHED)
-def test_accumulator_is_sharded_over_ranks(found, world_size, engine):
-    """4 bytes x targets / world size: replicated, it alone would be as large as the fp32 weights it probes."""
-    for rank in found[world_size]:
-        memory = rank["memory"][engine]
-        assert memory["shard_bytes"] == [4 * memory["target_elements"] // world_size] * 2
+    A queue that grows with depth would hold the full model's gradient at the end of a backward; an accumulator on each
+    rank would be as large as the fp32 weights it probes.
+    """
+    with all_differences() as check:
+        for index, rank in enumerate(found[2]):
+            memory = rank["memory"][engine]
+            with check(f"rank {index}: looked at in each of the steps, micro-batches and targets"):
+                assert memory["calls"] == 2 * 2 * 6
+                assert memory["world_size"] == 2
+            with check(f"rank {index}: weight gradients and optimizers"):
+                assert memory["weight_gradients"] == memory["weight_gradients_after"] == memory["optimizers"] == 0
+            with check(f"rank {index}: one layer's gradients"):
+                assert 0 < memory["most_gradient_elements"] <= memory["layer_elements"] < memory["target_elements"]
+            with check(f"rank {index}: 4 bytes x targets / ranks"):
+                assert memory["shard_bytes"] == [4 * memory["target_elements"] // 2] * 2
 
 
 def test_zero3_probe_leaves_the_base_partitioned(found):
@@ -104,16 +105,18 @@ EXPECTED = {
 }
 
 
-@pytest.mark.parametrize("fault", EXPECTED)
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_fault_on_one_rank_is_raised_on_every_rank(found, world_size, fault):
+@each_size
+def test_fault_on_one_rank_is_raised_on_every_rank(found, world_size):
     """A rank that fails alone leaves the others waiting in a collective until the time-out, without a reason."""
-    for rank in found[world_size]:
-        for words in EXPECTED[fault]:
-            assert words in rank["faults"][fault]
+    with all_differences() as check:
+        for fault, expected in EXPECTED.items():
+            for index, rank in enumerate(found[world_size]):
+                for words in expected:
+                    with check(f"{fault}, rank {index}"):
+                        assert words in rank["faults"][fault]
 
 
-@pytest.mark.parametrize("world_size", [2, 4])
+@each_size
 def test_ranks_are_still_in_step_after_faults(found, world_size):
     """A collective that one rank skipped would pair with another one later and give silently wrong numbers."""
     for index, rank in enumerate(found[world_size]):

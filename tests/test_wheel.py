@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import pytest
 from programs import Outcome, command_line, train_flags, write_job_files
+from tiers import slow
 
 ROOT = Path(__file__).parents[1]
 COMMANDS = ("smt-train", "smt-select", "smt-merge", "smt-evaluate", "smt-plan")
@@ -96,6 +97,7 @@ def test_what_only_a_checkout_has_says_so(installed):
     assert len(comparing.err.splitlines()) == 1
 
 
+@slow
 def test_it_trains(installed, tmp_path):
     """The main job, from files to an adapter."""
     flags = train_flags(write_job_files(tmp_path), tmp_path / "out")

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from smt_dist.evaluation import EvaluationItem, EvaluationResult
 
 
+_CHOICES = {"auto": None, "true": True, "false": False}
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line; argparse itself exits with 2 on a bad flag."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -42,6 +45,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--dtype", choices=dtypes, default="auto", help=dtype_help)
     devices = ["auto", "cpu", "cuda"]
     add("--device", choices=devices, default="auto", help="auto is cuda where there is one (default: %(default)s)")
+    products_help = "multiply bf16 matrices in fp32; auto: on a CPU without bf16 instructions (default: %(default)s)"
+    add("--cpu_fp32_products", choices=list(_CHOICES), default="auto", help=products_help)
     parser.error = raise_usage_error
     return parser.parse_args()
 
@@ -56,14 +61,16 @@ def main() -> None:
     from smt_dist.data.rows import read_rows
     from smt_dist.evaluation import make_items
     from smt_dist.files import replace_file
+    from smt_dist.models.cpu_products import fp32_products
 
     items = make_items(read_rows(arguments.eval_file), arguments.max_items)
     output = _prepare_output(Path(arguments.output))
     model, tokenizer = _load_model(arguments)
-    results = [
-        _evaluate_style(style, model, tokenizer, items, arguments)
-        for style in _choose_styles(arguments.prompt_style, tokenizer)
-    ]
+    with fp32_products(_CHOICES[arguments.cpu_fp32_products], model.device.type, model.dtype):
+        results = [
+            _evaluate_style(style, model, tokenizer, items, arguments)
+            for style in _choose_styles(arguments.prompt_style, tokenizer)
+        ]
     best = max(results, key=lambda result: result.correct)
     content = {
         "arguments": vars(arguments),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import signal
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from smt_dist.fault_tolerance.supervision import honour_collective_timeout, supe
 from smt_dist.memory.record.profiling import prepare_profiling, publish
 from smt_dist.memory.record.recorder import Recorder
 from smt_dist.memory.record.report import PAGE
-from smt_dist.models.cpu_products import SinglePrecisionProducts
+from smt_dist.models.cpu_products import fp32_products
 from smt_dist.selection.block_scores import SCORES_FILE, BlockScores
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.surgery import touched_selection
@@ -71,7 +70,7 @@ def main() -> None:
     run.check_data()
     if args.do_eval and run.eval_file is None:  # --eval_strategy switches do_eval on
         raise SMTError("--eval_strategy (or --do_eval) needs --eval_file")
-    with SinglePrecisionProducts() if args.cpu_fp32_products else nullcontext():
+    with fp32_products(args.cpu_fp32_products, "cpu" if args.use_cpu else "cuda", args.base_dtype):
         tune(run, args)
 
 

@@ -6,14 +6,43 @@ needs, take 100 times as long as in fp32. Converting a whole weight would need t
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+CPU_INFO = Path("/proc/cpuinfo")
+
 # Elements of a weight that are converted at once: 8 MiB in fp32, which stays in a core's cache.
 PIECE = 2**21
+_COMPOSITE = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
+
+
+def lacks_bf16_instructions(cpu_info: str | None = None) -> bool:
+    """Tell whether this CPU has no bf16 instructions; False where that can't be known.
+
+    Args:
+        cpu_info: what Linux says of the CPU (x86: ``avx512_bf16``, ``amx_bf16``; ARM: ``bf16``); None: of this one.
+    """
+    if cpu_info is None:
+        cpu_info = CPU_INFO.read_text() if CPU_INFO.exists() else ""
+    return bool(cpu_info) and "bf16" not in cpu_info
+
+
+def fp32_products(wanted: bool | None, device: str, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """Make the context in which a program computes.
+
+    Args:
+        wanted: whether to multiply bf16 matrices in fp32; None: where that is faster.
+        device: ``"cpu"`` or another, where torch multiplies by itself.
+        dtype: of the weights.
+    """
+    if wanted is None:
+        wanted = dtype == torch.bfloat16 and lacks_bf16_instructions()
+    return SinglePrecisionProducts() if wanted and device == "cpu" else nullcontext()
 
 
 class SinglePrecisionProducts(TorchDispatchMode):
@@ -31,6 +60,9 @@ class SinglePrecisionProducts(TorchDispatchMode):
         # A DTensor takes its operation apart first; what it does locally comes here piece by piece.
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented
+        if func in _COMPOSITE and _is_ours(*args[:2]):
+            with self:  # torch.inference_mode shows these whole, no_grad the products in them
+                return func.decompose(*args)
         if func is torch.ops.aten.mm.default and _is_ours(*args):
             return product(*args, self._piece)
         if func is torch.ops.aten.addmm.default and _is_ours(*args[1:]) and not kwargs:

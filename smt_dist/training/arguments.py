@@ -110,11 +110,11 @@ class SMTTrainingArguments(TrainingArguments):
             "their logits before the loss always have whole ones"
         },
     )
-    cpu_fp32_products: bool = field(
-        default=False,
+    cpu_fp32_products: bool | None = field(
+        default=None,
         metadata={
-            "help": "on CPUs without bf16 instructions: multiply bf16 matrices in fp32, a piece at a time; many times "
-            "faster there"
+            "help": "multiply bf16 matrices in fp32, a piece at a time; many times faster on CPUs without bf16 "
+            "instructions (default: there only)"
         },
     )
     optim: str = field(

@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from smt_dist.checkpoint.atomic import VerifiedFolder
 from smt_dist.checkpoint.rotation import checkpoint_folder, find_checkpoint
 from smt_dist.config import SMTConfig
+from smt_dist.data.dataset import trained_tokens
 from smt_dist.distributed import assert_same_on_all_ranks, get_world_size
 from smt_dist.engines import make_engine
 from smt_dist.engines.base import Engine, unwrapped
@@ -35,6 +36,7 @@ from smt_dist.training.arguments import SMTTrainingArguments
 from smt_dist.training.guards import GuardCallback
 from smt_dist.training.resume import restore_best_blocks, restore_random_state, restore_training
 from smt_dist.training.saving import CheckpointWriter
+from smt_dist.training.token_counts import StepTokens, TokenMean, check_loader, mask_repeated_rows
 
 # Adam keeps an fp32 master and two fp32 moments of each trained element.
 STATE_BYTES = 12
@@ -55,6 +57,8 @@ class SMTTrainer(Trainer):
         guard: what the ranks must agree on.
         writer: of adapters and checkpoints.
         bad_numbers: counts steps with NaN or infinity.
+        evaluation_mean: the loss over all trained tokens of the last evaluation.
+        step_tokens: of a model that doesn't divide by the global step's tokens itself.
         initial_deltas: written when training begins, unless it resumes.
 
     Raises:
@@ -84,7 +88,8 @@ class SMTTrainer(Trainer):
             assert_same_on_all_ranks(model.smt.selection.to_json().encode(), "the block selection")
         self.engine = engine or make_engine(args.engine_options)
         self.initial_deltas = deltas
-        with _saving_only_the_model(args):
+        # Trainer refuses to save the optimizer of a model that was sharded as it was loaded; SMT's checkpoints hold it.
+        with _meanwhile(args, save_only_model=args.save_only_model or args.engine == "fsdp2"):
             super().__init__(model=model, args=args, **kwargs)
         if args.engine != "deepspeed":
             # Trainer's own switch for a model that nobody may wrap, not even DDP: it would all-reduce the blocks
@@ -95,6 +100,11 @@ class SMTTrainer(Trainer):
         self.bad_numbers = BadNumbers(config.bad_numbers)
         self.add_callback(self.bad_numbers)
         self.add_callback(self.guard)
+        self.evaluation_mean = TokenMean()
+        self.step_tokens: StepTokens | None = None
+        if not self.model_accepts_loss_kwargs and self.compute_loss_func is None:
+            # Trainer would weigh a micro-batch of one token like one of a thousand.
+            self.step_tokens, self.loss_is_scaled_for_ga = StepTokens(), True
 
     @property
     def preempted(self) -> int:
@@ -153,6 +163,25 @@ class SMTTrainer(Trainer):
         with self.writer.keeping_checkpoints(bool(self.preempted)):
             return super()._finalize_training(trial, num_train_samples, start_time)
 
+    # -- overrides: batches --------------------------------------------------------------------------------------
+
+    def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        # Trainer would leave the evaluation's last rows out too.
+        drops = self.args.dataloader_drop_last and kwargs.get("is_training", False)
+        with _meanwhile(self.args, dataloader_drop_last=drops):
+            return check_loader(super()._get_dataloader(*args, **kwargs))
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], torch.Tensor | int | None]:
+        """Collect a step's micro-batches and count its trained tokens, each row once an epoch."""
+        # Trainer would train once more on the rows that fill up the last batch, and divide by their tokens too.
+        rows_once = (mask_repeated_rows(batch, self.accelerator.gradient_state) for batch in epoch_iterator)
+        batches, items = super().get_batch_samples(rows_once, num_batches, device)
+        if self.step_tokens is not None:
+            self.step_tokens.begin(batches)
+        return batches, items
+
     # -- overrides: a step ---------------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -170,8 +199,8 @@ class SMTTrainer(Trainer):
     ) -> Any:
         """Work the loss out, as ``Trainer.compute_loss`` does; a non-finite one has NaN gradients."""
         # Else a rank whose loss is infinite could have finite gradients, and the step would be applied.
-        if not model.training:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:  # the batch's own mean, which prediction_step weighs
+            return super().compute_loss(model, inputs, return_outputs, None)
         loss, outputs = self._watched_loss(super().compute_loss, model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -201,6 +230,33 @@ class SMTTrainer(Trainer):
         # A rank that is lost or hangs here would be said to have been lost in a training step.
         enter_phase(f"evaluation after step {self.state.global_step}")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Run ``Trainer.evaluation_loop``; the loss is the mean over all trained tokens."""
+        # Trainer's is a mean of batch means, which changes with the ranks and the batch size.
+        self.evaluation_mean, loss = TokenMean(), f"{metric_key_prefix}_loss"
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        if loss in output.metrics:
+            output.metrics[loss] = self.evaluation_mean.value()
+        return output
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Evaluate one batch, as ``Trainer.prediction_step`` does, and note its loss and tokens."""
+        # As in training, rows that fill up the last batch count nothing.
+        inputs = mask_repeated_rows(inputs, self.accelerator.gradient_state)
+        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        if result[0] is not None:
+            self.evaluation_mean.add(result[0], trained_tokens(inputs, self._loss_shifts_labels))
+        return result
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         # With --save_strategy best it decides alone whether a step is saved: a preempted run would leave nothing.
@@ -273,23 +329,22 @@ class SMTTrainer(Trainer):
         step = f"training, step {self.state.global_step + 1}"
         enter_phase(f"{step}: forward")
         loss, outputs = compute(model, inputs, True, items)
+        if self.step_tokens is not None:
+            loss = self.step_tokens.share(loss, outputs, inputs, self.args.world_size)
         self.bad_numbers.note_loss(loss)
         enter_phase(f"{step}: backward")
         return poisoned_if_bad(loss), outputs
 
 
 @contextmanager
-def _saving_only_the_model(args: SMTTrainingArguments) -> Iterator[None]:
-    """Let Trainer be made for a model that was sharded as it was loaded.
-
-    It refuses to save such a model's optimizer, which SMT's checkpoints hold.
-    """
-    before = args.save_only_model
-    args.save_only_model = before or args.engine == "fsdp2"
+def _meanwhile(args: SMTTrainingArguments, **values: Any) -> Iterator[None]:
+    """Give arguments other values inside the context."""
+    before = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
     try:
         yield
     finally:
-        args.save_only_model = before
+        vars(args).update(before)
 
 
 def block_parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from harness import TIMEOUT, rank_environment
 from programs import LAUNCH, command_line, write_job_files
+from tiers import chosen, slow, slow_rows_unless
 from two_nodes import Nodes, two_nodes
 
 from faults.campaign import cutter
@@ -31,6 +32,7 @@ SAMPLE = [
     ("zero3", "kill", "training, step 5: backward", 0.03),
     ("zero3", "SIGTERM to all", "training, step 1: backward", 0.0),
 ]
+QUICK = [SAMPLE[0], SAMPLE[1], SAMPLE[6]]
 SIGNALS = {"kill": 9, "hang": 19, "SIGTERM to one": 15, "SIGTERM to all": 15, "SIGUSR1 to one": 10}
 
 
@@ -52,13 +54,15 @@ def files(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(fleet, files, tmp_path_factory) -> dict[str, bytes]:
+def undisturbed(request, fleet, files, tmp_path_factory) -> dict[str, bytes]:
     """Engine -> the blocks of a run that nobody hurts."""
-    folder = tmp_path_factory.mktemp("undisturbed")
-    return {engine: run_undisturbed(fleet, files, engine, folder / engine) for engine in ENGINES}
+    folder, asked = tmp_path_factory.mktemp("undisturbed"), {"ddp", *chosen(request, "engine")}
+    return {e: run_undisturbed(fleet, files, e, folder / e) for e in ENGINES if e in asked}
 
 
-@pytest.mark.parametrize(("engine", "kind", "phase", "delay"), SAMPLE, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("engine", "kind", "phase", "delay"), slow_rows_unless(SAMPLE, lambda *case: case in QUICK), ids=str
+)
 def test_hurt_run_ends_in_time_and_its_relaunch_ends_as_if_nothing_had_happened(
     fleet, files, undisturbed, tmp_path, engine, kind, phase, delay
 ):
@@ -82,6 +86,7 @@ def test_rank_zero_is_missed_too(fleet, files, tmp_path):
     assert "rank 0 is gone" in outcome.outputs[1]
 
 
+@slow
 def test_without_a_heartbeat_nobody_misses_a_rank_that_hangs(fleet, files, tmp_path):
     """Shows the fault that the heartbeat is there for: PyTorch's own time-out is half an hour."""
     flags = job_flags(files, "ddp", tmp_path) | {"heartbeat_timeout": 0}
@@ -91,6 +96,7 @@ def test_without_a_heartbeat_nobody_misses_a_rank_that_hangs(fleet, files, tmp_p
     assert outcome.codes[0] is None, outcome.described()
 
 
+@slow
 def test_main_thread_that_hangs_is_missed_by_collectives(fleet, files, tmp_path):
     """It still has a heartbeat. Trainer hands --ddp_timeout on for GPUs only, and DeepSpeed's group had PyTorch's
     default of half an hour.
@@ -124,6 +130,7 @@ def test_finished_run_is_not_trained_further_when_it_is_started_again(fleet, fil
     assert (tmp_path / BLOCKS).read_bytes() == undisturbed["ddp"]
 
 
+@slow
 def test_cut_link_ends_both_sides_and_the_relaunch_goes_on(fleet, nodes, files, undisturbed, tmp_path):
     """Packets vanish and no connection closes: without a time-out both sides would wait for the other's gradients."""
     if not nodes.real:
@@ -141,6 +148,7 @@ def test_cut_link_ends_both_sides_and_the_relaunch_goes_on(fleet, nodes, files, 
     assert verdict.word == "survived", verdict.why
 
 
+@slow
 def test_torchrun_restarts_a_killed_rank_and_ends_as_if_nothing_had_happened(fleet, files, tmp_path):
     """The restart must find the newest checkpoint, and nothing of the first try may be in its way."""
     steps = {"max_steps": 60, "save_steps": 10, "eval_strategy": "no", "eval_steps": None}

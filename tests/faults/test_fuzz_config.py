@@ -8,10 +8,12 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
+import pytest
 from damage import outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from programs import CONFIG, command_line
+from tiers import slow
 
 from smt_dist import SMTConfig
 from smt_dist.cli.program import parse_arguments
@@ -52,10 +54,16 @@ def replaced(content: Any, place: tuple, value: Any) -> Any:
     return copy
 
 
-@settings(max_examples=1500, deadline=None, derandomize=True, database=None)
-@given(st.lists(st.tuples(st.sampled_from(PLACES), anything), min_size=1, max_size=2))
-def test_config_with_any_value_anywhere_is_a_config_or_one_line(changes):
+@pytest.mark.parametrize("examples", [300, pytest.param(1500, marks=slow)])
+def test_config_with_any_value_anywhere_is_a_config_or_one_line(examples):
     """Each key with every kind of value; what is accepted survives being saved."""
+    changes = st.lists(st.tuples(st.sampled_from(PLACES), anything), min_size=1, max_size=2)
+    plan = settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+    plan(given(changes)(read_changed))()
+
+
+def read_changed(changes: list[tuple[tuple, Any]]) -> None:
+    """Read the whole config with other values in some places."""
     content = WHOLE
     for place, value in changes:
         try:

@@ -14,6 +14,7 @@ from damage import BOMBS, mutations, outcome
 from harness import launch
 from programs import ROWS, write_json
 from test_gguf import write_gguf
+from tiers import slow
 from tiny_tokenizer import make_tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -44,13 +45,14 @@ def read_base(folder: Path) -> None:
     "name",
     ["config.json", "model.safetensors.index.json", "model-00001-of-*", "tokenizer.json", "tokenizer_config.json"],
 )
-def test_mutated_model_folder_is_refused_or_read(base, tmp_path, name):
+@pytest.mark.parametrize("count", [3, pytest.param(12, marks=slow)])
+def test_mutated_model_folder_is_refused_or_read(base, tmp_path, name, count):
     """transformers, tokenizers and safetensors raise anything at all, and draw weights that are missing at random."""
     folder = tmp_path / "model"
     shutil.copytree(base, folder)
     (path,) = folder.glob(name)
     original = path.read_bytes()
-    for changed in mutations(original, count=12, seed=len(name)):
+    for changed in mutations(original, count, seed=len(name)):
         path.write_bytes(changed)
         refusal = outcome(lambda: read_base(folder))
         assert refusal is None or str(folder) in refusal
@@ -131,13 +133,14 @@ def test_index_names_files_of_its_folder_only(base, tmp_path):
 # -- GGUF --------------------------------------------------------------------------------------------------------
 
 
-def test_mutated_gguf_is_refused_or_read(tmp_path):
+@pytest.mark.parametrize("count", [100, pytest.param(300, marks=slow)])
+def test_mutated_gguf_is_refused_or_read(tmp_path, count):
     """Its reader believes every count, in Python loops; only what passes our own look at the header gets there."""
     write_gguf(tmp_path / "tiny.gguf")
     original = (tmp_path / "tiny.gguf").read_bytes()
     header = original[:2000]
     passed = 0
-    for index, changed in enumerate(mutations(header, count=300, seed=1)):
+    for index, changed in enumerate(mutations(header, count, seed=1)):
         path = tmp_path / f"{index}.gguf"
         path.write_bytes(changed + original[2000:])
         if outcome(lambda: check_gguf_header(path)) is None and passed < 6:  # noqa: B023
@@ -160,8 +163,9 @@ def test_gguf_of_more_than_the_file_can_hold_is_refused_at_once(tmp_path, at):
 # -- data rows ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("count", [10, pytest.param(40, marks=slow)])
 @pytest.mark.parametrize("suffix", ["json", "jsonl"])
-def test_mutated_rows_are_refused_or_read(tmp_path, suffix):
+def test_mutated_rows_are_refused_or_read(tmp_path, suffix, count):
     """Rows come from anywhere; the tokenizer is Rust and answers a lone surrogate with a TypeError."""
     path, tokenizer = tmp_path / f"rows.{suffix}", make_tokenizer()
     text = json.dumps(ROWS[:3]) if suffix == "json" else "\n".join(map(json.dumps, ROWS[:3]))
@@ -171,7 +175,7 @@ def test_mutated_rows_are_refused_or_read(tmp_path, suffix):
         rows = read_rows(path)
         build_dataset(rows, tokenizer, max_seq_length=16)
 
-    for changed in mutations(text.encode(), count=40, seed=2, others=others):
+    for changed in mutations(text.encode(), count, seed=2, others=others):
         path.write_bytes(changed)
         refusal = outcome(read)
         assert refusal is None or "rows." in refusal

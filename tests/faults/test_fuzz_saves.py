@@ -16,6 +16,7 @@ from architectures import make_model
 from damage import mutations, outcome, reseal
 from programs import write_json
 from safetensors.torch import save_file
+from tiers import slow
 from torch.optim.lr_scheduler import LambdaLR
 
 import smt_dist
@@ -81,14 +82,15 @@ CHECKPOINT_FILES = (
 )
 
 
+@pytest.mark.parametrize("count", [10, pytest.param(30, marks=slow)])
 @pytest.mark.parametrize("name", CHECKPOINT_FILES)
-def test_mutated_checkpoint_is_refused_or_read(checkpoint, tmp_path, name):
+def test_mutated_checkpoint_is_refused_or_read(checkpoint, tmp_path, name, count):
     """A parser that believes what it reads is a hang, a crash, or somebody else's program on the cluster."""
     folder = tmp_path / "checkpoint-2"
     shutil.copytree(checkpoint, folder)
     original = (folder / name).read_bytes()
     counts: Counter[str] = Counter()
-    for changed in mutations(original, count=30, seed=CHECKPOINT_FILES.index(name)):
+    for changed in mutations(original, count, seed=CHECKPOINT_FILES.index(name)):
         (folder / name).write_bytes(changed)
         refusal = outcome(lambda: verify_checkpoint(folder))
         if name != MANIFEST_FILE:
