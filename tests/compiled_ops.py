@@ -29,6 +29,8 @@ def build(folder: Path) -> None:
 
 def remove_locks() -> None:
     """To be called when no process of ours runs."""
+    if "TORCH_EXTENSIONS_DIR" not in os.environ:
+        return  # builds are the user's own
     for lock in Path(os.environ["TORCH_EXTENSIONS_DIR"]).glob("*/lock"):
         lock.unlink(missing_ok=True)
 

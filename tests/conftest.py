@@ -10,7 +10,10 @@ from pathlib import Path
 
 import compiled_ops
 import pytest
+import torch
 from architectures import make_model
+from beside import make_scheduler, starts_ranks
+from harness import this_server
 from programs import CONFIG, LAUNCH, QUESTIONS, ROWS, Outcome, command_line, load_program, train_flags
 from tiny_models import save_tiny_llama
 from tiny_tokenizer import make_tokenizer
@@ -18,17 +21,36 @@ from tiny_tokenizer import make_tokenizer
 from smt_dist.cli.program import run_program
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _ops(request) -> None:
-    """Not in a test's time limit: it takes a minute on the first run in a checkout."""
-    compiled_ops.build(request.config.cache.mkdir("torch_extensions"))
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Give compiled ops a folder of this checkout, and each worker one thread."""
+    os.environ["TORCH_EXTENSIONS_DIR"] = str(session.config.cache.mkdir("torch_extensions"))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        torch.set_num_threads(1)
+        os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object):
+    """Let tests that stay in their process run beside those that start ranks."""
+    return make_scheduler(config, log) if config.getvalue("dist") == "loadgroup" else None
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Have the tests that start ranks begin at once, where others run beside them."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: not starts_ranks(item.path))
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_setup():
-    """Before a test's fixtures, which launch processes too."""
-    if "TORCH_EXTENSIONS_DIR" in os.environ:
+def pytest_runtest_setup(item: pytest.Item):
+    """Prepare what ranks need, before a test's fixtures, which launch them too.
+
+    The parent of the ranks compiles what isn't compiled yet. Not in other tests: a lock could then be that of a
+    process which the other worker has started.
+    """
+    if starts_ranks(item.path):
         compiled_ops.remove_locks()
+        this_server.start()
     return (yield)
 
 

@@ -1,33 +1,30 @@
-"""Runs a function in N real processes that form a gloo group, and gives back what each rank returned.
+"""Run a function in N real processes, and give back what each rank returned.
 
-A hang is a failure like any other: after ``timeout`` seconds, or ``GRACE`` seconds after the first rank failed, every
-process is killed and each rank's output is in the message.
+The processes form a gloo group. They are forked from a prepared parent (see :mod:`forks.server`), new ones for each
+launch: nothing that one launch leaves behind is seen by the next. Unlike ranks that a launcher starts, they agree on
+the order of sets of strings. A hang is a failure like any other: after ``timeout`` seconds, or ``GRACE`` seconds after
+the first rank failed, every process is killed and each rank's output is in the message.
 
     results = launch("workers.warmup:faults", world_size=2, folder=tmp_path, some="argument")
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import importlib
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
-from datetime import timedelta
+import atexit
 from pathlib import Path
 from typing import Any
 
 import compiled_ops
 import torch
+from forks.client import ForkServer
+from forks.environment import BENCHMARKS, TESTS, rank_environment
+from forks.job import OUTPUT, TIMEOUT, Job
 
-TESTS = Path(__file__).resolve().parent
-BENCHMARKS = TESTS.parent / "launch" / "benchmarks"
-TIMEOUT = 150
+__all__ = ["BENCHMARKS", "GRACE", "TESTS", "TIMEOUT", "launch", "launch_engines", "rank_environment", "this_server"]
+
 GRACE = 10
+this_server = ForkServer()  # on this machine, for all tests of a session
+atexit.register(this_server.close)
 
 
 def launch(worker: str, world_size: int, folder: Path, timeout: float = TIMEOUT, **arguments: Any) -> list[Any]:
@@ -36,7 +33,7 @@ def launch(worker: str, world_size: int, folder: Path, timeout: float = TIMEOUT,
     Args:
         worker: ``"module:function"``; called as ``function(folder, **arguments)``. One rank gets no process group.
         world_size: number of processes.
-        folder: for the ranks' files; created.
+        folder: for the ranks' files; created; their working directory.
         timeout: seconds until a hang is called a hang.
         **arguments: what JSON can hold.
 
@@ -48,26 +45,12 @@ def launch(worker: str, world_size: int, folder: Path, timeout: float = TIMEOUT,
     """
     folder.mkdir(parents=True, exist_ok=True)
     compiled_ops.remove_locks()
-    (folder / "arguments.json").write_text(json.dumps(arguments))
-    ranks = []
-    try:
-        for rank in range(world_size):
-            with open(folder / f"output_{rank}.txt", "wb") as output:
-                command = [sys.executable, __file__, worker, str(folder)]
-                environment = rank_environment(rank, world_size)
-                # A session of its own, so that killing it also takes what DeepSpeed starts (a compiler, say).
-                ranks.append(
-                    subprocess.Popen(
-                        command, env=environment, cwd=folder, stdout=output, stderr=output, start_new_session=True
-                    )
-                )
-        problem = _wait(ranks, timeout)
-    finally:
-        for process in ranks:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-    if problem:
+    environments = {rank: rank_environment(rank, world_size) for rank in range(world_size)}
+    this_server.submit(
+        Job(folder, world_size, environments, worker=worker, arguments=arguments, timeout=timeout, grace=GRACE)
+    )
+    ended = this_server.result()["ended"]
+    if problem := _problem({rank: code for rank, (code, _) in ended.items()}, timeout):
         raise AssertionError(f"{worker} on {world_size} ranks: {problem}\n{_outputs(folder, world_size)}")
     return [torch.load(folder / f"result_{rank}.pt", weights_only=True) for rank in range(world_size)]
 
@@ -93,93 +76,17 @@ def launch_engines(
     return results
 
 
-def rank_environment(rank: int, world_size: int) -> dict[str, str]:
-    inherited = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("ACCELERATE_", "DS_", "PYTEST_", "MASTER_", "GROUP_")) and name not in _RANK_VARIABLES
-    }
-    own = {
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "TOKENIZERS_PARALLELISM": "false",
-        "HF_HUB_OFFLINE": "1",
-        "GLOO_SOCKET_IFNAME": "lo",
-        "PYTHONPATH": os.pathsep.join([str(TESTS), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]).strip(
-            os.pathsep
-        ),
-        # DeepSpeed looks for ninja on the path when it loads its compiled collective.
-        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
-    }
-    if world_size > 1:
-        # The group itself meets in a file; address and port are only there because libraries ask for them.
-        own |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size)}
-        own |= {"LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
-    return inherited | own
-
-
-_RANK_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "OMP_NUM_THREADS")
-
-
-def _wait(ranks: list[subprocess.Popen], timeout: float) -> str | None:
-    deadline = time.monotonic() + timeout
-    failed_at = None
-    while True:
-        codes = [process.poll() for process in ranks]
-        if all(code == 0 for code in codes):
-            return None
-        failed = [rank for rank, code in enumerate(codes) if code not in (None, 0)]
-        if failed and failed_at is None:
-            failed_at = time.monotonic()
-        if failed and (None not in codes or time.monotonic() > failed_at + GRACE):
-            return f"rank {failed[0]} failed"
-        if time.monotonic() > deadline:
-            running = [rank for rank, code in enumerate(codes) if code is None]
-            for rank in running:
-                ranks[rank].send_signal(signal.SIGABRT)  # faulthandler writes where it hangs
-            time.sleep(1)
-            return f"no end after {timeout:g} s: ranks {running} hang"
-        time.sleep(0.05)
+def _problem(codes: dict[int, int | None], timeout: float) -> str | None:
+    """What is wrong with the ranks' exit codes; a rank without one was killed."""
+    if failed := sorted(rank for rank, code in codes.items() if code):
+        return f"rank {failed[0]} failed"
+    hanging = sorted(rank for rank, code in codes.items() if code is None)
+    return f"no end after {timeout:g} s: ranks {hanging} hang" if hanging else None
 
 
 def _outputs(folder: Path, world_size: int, lines: int = 60) -> str:
     def tail(rank: int) -> str:
-        text = (folder / f"output_{rank}.txt").read_text(errors="replace").splitlines()
+        text = (folder / OUTPUT.format(rank)).read_text(errors="replace").splitlines()
         return "\n".join([f"--- rank {rank} ---", *text[-lines:]])
 
     return "\n".join(tail(rank) for rank in range(world_size))
-
-
-def _run_worker(worker: str, folder: Path) -> None:
-    import faulthandler
-
-    import torch.distributed as dist
-
-    from smt_dist.fault_tolerance.process_end import let_threads_settle
-
-    faulthandler.enable()
-    torch.set_num_threads(1)
-    world_size, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if world_size > 1:
-        dist.init_process_group(
-            "gloo",
-            init_method=(folder / "rendezvous").as_uri(),
-            rank=rank,
-            world_size=world_size,
-            timeout=timedelta(seconds=TIMEOUT),
-        )
-    module, _, function = worker.partition(":")
-    arguments = json.loads((folder / "arguments.json").read_text())
-    work = getattr(importlib.import_module(module), function)
-    # Workers collect garbage after each run: without what the imports left, that takes no time.
-    gc.freeze()
-    result = work(folder, **arguments)
-    torch.save(result, folder / f"result_{rank}.pt")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        let_threads_settle()
-
-
-if __name__ == "__main__":
-    _run_worker(sys.argv[1], Path(sys.argv[2]))

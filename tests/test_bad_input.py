@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from faults.fleet import Fleet
 from programs import (
     LAUNCH,
     Outcome,
@@ -200,18 +201,6 @@ def test_evaluation_refuses_bad_input_in_one_line(run, folder, tmp_path, flags, 
     assert named in run("evaluate_model.py", **{**right, **flags}).error
 
 
-RECORD_EXIT_CODE = """
-import os, runpy, sys
-sys.argv = sys.argv[1:]
-try:
-    runpy.run_path(sys.argv[0], run_name="__main__")
-except SystemExit as stopped:
-    with open(os.path.join(os.environ["CODES"], os.environ["RANK"]), "w") as file:
-        file.write(str(stopped.code))
-    raise
-"""
-
-
 # -- real processes ----------------------------------------------------------------------------------------------
 
 
@@ -227,18 +216,11 @@ def test_two_ranks_with_bad_input_all_stop_and_print_one_line(folder, tmp_path, 
         flags["smt_config"], named = write_config(tmp_path, blok_size=8), "blok_size: unknown key"
     else:
         flags["train_file"], named = write_json(tmp_path / "rows.json", [{"instruction": "a"}]), "row 1: field 'output'"
-    (tmp_path / "codes").mkdir()
-    (tmp_path / "record.py").write_text(RECORD_EXIT_CODE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command += [str(tmp_path / "record.py"), str(LAUNCH / "train.py"), *command_line(flags)]
-    done = subprocess.run(
-        command, env={**environment(), "CODES": str(tmp_path / "codes")}, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode != 0
-    lines = [line for line in done.stderr.splitlines() if "train.py: error: " in line]
-    assert len(lines) == 1, done.stderr
+    outcome = Fleet().run(flags, tmp_path / "launch")
+    lines = [line for output in outcome.outputs.values() for line in output.splitlines() if "train.py: error: " in line]
+    assert len(lines) == 1, outcome.described()
     assert named in lines[0]
-    assert {path.name: path.read_text() for path in (tmp_path / "codes").iterdir()} == {"0": "2", "1": "2"}
+    assert outcome.codes == {0: 2, 1: 2}, outcome.described()
     assert not (tmp_path / "out").exists()
 
 

@@ -26,6 +26,7 @@ from typing import Any
 TESTS = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(TESTS))
 
+from forks.job import FAULT, STARTED  # noqa: E402
 from programs import write_job_files  # noqa: E402
 from two_nodes import Nodes, two_nodes  # noqa: E402
 
@@ -40,7 +41,6 @@ from faults.judge import (  # noqa: E402
     relaunch_and_judge,
     run_undisturbed,
 )
-from faults.server import FAULT, STARTED  # noqa: E402
 
 LOG = "campaign.jsonl"
 WORDS = ("survived", "lost", "hung", "too late")
@@ -56,6 +56,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES), help="default: all")
     parser.add_argument("--table", action="store_true", help="only print what was found so far")
     args = parser.parse_args()
+    args.output = args.output.resolve()  # ranks have a working directory of their own
     if not args.table:
         run(args)
     rounds = read_log(args.output)

@@ -1,22 +1,20 @@
-"""Starts the ranks of a job, on this machine or on two nodes, with a fault or without, and tells what came of it."""
+"""Run a job on one machine or two nodes, with a fault or without, and tell its outcome."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness import rank_environment
+import compiled_ops
+from forks.client import ForkServer
+from forks.job import OUTPUT, PHASES, Job
+from harness import rank_environment, this_server
 from programs import command_line
 from two_nodes import Node, free_port, this_machine
-
-from faults.server import OUTPUT, PHASES
 
 LIMIT = 60.0  # seconds from a fault to the end of all ranks: the promise
 CHECKPOINT_STATE = "trainer_state.json"
@@ -78,31 +76,24 @@ class Outcome:
 
 
 class Fleet:
-    """Prepared parents, one on each node, from which jobs are forked.
+    """Fork the ranks of launch/train.py from prepared parents.
 
     Args:
-        nodes: where; each runs as many ranks of a job as the others.
+        nodes: where; each runs as many ranks of a job as the others. None: on this machine, from the parent that the
+            whole session has.
     """
 
     def __init__(self, nodes: Sequence[Node] | None = None) -> None:
         self.nodes = list(nodes or [this_machine()])
-        self._logs = [tempfile.TemporaryFile() for _ in self.nodes]  # noqa: SIM115 (closed in __exit__)
-        self._servers = [self._start(node, log) for node, log in zip(self.nodes, self._logs, strict=True)]
-        for server, log in zip(self._servers, self._logs, strict=True):
-            if (said := server.stdout.readline()) != "ready\n":
-                log.seek(0)
-                raise AssertionError(f"no parent: {said} {log.read().decode(errors='replace')}")
+        self._own = [ForkServer(node.enter()) for node in nodes or []]
+        self._servers = self._own or [this_server]
 
     def __enter__(self) -> Fleet:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for server in self._servers:
-            server.stdin.close()
-        for server, log in zip(self._servers, self._logs, strict=True):
-            server.wait(60)
-            server.stdout.close()
-            log.close()
+        for server in self._own:
+            server.close()
 
     def run(
         self,
@@ -124,30 +115,30 @@ class Fleet:
             meanwhile: called with the folder while the ranks run.
         """
         folder.mkdir(parents=True, exist_ok=True)
+        compiled_ops.remove_locks()
+        for server in self._servers:
+            server.begin()
+        for server in self._servers:
+            server.start()  # no node's ranks wait for the other's parent
         port, per_node = free_port(), world_size // len(self.nodes)
         for index, server in enumerate(self._servers):
-            ranks = {}
-            for rank in range(index * per_node, (index + 1) * per_node):
-                hurt = fault is not None and rank in fault.ranks
-                environment = self._environment(rank, world_size, per_node, port, self.nodes[index])
-                ranks[rank] = {"environment": environment, "fault": fault.told() if hurt else None}
-            job = {
-                "folder": str(folder),
-                "flags": command_line(flags),
-                "limit": limit,
-                "ranks": ranks,
-                "world_size": world_size,
-            }
-            server.stdin.write(json.dumps(job) + "\n")
-            server.stdin.flush()
+            ranks = range(index * per_node, (index + 1) * per_node)
+            job = Job(
+                folder.resolve(),
+                world_size,
+                {rank: self._environment(rank, world_size, per_node, port, self.nodes[index]) for rank in ranks},
+                flags=command_line(flags),
+                faults={rank: fault.told() for rank in ranks if fault is not None and rank in fault.ranks},
+                limit=limit,
+            )
+            server.submit(job)
         if meanwhile is not None:
             meanwhile(folder)
-        found = [json.loads(server.stdout.readline()) for server in self._servers]
-        return self._outcome(folder, found, world_size)
+        return self._outcome(folder, [server.result() for server in self._servers], world_size)
 
-    def _outcome(self, folder: Path, found: list[dict[str, Any]], world_size: int) -> Outcome:
-        ended = {int(rank): end for part in found for rank, end in part["ended"].items()}
-        faults = {int(rank): fault for part in found for rank, fault in part["faults"].items()}
+    def _outcome(self, folder: Path, found: list[dict[str, dict[int, Any]]], world_size: int) -> Outcome:
+        ended = {rank: end for part in found for rank, end in part["ended"].items()}
+        faults = {rank: fault for part in found for rank, fault in part["faults"].items()}
         phases = {rank: phases_of(folder, rank) for rank in range(world_size)}
         starts = [fault["time"] for fault in faults.values()] or [p[0][0] for p in phases.values() if p] or [0.0]
         return Outcome(
@@ -158,28 +149,15 @@ class Fleet:
             phases=phases,
         )
 
-    @staticmethod
-    def _environment(rank: int, world_size: int, per_node: int, port: int, node: Node) -> dict[str, str]:
-        return {
-            **{name: rank_environment(rank, world_size)[name] for name in ("RANK", "WORLD_SIZE")},
+    def _environment(self, rank: int, world_size: int, per_node: int, port: int, node: Node) -> dict[str, str]:
+        return rank_environment(rank, world_size) | {
             "LOCAL_RANK": str(rank % per_node),
             "LOCAL_WORLD_SIZE": str(per_node),
+            "MASTER_ADDR": self.nodes[0].address,
             "MASTER_PORT": str(port),
             "GLOO_SOCKET_IFNAME": node.interface,
             "TP_SOCKET_IFNAME": node.interface,
         }
-
-    def _start(self, node: Node, log: Any) -> subprocess.Popen:
-        environment = {**rank_environment(0, 1), "MASTER_ADDR": self.nodes[0].address}
-        return subprocess.Popen(
-            [*node.enter(), sys.executable, "-m", "faults.server"],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            start_new_session=True,
-        )
 
 
 def phases_of(folder: Path, rank: int) -> list[tuple[float, str]]:

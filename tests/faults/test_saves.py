@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from harness import TESTS, rank_environment
+from harness import launch
 from transformers.trainer_utils import rotate_checkpoints
 
 from smt_dist.checkpoint import atomic
@@ -106,9 +104,8 @@ def test_files_written_in_place_would_be_mixed(tmp_path):
 
 def test_adapter_survives_sigkill_while_it_is_overwritten(tmp_path):
     """The real thing: processes that save without end, killed at random moments."""
-    command = [sys.executable, str(TESTS / "workers/killed_saves.py"), str(tmp_path / "adapter"), "30", "0"]
-    done = subprocess.run(command, env=rank_environment(0, 1), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = launch("workers.killed_saves:overwrite_and_kill", 1, tmp_path, kills=30, seed=0)
+    assert sum(found.values()) == 30
 
 
 def test_files_of_the_old_save_that_the_new_one_lacks_are_gone(tmp_path):

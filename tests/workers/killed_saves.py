@@ -1,14 +1,10 @@
-"""Saves two adapters by turns into one folder, is killed at random moments, and reads what is left.
-
-Run as a program: ``killed_saves.py FOLDER KILLS SEED``; prints how often each adapter was found.
-"""
+"""Save two adapters by turns, be killed at random moments, and read what is left."""
 
 from __future__ import annotations
 
 import os
 import random
 import signal
-import sys
 import time
 from collections import Counter
 from itertools import cycle
@@ -43,8 +39,9 @@ def what_is_there(folder: Path) -> str:
     return f"{len(adapter.selection)} of {value}"
 
 
-def main(folder: Path, kills: int, seed: int) -> None:
-    torch.set_num_threads(1)
+def overwrite_and_kill(place: Path, kills: int, seed: int) -> dict[str, int]:
+    """Count how often each adapter was found after ``kills`` kills."""
+    folder = place / "adapter"
     models, draw = make_models(), random.Random(seed)
     smt_dist.save_adapter(next(iter(models.values())), folder)
     began = time.monotonic()
@@ -61,8 +58,4 @@ def main(folder: Path, kills: int, seed: int) -> None:
         os.waitpid(child, 0)
         found[what_is_there(folder)] += 1
     assert set(found) == set(models), f"only {found}: nothing was overwritten"
-    print(dict(found))
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    return dict(found)
