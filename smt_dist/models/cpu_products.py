@@ -56,7 +56,7 @@ def fp32_products(wanted: bool | None, device: str, dtype: torch.dtype) -> Abstr
         device: ``"cpu"`` or another, where torch multiplies by itself.
         dtype: of the weights.
     """
-    if device != "cpu" or dtype != torch.bfloat16:
+    if device != "cpu" or (wanted is None and dtype != torch.bfloat16):
         return nullcontext()
     why = "--cpu_fp32_products"
     if wanted is None:
