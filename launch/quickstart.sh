@@ -2,13 +2,13 @@
 # Fine-tunes SmolLM2-135M-Instruct on short sums with SMT: 2 ranks, ZeRO-2, bf16. Prints exact-match accuracy on
 # held-out tasks before and after, and where the adapter lies. Run it again at will: set-up, model and tasks are kept.
 #
-#   launch/quickstart.sh            STEPS=150 EVAL_ITEMS=128 RANKS=2 OUTPUT=outputs/quickstart may be set before it
+#   launch/quickstart.sh            STEPS=120 EVAL_ITEMS=128 RANKS=2 OUTPUT=outputs/quickstart may be set before it
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
 smt_environment quickstart
 
-steps="${STEPS:-150}"
+steps="${STEPS:-120}"
 items="${EVAL_ITEMS:-128}"
 ranks="${RANKS:-2}"
 output="${OUTPUT:-outputs/quickstart}"
@@ -38,13 +38,13 @@ evaluate() {
 
 took=""
 step "1/4 model and tasks" 30 python launch/prepare_quickstart.py --folder "$output/data"
-step "2/4 before: the better of the plain and the chat prompt" $(( 10 + items * 6 / 10 )) \
+step "2/4 before: the better of the plain and the chat prompt" $(( 15 + items / 2 )) \
   evaluate --prompt_style best --output "$output/before.json"
-step "3/4 fine-tuning: $steps steps on $ranks ranks, ZeRO-2, bf16" $(( 50 + steps * 2 )) \
+step "3/4 fine-tuning: $steps steps on $ranks ranks, ZeRO-2, bf16" $(( 60 + steps * 3 )) \
   deepspeed --num_gpus "$ranks" launch/train.py configs/recipes/quickstart.yaml \
   --model_name_or_path "$output/data/model" --train_file "$output/data/train.json" --output_dir "$output/adapter" \
   --max_steps "$steps"
-step "4/4 after" $(( 15 + items * 3 / 10 )) \
+step "4/4 after" $(( 15 + items / 4 )) \
   evaluate --prompt_style chat --adapter "$output/adapter" --output "$output/after.json"
 
 echo
