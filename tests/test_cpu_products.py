@@ -140,7 +140,7 @@ def test_products_in_fp32_are_no_farther_from_the_truth():
 @pytest.mark.parametrize("shape", [(3, 64), (2, 3, 64)])
 @pytest.mark.parametrize("has_bias", [False, True])
 def test_evaluation_multiplies_in_fp32_too(calls, mode, shape, has_bias):
-    """inference_mode, in which answers are generated, shows a linear layer whole: its product would stay in bf16."""
+    """inference_mode shows a linear layer whole: its product would stay in bf16."""
     generator = torch.Generator().manual_seed(0)
     weight, bias, x = (torch.randn(size, generator=generator).bfloat16() for size in ((32, 64), (32,), shape))
     added = [bias] if has_bias else []

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
 from harness import launch, launch_engines
-from tiers import chosen, engines_of, slow_rows_unless
+from tiers import all_differences, chosen, engines_of, slow_rows_unless
 from tiny_models import label_tokens, make_rows, sum_of_token_losses
 from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoModelForCausalLM
@@ -43,7 +43,7 @@ def evaluated(request, tmp_path_factory, model_folder):
 
 @pytest.fixture(scope="module")
 def trained(request, tmp_path_factory, model_folder):
-    """(world size, engine) -> each rank's findings, one for each plan; one process is the reference."""
+    """(world size, engine) -> each rank's findings by plan; one process is the reference."""
     folder, found = tmp_path_factory.mktemp("trained"), {}
     runs = {(1, "ddp"): None, (2, "ddp"): None} | dict.fromkeys(chosen(request, "world_size", "engine"))
     for world_size, engines in engines_of(runs).items():
@@ -72,17 +72,15 @@ def means(model_folder):
 @each_run
 def test_evaluation_loss_is_the_mean_over_the_sets_trained_tokens(evaluated, means, world_size, engine):
     """At any batch size, packed or not; compute_metrics sees each row once."""
-    for rank in evaluated[world_size, engine]:
-        assert rank["world_size"] == world_size
-        assert ("DeepSpeedEngine" in rank["engine"]) == engine.startswith("zero")
-        wrong = {
-            key: (loss, means[int(key.split("/")[0])])
-            for key, loss in rank["losses"].items()
-            if loss != pytest.approx(means[int(key.split("/")[0])], rel=EVALUATION_TOLERANCE)
-        }
-        assert not wrong
-        counts = {key: rows for key, rows in rank["rows"].items() if key.endswith("plain")}
-        assert counts == {key: int(key.split("/")[0]) for key in counts}
+    with all_differences() as check:
+        for rank in evaluated[world_size, engine]:
+            assert rank["world_size"] == world_size
+            assert ("DeepSpeedEngine" in rank["engine"]) == engine.startswith("zero")
+            for key, loss in rank["losses"].items():
+                count, _, kind = key.split("/")
+                with check(key):
+                    assert loss == pytest.approx(means[int(count)], rel=EVALUATION_TOLERANCE)
+                    assert kind == "packed" or rank["rows"][key] == int(count)
 
 
 @each_run
@@ -98,22 +96,21 @@ def test_predict_gives_each_row_once_and_in_order(evaluated, means, world_size, 
 
 @each_run
 def test_odd_last_steps_are_those_of_one_process(trained, world_size, engine):
-    """Row counts that ranks and micro-batches don't divide; the gradient norm of a step shows one row too many."""
+    """Row counts that nothing divides; a step's gradient norm shows one row too many."""
     expected = {(count, kind): found for (count, _, kind), found in zip(PLANS, trained[1, "ddp"][0], strict=True)}
-    differences = []
-    for rank in trained[world_size, engine]:
-        for plan, found in zip(plans_for(world_size), rank, strict=True):
-            truth = expected[plan[0], plan[2]]
-            assert found["world_size"] == world_size
-            assert len(truth["gradient_norms"]) >= EPOCHS
-            for key in ("gradient_norms", "losses", "eval_losses"):
-                if found[key] != pytest.approx(truth[key], rel=TRAINING_TOLERANCE):
-                    differences.append((plan, key, found[key], truth[key]))
-            for module, blocks in found["blocks"].items():
-                if not torch.allclose(blocks, truth["blocks"][module], rtol=1e-4, atol=1e-6):
-                    differences.append((plan, module))
-            assert all(blocks.abs().max() > 0 for blocks in found["blocks"].values())
-    assert not differences
+    with all_differences() as check:
+        for rank in trained[world_size, engine]:
+            for plan, found in zip(plans_for(world_size), rank, strict=True):
+                truth = expected[plan[0], plan[2]]
+                assert found["world_size"] == world_size
+                assert len(truth["gradient_norms"]) >= EPOCHS
+                for key in ("gradient_norms", "losses", "eval_losses"):
+                    with check(f"{plan}: {key}"):
+                        assert found[key] == pytest.approx(truth[key], rel=TRAINING_TOLERANCE)
+                for module, blocks in found["blocks"].items():
+                    with check(f"{plan}: {module}"):
+                        assert torch.allclose(blocks, truth["blocks"][module], rtol=1e-4, atol=1e-6)
+                        assert blocks.abs().max() > 0
 
 
 @each_run
@@ -149,7 +146,7 @@ def test_without_the_mends_ranks_change_the_loss_and_the_step(tmp_path, model_fo
 
 
 def test_every_row_is_left_once_for_any_rows_batch_and_ranks():
-    """Against accelerate's own sampler: what isn't masked is the data set, once; also in an epoch that is resumed."""
+    """Against accelerate's own sampler: what isn't masked is the data set, resumed or not."""
     for count in range(1, 24):
         for size in (1, 2, 3, 4):
             for ranks in (2, 3, 4):

@@ -69,7 +69,7 @@ def in_default_tier(test: Callable) -> bool:
 
 
 def quick_values(test: Callable, names: str | tuple[str, ...]) -> list[Any]:
-    """List what the default tier runs of a test's parameter, or of several that were given together."""
+    """List a parameter's values in the default tier, or those of several given together."""
     (parameter,) = [mark for mark in _marks(test) if mark.name == "parametrize" and mark.args[0] == names]
     return _quick(parameter) if in_default_tier(test) else []
 

@@ -65,7 +65,7 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class VerifiedFolder(os.PathLike):
-    """A saved folder whose content was compared with its manifest: handed on, so that it isn't read for that again.
+    """Hold a saved folder whose content equals its manifest, so that it is compared once only.
 
     Attributes:
         folder: where it lies.
@@ -83,7 +83,7 @@ class VerifiedFolder(os.PathLike):
         return cls(folder, manifest, {name: _stamp(folder / name) for name in set(manifest.files) - _FREE_FILES})
 
     def check_unchanged(self) -> None:
-        """Refuse a folder of which a file was written since it was verified. Raises SMTError, naming the file."""
+        """Raise SMTError, naming the file, if one was written since the folder was verified."""
         for name, stamp in self.stamps.items():
             if _stamp(self.folder / name) != stamp:
                 raise SMTError(f"{self.folder / name}: was changed after it was verified; does another run write here?")
@@ -96,7 +96,7 @@ class VerifiedFolder(os.PathLike):
 
 
 def write_manifest(folder: Path) -> Manifest:
-    """Measure all files of ``folder`` and write its manifest; all of it is on the disk when this returns."""
+    """Measure all files of ``folder`` and write its manifest; all are on the disk afterwards."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_FILE)
     files = {}
     for path in paths:
@@ -117,7 +117,10 @@ def write_manifest(folder: Path) -> Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a saved folder, after a move that was cut short is finished; None if there is none.
+    """Read a saved folder's manifest, after finishing a move that was cut short.
+
+    Returns:
+        None if there is none.
 
     Raises:
         SMTError: it is damaged, or the move can't be finished.
@@ -198,7 +201,10 @@ class Save:
 
 @contextlib.contextmanager
 def saving(target: str | Path) -> Iterator[Path]:
-    """A folder to write into; at the end it takes the place of ``target``'s files, all or none. On one rank."""
+    """Give a folder to write into, which replaces ``target``'s files at the end, all or none.
+
+    To be called on one rank.
+    """
     save = Save(Path(target))
     try:
         save.begin()

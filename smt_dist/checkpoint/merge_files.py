@@ -208,7 +208,11 @@ def _write_weights(
 
 
 def _merged(plan: _Plan, name: str, dtype: torch.dtype | None) -> tuple[torch.Tensor, float, float]:
-    """A tensor of the output; the squared norms of what rounding lost of its deltas, and of the deltas."""
+    """Compute a tensor of the output.
+
+    Returns:
+        The tensor, and the squared norms of what rounding lost of its deltas and of the deltas.
+    """
     tensor = plan.read(name)
     target = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
     if name not in plan.modules:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,7 +105,7 @@ def build_dataset(
     dataset = dataset.select(kept).remove_columns(["truncated", "trained_tokens"])
     lengths = [len(ids) for ids in dataset["input_ids"]]
     if packing:
-        dataset = _pack(dataset, pack_lengths(lengths, max_seq_length))
+        dataset = pack(dataset, pack_lengths(lengths, max_seq_length))
     else:
         dataset = dataset.add_column("attention_mask", [[1] * length for length in lengths])
     report = DataReport(
@@ -181,6 +181,22 @@ def pack_lengths(lengths: list[int], capacity: int, open_bins: int = 64) -> list
     return bins
 
 
+def trained_tokens(batch: Mapping[str, Any], loss_shifts_labels: bool = True) -> torch.Tensor:
+    """Count the labels of a batch that a loss is computed on, as Trainer does.
+
+    Args:
+        batch: with ``labels``, or ``shift_labels`` that are compared with the logits as they lie.
+        loss_shifts_labels: whether the model predicts each label from the tokens before it, and so never the first.
+
+    Returns:
+        An int64 scalar on the labels' device.
+    """
+    if batch.get("shift_labels") is not None:
+        return (batch["shift_labels"] != IGNORED).sum()
+    labels = batch["labels"]
+    return ((labels[..., 1:] if loss_shifts_labels else labels) != IGNORED).sum()
+
+
 @dataclass(frozen=True)
 class CausalLMCollator:
     """Pads examples of :func:`build_dataset` on the right, into ``[batch, length]`` int64 tensors.
@@ -213,7 +229,8 @@ class CausalLMCollator:
         return [{"input_ids": self.pad_token_id, "labels": IGNORED, "attention_mask": 0}[name]] * count
 
 
-def _pack(dataset: datasets.Dataset, bins: list[list[int]]) -> datasets.Dataset:
+def pack(dataset: datasets.Dataset, bins: list[list[int]]) -> datasets.Dataset:
+    """Join each bin's examples (:func:`pack_lengths`); positions restart at every example."""
     ids, labels = dataset["input_ids"][:], dataset["labels"][:]
     return datasets.Dataset.from_dict(
         {

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from smt_dist.data.dataset import trained_tokens
 from smt_dist.distributed import all_reduce_sum, collective_device, get_rank, is_distributed
 from smt_dist.engines.base import Tuning
 from smt_dist.errors import SMTError
@@ -69,7 +70,7 @@ def next_step(iterator: Iterator[Batch | list[Batch]], index: int) -> tuple[Glob
     item = next(iterator, None)
     micro_batches = [] if item is None else list(item) if isinstance(item, list) else [item]
     unlabelled = sum("labels" not in batch for batch in micro_batches)
-    tokens = 0 if unlabelled else sum(count_label_tokens(batch) for batch in micro_batches)
+    tokens = 0 if unlabelled else sum(int(trained_tokens(batch)) for batch in micro_batches)
     count = len(micro_batches)
     # Equal counts on all ranks: sum(n)^2 == W * sum(n^2). Checked, for a rank that runs out makes the others hang.
     totals = torch.tensor([tokens, count, count * count, 1, unlabelled], dtype=torch.float64)
@@ -87,20 +88,20 @@ def next_step(iterator: Iterator[Batch | list[Batch]], index: int) -> tuple[Glob
     return micro_batches, int(tokens)
 
 
-def count_label_tokens(batch: Batch) -> int:
-    """The number of predicted tokens: a causal model predicts the labels from the second on."""
-    return int((batch["labels"][..., 1:] != -100).sum())
-
-
 def _loss(model: nn.Module, tuning: Tuning, batch: Batch, tokens: int) -> torch.Tensor:
     """The batch's sum of token losses over the global step's number of label tokens."""
     device = device_of(model)
     inputs = {name: value.to(device) for name, value in batch.items()}
     if _takes_token_count(model):
         return tuning.forward(**inputs, num_items_in_batch=tokens).loss
-    outputs, own = tuning.forward(**inputs), count_label_tokens(batch)
+    outputs = tuning.forward(**inputs)
+    return share_of_step(outputs.loss, outputs.logits, int(trained_tokens(batch)), tokens)
+
+
+def share_of_step(loss: torch.Tensor, logits: torch.Tensor, own: int, tokens: int) -> torch.Tensor:
+    """Scale a mean loss over ``own`` tokens to its share of the mean over a step's ``tokens``."""
     # The mean over no token is NaN: such a batch still runs, for the other ranks' collectives, and adds zero.
-    return outputs.loss * (own / tokens) if own else outputs.logits.sum() * 0
+    return loss * (own / tokens) if own else logits.sum() * 0
 
 
 def _takes_token_count(model: nn.Module) -> bool:

@@ -15,9 +15,10 @@ from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, Skip
 from accelerate.state import GradientState
 from transformers.trainer_pt_utils import IterableDatasetShard
 
-from smt_dist.data.dataset import IGNORED
+from smt_dist.data.dataset import IGNORED, trained_tokens
 from smt_dist.distributed import all_reduce_sum, collective_device, get_rank
 from smt_dist.errors import SMTError
+from smt_dist.selection.steps import share_of_step
 
 Batch = Mapping[str, Any]
 LABELS = ("labels", "shift_labels")
@@ -30,12 +31,12 @@ def mask_repeated_rows(batch: Batch, state: GradientState) -> Batch:
         batch: this rank's, as the data loader that is being iterated over has just given it.
         state: accelerate's, which knows that data loader and whether this was its last batch.
     """
-    rows = next((len(batch[name]) for name in LABELS if batch.get(name) is not None), 0)
-    if not rows or not state.end_of_dataloader or not (repeated := repeated_rows(state.active_dataloader, rows)):
+    labels = {name: batch[name] for name in LABELS if batch.get(name) is not None}
+    if not labels or not state.end_of_dataloader:
         return batch
-    masked = {name: batch[name].clone() for name in LABELS if batch.get(name) is not None}
-    for labels in masked.values():
-        labels[rows - repeated :] = IGNORED
+    rows = len(next(iter(labels.values())))
+    repeated = torch.arange(rows - repeated_rows(state.active_dataloader, rows), rows)
+    masked = {name: value.index_fill(0, repeated.to(value.device), IGNORED) for name, value in labels.items()}
     return {**batch, **masked}
 
 
@@ -63,7 +64,7 @@ def _own(remainder: int, rows: int, rank: int) -> int:
 
 
 def check_loader(loader: Any) -> Any:
-    """Return ``loader``, whose ranks have equally many batches and know what fills up the last one.
+    """Return ``loader`` if its ranks have equally many batches and know the repeated rows.
 
     Raises:
         SMTError: ``accelerator_config`` asks for something else.
@@ -73,14 +74,6 @@ def check_loader(loader: Any) -> Any:
     if not getattr(loader.batch_sampler, "even_batches", True):
         raise SMTError("--accelerator_config: even_batches false would leave ranks waiting for one another")
     return loader
-
-
-def trained_tokens(batch: Batch, loss_shifts_labels: bool = True) -> torch.Tensor:
-    """Count the labels of a batch that a loss is computed on, as Trainer does: an int64 scalar on their device."""
-    if batch.get("shift_labels") is not None:
-        return (batch["shift_labels"] != IGNORED).sum()
-    labels = batch["labels"]
-    return ((labels[..., 1:] if loss_shifts_labels else labels) != IGNORED).sum()
 
 
 class TokenMean:
@@ -105,7 +98,7 @@ class TokenMean:
 
 
 class StepTokens:
-    """Weighs mean losses of micro-batches by their tokens, for models whose forward takes no ``num_items_in_batch``.
+    """Weigh micro-batches by tokens, for models that take no ``num_items_in_batch``.
 
     Attributes:
         total: trained tokens of the global step.
@@ -120,7 +113,5 @@ class StepTokens:
         self.total = int(all_reduce_sum(tokens))
 
     def share(self, loss: torch.Tensor, outputs: Any, batch: Batch, world_size: int) -> torch.Tensor:
-        """Return a micro-batch's share of the step's mean loss, times the ranks over which engines average."""
-        own = int(trained_tokens(batch))
-        # The mean over no token is NaN; the micro-batch still runs backward, for the other ranks' collectives.
-        return loss * (own * world_size / self.total) if own else outputs["logits"].sum() * 0
+        """Scale a micro-batch's mean loss to its share of the step, times the ranks averaged over."""
+        return world_size * share_of_step(loss, outputs["logits"], int(trained_tokens(batch)), self.total)

@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 from smt_dist.checkpoint.atomic import VerifiedFolder
 from smt_dist.checkpoint.rotation import checkpoint_folder, find_checkpoint
 from smt_dist.config import SMTConfig
+from smt_dist.data.dataset import trained_tokens
 from smt_dist.distributed import assert_same_on_all_ranks, get_world_size
 from smt_dist.engines import make_engine
 from smt_dist.engines.base import Engine, unwrapped
@@ -35,7 +36,7 @@ from smt_dist.training.arguments import SMTTrainingArguments
 from smt_dist.training.guards import GuardCallback
 from smt_dist.training.resume import restore_best_blocks, restore_random_state, restore_training
 from smt_dist.training.saving import CheckpointWriter
-from smt_dist.training.token_counts import StepTokens, TokenMean, check_loader, mask_repeated_rows, trained_tokens
+from smt_dist.training.token_counts import StepTokens, TokenMean, check_loader, mask_repeated_rows
 
 # Adam keeps an fp32 master and two fp32 moments of each trained element.
 STATE_BYTES = 12
@@ -87,7 +88,8 @@ class SMTTrainer(Trainer):
             assert_same_on_all_ranks(model.smt.selection.to_json().encode(), "the block selection")
         self.engine = engine or make_engine(args.engine_options)
         self.initial_deltas = deltas
-        with _saving_only_the_model(args):
+        # Trainer refuses to save the optimizer of a model that was sharded as it was loaded; SMT's checkpoints hold it.
+        with _meanwhile(args, save_only_model=args.save_only_model or args.engine == "fsdp2"):
             super().__init__(model=model, args=args, **kwargs)
         if args.engine != "deepspeed":
             # Trainer's own switch for a model that nobody may wrap, not even DDP: it would all-reduce the blocks
@@ -165,13 +167,14 @@ class SMTTrainer(Trainer):
 
     def _get_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         # Trainer would leave the evaluation's last rows out too.
-        with _dropping_no_rows(self.args, not kwargs.get("is_training")):
+        drops = self.args.dataloader_drop_last and kwargs.get("is_training", False)
+        with _meanwhile(self.args, dataloader_drop_last=drops):
             return check_loader(super()._get_dataloader(*args, **kwargs))
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], torch.Tensor | int | None]:
-        """Collect a global step's micro-batches and its trained tokens; each row counts once an epoch."""
+        """Collect a step's micro-batches and count its trained tokens, each row once an epoch."""
         # Trainer would train once more on the rows that fill up the last batch, and divide by their tokens too.
         rows_once = (mask_repeated_rows(batch, self.accelerator.gradient_state) for batch in epoch_iterator)
         batches, items = super().get_batch_samples(rows_once, num_batches, device)
@@ -236,7 +239,7 @@ class SMTTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Evaluate or predict, as ``Trainer.evaluation_loop`` does; the loss is the mean over all trained tokens."""
+        """Run ``Trainer.evaluation_loop``; the loss is the mean over all trained tokens."""
         # Trainer's is a mean of batch means, which changes with the ranks and the batch size.
         self.evaluation_mean, loss = TokenMean(), f"{metric_key_prefix}_loss"
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
@@ -334,28 +337,14 @@ class SMTTrainer(Trainer):
 
 
 @contextmanager
-def _saving_only_the_model(args: SMTTrainingArguments) -> Iterator[None]:
-    """Let Trainer be made for a model that was sharded as it was loaded.
-
-    It refuses to save such a model's optimizer, which SMT's checkpoints hold.
-    """
-    before = args.save_only_model
-    args.save_only_model = before or args.engine == "fsdp2"
+def _meanwhile(args: SMTTrainingArguments, **values: Any) -> Iterator[None]:
+    """Give arguments other values inside the context."""
+    before = {name: getattr(args, name) for name in values}
+    vars(args).update(values)
     try:
         yield
     finally:
-        args.save_only_model = before
-
-
-@contextmanager
-def _dropping_no_rows(args: SMTTrainingArguments, apply: bool) -> Iterator[None]:
-    """Let a data loader be made that holds every row, whatever ``--dataloader_drop_last`` says of training."""
-    before = args.dataloader_drop_last
-    args.dataloader_drop_last = before and not apply
-    try:
-        yield
-    finally:
-        args.dataloader_drop_last = before
+        vars(args).update(before)
 
 
 def block_parameter_groups(model: nn.Module, learning_rate: float, weight_decay: float) -> list[dict[str, Any]]:

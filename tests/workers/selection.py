@@ -9,10 +9,10 @@ import torch
 
 from smt_dist.config import SMTConfig
 from smt_dist.data.batches import warmup_batches
+from smt_dist.data.dataset import trained_tokens
 from smt_dist.distributed import get_world_size
 from smt_dist.engines import make_engine
 from smt_dist.selection.select import select_blocks
-from smt_dist.selection.steps import count_label_tokens
 from smt_dist.selection.warmup import collect_scores
 from smt_dist.sparse.blocks import BlockGrid
 from workers.runs import elements_held, engine_arguments, load_model, standard_data
@@ -66,7 +66,7 @@ def _select(folder: Path, engine: str, model_folder: str) -> dict[str, Any]:
         model = load_model(model_folder, args)
         found["base_elements_held"] = elements_held(model)
         found["micro_batches_without_labels"] = sum(
-            count_label_tokens(batch) == 0 for step in warmup_batches(data, args.batch_order, STEPS) for batch in step
+            trained_tokens(batch) == 0 for step in warmup_batches(data, args.batch_order, STEPS) for batch in step
         )
         with make_engine(args.engine_options).probing(model):
             for score in SCORES:

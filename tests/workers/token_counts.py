@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
-from itertools import chain
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -11,11 +10,11 @@ from unittest import mock
 import datasets
 import numpy as np
 import torch
-from tiny_models import make_rows
+from tiny_models import IGNORED, make_rows
 from transformers import EvalPrediction, Trainer
 
 import smt_dist
-from smt_dist.data.dataset import CausalLMCollator, pack_lengths
+from smt_dist.data.dataset import CausalLMCollator, pack, pack_lengths
 from smt_dist.distributed import get_world_size
 from smt_dist.models.packing import prepare_model_for_packing
 from smt_dist.training.arguments import SMTTrainingArguments
@@ -30,25 +29,19 @@ MENDS = ("get_batch_samples", "prediction_step", "evaluation_loop", "compute_los
 def evaluation_rows(count: int) -> datasets.Dataset:
     """Rows of very different length, one of them with a single trained token."""
     rows = [make_rows(count, seed=count)[index] for index in range(count)]
-    rows[-1]["labels"] = [-100] * (len(rows[-1]["labels"]) - 1) + rows[-1]["labels"][-1:]
+    rows[-1]["labels"] = [IGNORED] * (len(rows[-1]["labels"]) - 1) + rows[-1]["labels"][-1:]
     return datasets.Dataset.from_list(rows)
 
 
 def packed(rows: datasets.Dataset) -> datasets.Dataset:
     """The same rows, several in a sequence."""
-    bins = pack_lengths([len(row["input_ids"]) for row in rows], CAPACITY)
-    columns = {
-        name: [list(chain.from_iterable(rows[i][name] for i in members)) for members in bins]
-        for name in ("input_ids", "labels")
-    }
-    positions = [[p for i in members for p in range(len(rows[i]["input_ids"]))] for members in bins]
-    return datasets.Dataset.from_dict({**columns, "position_ids": positions})
+    return pack(rows, pack_lengths([len(row["input_ids"]) for row in rows], CAPACITY))
 
 
 def evaluate(
     folder: Path, model: str, engines: list[str], counts: list[int], batch_sizes: list[int], mended: bool = True
 ) -> dict[str, Any]:
-    """Engine -> its type, the losses by "rows/batch size/packed", and what predict and compute_metrics have seen."""
+    """Return by engine: its type, losses by "rows/batch size/kind", what predict has seen."""
     found = {}
     for engine in engines:
         # A step at rate 0 first: transformers makes a ZeRO-1 or 2 engine in training only.
