@@ -139,6 +139,7 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     show_progress: bool = False,
+    description: str = "Generating",
 ) -> list[str]:
     """Greedy continuations, decoded without special tokens, in the order of ``prompts``.
 
@@ -152,7 +153,7 @@ def generate(
     settings = _greedy_settings(model, tokenizer, max_new_tokens)
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
     texts = [""] * len(prompts)
-    bar = tqdm(total=len(prompts), desc="Generating", unit="item", disable=not show_progress)
+    bar = tqdm(total=len(prompts), desc=description, unit="item", disable=not show_progress)
     with bar, _evaluation_mode(model), torch.inference_mode():
         for begin in range(0, len(order), batch_size):
             chosen = order[begin : begin + batch_size]
@@ -193,6 +194,7 @@ def evaluate(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         show_progress=show_progress,
+        description=f"Answering ({prompt_style} prompt)",
     )
     predictions = [_score(item, text) for item, text in zip(items, texts, strict=True)]
     correct = sum(prediction.correct for prediction in predictions)

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smt_dist.cli.program import positive_int, raise_usage_error, run_program
+from smt_dist.cli.program import configure_logging, positive_int, raise_usage_error, run_program
 from smt_dist.errors import SMTError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Read the questions, answer them, write the scores."""
     arguments = parse_arguments()
+    configure_logging()
     if arguments.adapter and arguments.dtype == "float16":
         # Rounded to fp16, a bf16 or fp32 base can no longer be told from another one.
         raise SMTError("--dtype float16 with --adapter: merge first (smt-merge --dtype float16)")

@@ -28,6 +28,7 @@ from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.fault_tolerance.supervision import honour_collective_timeout, supervise
 from smt_dist.files import replace_file
+from smt_dist.models.cpu_products import fp32_products
 from smt_dist.selection.block_scores import BlockScores, save_scores, scores_path
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.training.arguments import SMTTrainingArguments
@@ -62,6 +63,12 @@ def main() -> None:
         raise SMTError("--eval_file: this program evaluates nothing")
     if run.profile_memory:
         raise SMTError("--profile_memory belongs to train.py")
+    with fp32_products(args.cpu_fp32_products, "cpu" if args.use_cpu else "cuda", args.base_dtype):
+        make_selection(run, args)
+
+
+def make_selection(run: SelectArguments, args: SMTTrainingArguments) -> None:
+    """Run the warm-up and write what it chose, or compare selections; collective."""
     args.set_up_process_group()
     supervise(args.heartbeat_timeout)
     set_seed(args.seed)

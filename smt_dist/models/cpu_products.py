@@ -6,6 +6,7 @@ needs, take 100 times as long as in fp32. Converting a whole weight would need t
 
 from __future__ import annotations
 
+import logging
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+logger = logging.getLogger(__name__)
+
 CPU_INFO = Path("/proc/cpuinfo")
 
 # Elements of a weight that are converted at once: 8 MiB in fp32, which stays in a core's cache.
@@ -21,28 +24,46 @@ PIECE = 2**21
 _COMPOSITE = (torch.ops.aten.linear.default, torch.ops.aten.matmul.default)
 
 
-def lacks_bf16_instructions(cpu_info: str | None = None) -> bool:
-    """Tell whether this CPU has no bf16 instructions; False where that can't be known.
+def find_bf16_instructions(cpu_info: str | None = None) -> tuple[bool, str]:
+    """Tell whether torch multiplies bf16 with this CPU's own instructions, and how that is known.
 
     Args:
         cpu_info: what Linux says of the CPU (x86: ``avx512_bf16``, ``amx_bf16``; ARM: ``bf16``); None: of this one.
     """
+    if not _onednn_has_bf16():
+        return False, "torch has no bf16 kernels for this CPU"
     if cpu_info is None:
         cpu_info = CPU_INFO.read_text() if CPU_INFO.exists() else ""
-    return bool(cpu_info) and "bf16" not in cpu_info
+    if not cpu_info:
+        return True, "torch has bf16 kernels for this CPU, and no list of its instructions is there"
+    if "bf16" in cpu_info:
+        return True, "the CPU has bf16 instructions"
+    return False, "the CPU has no bf16 instructions"
+
+
+def _onednn_has_bf16() -> bool:
+    """Ask what torch asks before it multiplies; oneDNN obeys ``ONEDNN_MAX_CPU_ISA``, which /proc/cpuinfo doesn't."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def fp32_products(wanted: bool | None, device: str, dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Make the context in which a program computes.
+    """Make the context in which a program computes; log the choice where it matters.
 
     Args:
         wanted: whether to multiply bf16 matrices in fp32; None: where that is faster.
         device: ``"cpu"`` or another, where torch multiplies by itself.
         dtype: of the weights.
     """
+    if device != "cpu" or (wanted is None and dtype != torch.bfloat16):
+        return nullcontext()
+    why = "--cpu_fp32_products"
     if wanted is None:
-        wanted = dtype == torch.bfloat16 and lacks_bf16_instructions()
-    return SinglePrecisionProducts() if wanted and device == "cpu" else nullcontext()
+        has_instructions, why = find_bf16_instructions()
+        wanted = not has_instructions
+    logger.info("bf16 matrices are multiplied in %s: %s", "fp32" if wanted else "bf16", why)
+    return SinglePrecisionProducts() if wanted else nullcontext()
 
 
 class SinglePrecisionProducts(TorchDispatchMode):
