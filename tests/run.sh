@@ -6,7 +6,8 @@
 #   tests/run.sh --rest           what the default tier leaves out: the tests marked slow
 #   tests/run.sh [--all | --rest] ARGUMENTS    go to pytest: tests/run.sh -k merge
 #
-# -k chooses within the tier. An -m of your own takes the place of the tier's.
+# -k chooses within the tier. An -m of your own takes the place of the tier's. -n 0 runs all in one process, as --pdb
+# wants it.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
@@ -29,8 +30,8 @@ set_up() {
   python tests/compiled_ops.py .pytest_cache/d/torch_extensions  # where tests/conftest.py looks for it
 }
 
-# What pytest gets in every tier.
-options=()
+# What pytest gets in every tier: a worker for the files that start ranks, one for all others (tests/beside.py).
+options=(-n 2 --dist loadgroup)
 tier="the default tier"
 case "${1:-}" in
   --help | -h) usage; exit ;;
@@ -48,7 +49,7 @@ ruff format --check .
 
 code=0
 SECONDS=0
-python -m pytest ${options[@]+"${options[@]}"} "$@" || code=$?
+python -m pytest "${options[@]}" "$@" || code=$?
 echo "$tier took $((SECONDS / 60)) min $((SECONDS % 60)) s"
 if [ "$tier" = "the default tier" ]; then
   echo "left out: the tests marked slow. tests/run.sh --rest runs them, tests/run.sh --all everything"
