@@ -31,10 +31,14 @@ class SparseLinear(SparseLayer):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(base, grid, blocks, dtype, device)
-        self._layout = _Layout.of(grid, self.blocks)
+        self._layout = Layout.of(grid, self.blocks)
 
     def add_blocks(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return _AddBlocks.apply(y, x, self.delta, self._layout)
+        return self.change_blocks(y, x, self.delta)
+
+    def change_blocks(self, y: torch.Tensor, x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """The base's output ``y`` for the input ``x``, with its weight's blocks changed; ``change`` as ``delta``."""
+        return _AddBlocks.apply(y, x, change, self._layout)
 
     @property
     def in_features(self) -> int:
@@ -57,16 +61,16 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """The places of all blocks, worked out once."""
 
     columns: list[slice]  # of the input features; each that a block reads, once
     places: list[_Place]
 
     @staticmethod
-    def of(grid: BlockGrid, blocks: list[Block]) -> _Layout:
+    def of(grid: BlockGrid, blocks: list[Block]) -> Layout:
         cols = sorted({col for _, col in blocks})
-        return _Layout(
+        return Layout(
             columns=[grid.col_slice(col) for col in cols],
             places=[
                 _Place(cols.index(col), grid.row_slice(row), grid.row_slice(index))
@@ -83,13 +87,12 @@ class _AddBlocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, layout: _Layout) -> torch.Tensor:
-        # Copies, as a saved view would keep all of x alive. x may be wider than y: autocast converts inside the base.
-        inputs = [_flat(x)[:, columns].to(y.dtype, copy=True) for columns in layout.columns]
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, layout: Layout) -> torch.Tensor:
+        inputs = kept_columns(x, layout, y.dtype)
         weights = delta.to(y.dtype)
         out = y.clone(memory_format=torch.contiguous_format)
         for place in layout.places:
-            _flat(out)[:, place.outputs].addmm_(inputs[place.column], weights[place.rows].t())
+            flat(out)[:, place.outputs].addmm_(inputs[place.column], weights[place.rows].t())
         ctx.save_for_backward(delta, *(inputs if ctx.needs_input_grad[2] else []))
         ctx.layout, ctx.x_shape = layout, x.shape
         return out
@@ -97,21 +100,35 @@ class _AddBlocks(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         delta, *inputs = ctx.saved_tensors
-        flat = _flat(grad_y)
+        rows = flat(grad_y)
         grad_x = grad_delta = None
         if ctx.needs_input_grad[1]:
             weights = delta.to(grad_y.dtype)
             grad_x = grad_y.new_zeros(ctx.x_shape)  # autograd converts it to x's dtype
             for place in ctx.layout.places:
                 columns = ctx.layout.columns[place.column]
-                _flat(grad_x)[:, columns].addmm_(flat[:, place.outputs], weights[place.rows])
+                flat(grad_x)[:, columns].addmm_(rows[:, place.outputs], weights[place.rows])
         if ctx.needs_input_grad[2]:
-            grad_delta = torch.empty_like(delta)
-            for place in ctx.layout.places:
-                grad_delta[place.rows] = flat[:, place.outputs].t() @ inputs[place.column]
+            grad_delta = block_gradients(rows, inputs, ctx.layout, delta)
         return grad_y, grad_x, grad_delta, None
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
+def kept_columns(x: torch.Tensor, layout: Layout, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Copy the input columns that blocks read, each once; ``[tokens, block_cols]`` each, in ``dtype``."""
+    # Copies, as a saved view would keep all of x alive. x may be wider than y: autocast converts inside the base.
+    return [flat(x)[:, columns].to(dtype, copy=True) for columns in layout.columns]
+
+
+def block_gradients(
+    grad_y: torch.Tensor, inputs: list[torch.Tensor], layout: Layout, like: torch.Tensor
+) -> torch.Tensor:
+    """Multiply each block's output gradients ``[tokens, out]`` by its input columns; of ``like``'s shape and dtype."""
+    gradient = torch.empty_like(like)
+    for place in layout.places:
+        gradient[place.rows] = grad_y[:, place.outputs].t() @ inputs[place.column]
+    return gradient
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
     """``[..., features]`` -> ``[tokens, features]``; a view of contiguous tensors."""
     return tensor.reshape(-1, tensor.shape[-1])

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from smt_dist.errors import SMTError
-from smt_dist.sparse.blocks import read_blocks, write_blocks
+from smt_dist.sparse.blocks import merged_blocks, read_blocks, write_blocks
 from smt_dist.sparse.frozen import FrozenBlocks
 from smt_dist.sparse.layer import SparseLayer, bare
 from smt_dist.sparse.surgery import sparse_layers
@@ -22,16 +22,6 @@ class _Undo(NamedTuple):
     layer: SparseLayer
     weight: nn.Parameter  # the parameter before the merge: another one after it, if it was tied
     blocks: list[tuple[SparseLayer, torch.Tensor]]  # layers with blocks, outermost first, and the weight's before
-
-
-def merged_blocks(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """The rounding of fp32(base) + fp32(delta) to the base's dtype; both ``[blocks * block_rows, block_cols]``."""
-    return summed_blocks(base, delta).to(base.dtype)
-
-
-def summed_blocks(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """fp32(base) + fp32(delta), before any rounding."""
-    return base.float() + delta.to(base.device, torch.float32)
 
 
 def merge_blocks(model: nn.Module) -> None:
