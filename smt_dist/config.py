@@ -238,6 +238,10 @@ class SMTConfig(_Strict):
         selection: how blocks are ranked.
         warmup: the probing phase.
         reselect: exchange blocks while training; None: never.
+        form: where blocks lie. ``in_place``: inside the base's weight, which then computes them; only their gradients
+            cost anything. ``additive``: beside it, for weights that can't be written. ``auto``: in place under ``ddp``
+            and ``fsdp2`` wherever the weight is dense, floating and used by one module, else additive. It may differ
+            from launch to launch.
         untie: allow a target whose weight is tied to another (an output head tied to the embedding). The
             tie is cut when the blocks are merged.
         bad_numbers: what happens after NaN or infinity in training. It may differ from launch to launch. In the
@@ -249,6 +253,7 @@ class SMTConfig(_Strict):
     selection: SelectionConfig = SelectionConfig()
     warmup: WarmupConfig = WarmupConfig()
     reselect: ReselectConfig | None = None
+    form: Literal["auto", "in_place", "additive"] = "auto"
     untie: bool = Field(default=False, strict=True)
     bad_numbers: BadNumbersConfig = BadNumbersConfig()
 

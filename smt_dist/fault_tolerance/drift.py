@@ -30,7 +30,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 def computing_blocks(model: nn.Module) -> dict[str, torch.Tensor]:
     """Name -> values of the blocks that compute: the trained ones, and those that re-selection has frozen."""
     frozen = {f"{name} (frozen)": layer.delta for name, layer in frozen_layers(model).items()}
-    return {name: layer.delta for name, layer in sparse_layers(model).items()} | frozen
+    return {name: layer.computing_values() for name, layer in sparse_layers(model).items()} | frozen
 
 
 def block_sums(model: nn.Module) -> torch.Tensor:

@@ -31,8 +31,9 @@ class BlockRows(nn.Module):
         rows = table[:, :1] * grid.block_rows + torch.arange(grid.block_rows, device=device)
         self.register_buffer("rows", rows.flatten(), persistent=False)
         self.register_buffer("cols", table[:, 1].repeat_interleave(grid.block_rows), persistent=False)
-        self._shard: tuple[int, int] | None = None  # the rows of the weight that `_places` is of
-        self._places: torch.Tensor | None = None
+        # The shard of the weight that was seen last, and the tables of the rows in it.
+        self._shard: tuple[int, int, torch.device] | None = None
+        self._tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
 
     @torch.no_grad()
     def read(self, weight: torch.Tensor) -> torch.Tensor:
@@ -60,17 +61,19 @@ class BlockRows(nn.Module):
 
     @staticmethod
     def _of(own: _Own, values: torch.Tensor) -> torch.Tensor:
-        return values if own.places is None else values[own.places]
+        # An offloaded shard lies in host memory.
+        return values if own.places is None else values[own.places.to(values.device)].to(own.cut.device)
 
     def _own(self, weight: torch.Tensor) -> _Own:
         if not isinstance(weight, DTensor):
             return _Own(self._cut(weight.detach()), self.rows, self.cols, None)
         local = weight.to_local().detach()
-        shard = (_first_row(weight), len(local))
+        shard = (_first_row(weight), len(local), local.device)
         if self._shard != shard:  # once: it waits for the device
-            first, length = self._shard = shard
-            self._places = ((self.rows >= first) & (self.rows < first + length)).nonzero().flatten()
-        return _Own(self._cut(local), self.rows[self._places] - shard[0], self.cols[self._places], self._places)
+            self._shard, (first, length, device) = shard, shard
+            places = ((self.rows >= first) & (self.rows < first + length)).nonzero().flatten()
+            self._tables = tuple(t.to(device) for t in (self.rows[places] - first, self.cols[places], places))
+        return _Own(self._cut(local), *self._tables)
 
     def _cut(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.unflatten(1, (-1, self._width))

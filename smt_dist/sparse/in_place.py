@@ -6,7 +6,9 @@ parameter costs 2 FLOPs a token in place of 6, and a training step computes bit 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -18,7 +20,7 @@ from smt_dist.errors import SMTError
 from smt_dist.sparse.block_rows import BlockRows
 from smt_dist.sparse.blocks import Block, BlockGrid, merged_blocks
 from smt_dist.sparse.embedding import SparseEmbedding
-from smt_dist.sparse.layer import SparseLayer
+from smt_dist.sparse.layer import SparseLayer, bare
 from smt_dist.sparse.linear import Layout, SparseLinear, block_gradients, flat, kept_columns
 from smt_dist.sparse.sharded import gathered
 
@@ -28,12 +30,13 @@ class InPlaceLayer(SparseLayer):
 
     Attributes:
         original: W0 at the blocks, of ``delta``'s shape and the weight's dtype; None while the weight still is W0, and
-            where an optimizer holds a share of it.
-        values: what an optimizer wrote last, likewise; None without one.
+            where an optimizer holds shares of it.
+        values: what the optimizer wrote last, likewise; None without one.
+        holder: the optimizer's part that holds W0 and writes values; None without one.
     """
 
+    is_in_place = True
     original: torch.Tensor | None
-    values: torch.Tensor | None
 
     def __init__(
         self,
@@ -46,10 +49,13 @@ class InPlaceLayer(SparseLayer):
         super().__init__(base, grid, blocks, dtype, device)
         self.rows = BlockRows(grid, blocks, self.delta.device)
         self.register_buffer("original", None, persistent=False)
-        self.values = None
+        self.values: torch.Tensor | None = None
+        self.holder: Holder | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the base computes, blocks included; without them where the layer is switched off."""
+        if self.holder is not None:
+            self.holder.finish()
         if not self.enabled:
             return self.base_forward(x)
         y = self.base(x)
@@ -65,18 +71,22 @@ class InPlaceLayer(SparseLayer):
 
     # -- values ------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def keep_original(self) -> torch.Tensor:
-        """Read W0 before the first write, and keep it; collective where the base is sharded."""
-        if self.original is None:
-            with gathered(self.weight) as weight:
-                self.original = self.rows.read(weight)
-        return self.original
+    @property
+    def is_written(self) -> bool:
+        """Whether the weight may hold anything else than W0."""
+        return self.original is not None or self.holder is not None
 
     @torch.no_grad()
     def write_values(self) -> None:
-        """Write ``round(W0 + delta)`` into the weight, after a step that an optimizer of the user's made."""
-        self.write(merged_blocks(self.keep_original(), self.delta))
+        """Write ``round(W0 + delta)`` into the weight, after a step that an optimizer of the user's made.
+
+        Collective the first time, where the base is sharded. Raises SMTError where a sharded optimizer writes.
+        """
+        if self.holder is not None:
+            raise SMTError("the blocks' optimizer writes their values itself")
+        if self.original is None:
+            self.original = self.read_original()
+        self.write(merged_blocks(self.original, self.delta))
 
     @torch.no_grad()
     def write(self, values: torch.Tensor) -> None:
@@ -87,12 +97,79 @@ class InPlaceLayer(SparseLayer):
         self.rows.write(self.weight, values)
         increment_version(self.delta)  # a gathered weight is another tensor in that backward
 
+    @torch.no_grad()
+    def read_original(self) -> torch.Tensor:
+        """W0 at the blocks, whole; collective where the base or W0 is sharded."""
+        if self.original is not None:
+            return self.original
+        if self.holder is not None:
+            return self.holder.read_original(self)
+        with gathered(self.weight) as weight:  # not written yet
+            return self.rows.read(weight)
+
+    def read_delta(self) -> torch.Tensor:
+        """The deltas, whole; collective where an optimizer holds them."""
+        return self.delta.detach() if self.holder is None else self.holder.read_delta(self)
+
+    @torch.no_grad()
+    def write_delta(self, delta: torch.Tensor) -> None:
+        """Set the deltas and write the values; as :meth:`write_values`."""
+        self.delta.copy_(delta)
+        self.write_values()
+
+    def write_out(self) -> None:
+        """Write the values, unless an optimizer does."""
+        if self.holder is None:
+            self.write_values()
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Compute what the base does, inside the context; entering it is collective where an optimizer holds W0."""
+        held = self.original is None and self.holder is not None
+        if held:
+            self.original = self.read_original()
+        try:
+            with super().disabled():
+                yield
+        finally:
+            if held:
+                self.original = None
+
     def computing_values(self) -> torch.Tensor:
-        """What the weight holds at the blocks, all ranks' parts of it."""
+        """What the optimizer wrote last, or the weight's own blocks; collective where the base is sharded."""
         if self.values is not None:
             return self.values
         with gathered(self.weight) as weight:
             return self.rows.read(weight)
+
+    @torch.no_grad()
+    def take_back(self) -> None:
+        """Hold W0 and the deltas again, rounded to ``delta``'s dtype, in place of an optimizer; collective."""
+        if self.holder is None:
+            return
+        original, delta = self.read_original(), self.read_delta()
+        self.delta.data = delta.to(self.delta.device, self.delta.dtype)
+        self.original, self.values, self.holder = original, None, None
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Give the weight W0 back; collective where an optimizer holds it."""
+        if self.is_written:
+            self.write(self.read_original())
+        self.original, self.values, self.holder = None, None, None
+
+
+class Holder(Protocol):
+    """What an in-place layer asks of the optimizer that writes its values."""
+
+    def finish(self) -> None:
+        """Write again what an exception has kept from being written."""
+
+    def read_original(self, layer: InPlaceLayer) -> torch.Tensor:
+        """W0 at the layer's blocks, whole; collective."""
+
+    def read_delta(self, layer: InPlaceLayer) -> torch.Tensor:
+        """The layer's deltas, whole; collective."""
 
 
 class InPlaceLinear(InPlaceLayer, SparseLinear):
@@ -106,15 +183,18 @@ class InPlaceLinear(InPlaceLayer, SparseLinear):
 
     def base_forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the base computes with W0: its bits, or within rounding where the weight is an FSDP2 unit of its own."""
-        if self.values is None and self.original is None:
-            return self.base(x)  # never written
+        if not self.is_written:
+            return self.base(x)
         original = _require_original(self)
         if isinstance(self.base, FSDPModule):  # whole only inside its own forward
-            change = original.float() - self.computing_values().float()
+            change = original.float() - self._written().float()
             return self.change_blocks(self.base(x), x, change)
         weight = self.weight.detach().clone()
         self.rows.write(weight, original)
-        return functional_call(self.base, {"weight": weight}, (x,))
+        return functional_call(bare(self), {"weight": weight}, (x,))
+
+    def _written(self) -> torch.Tensor:
+        return merged_blocks(self.original, self.delta.detach()) if self.values is None else self.values
 
 
 class InPlaceEmbedding(InPlaceLayer, SparseEmbedding):
@@ -129,7 +209,7 @@ class InPlaceEmbedding(InPlaceLayer, SparseEmbedding):
     def base_forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the base looks up in W0: its bits."""
         y = self.base(x)
-        if self.values is None and self.original is None:
+        if not self.is_written:
             return y
         original, out = _require_original(self), y.clone()
         for columns, rows, hit in self.looked_up(x):

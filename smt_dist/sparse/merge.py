@@ -21,7 +21,7 @@ _UNDO = "_smt_undo"
 class _Undo(NamedTuple):
     layer: SparseLayer
     weight: nn.Parameter  # the parameter before the merge: another one after it, if it was tied
-    blocks: list[tuple[SparseLayer, torch.Tensor]]  # layers with blocks, outermost first, and the weight's before
+    blocks: list[tuple[SparseLayer, torch.Tensor]]  # additive layers, outermost first, and the weight's blocks before
 
 
 def merge_blocks(model: nn.Module) -> None:
@@ -42,7 +42,8 @@ def merge_blocks(model: nn.Module) -> None:
         module.__dict__.pop(_UNDO, None)  # of an earlier merge, which is part of the base from here on
     for name, layer in layers.items():
         base, original = bare(layer), layer.weight
-        parts = [part for part in (layer, layer.base) if isinstance(part, SparseLayer)]
+        layer.write_out()
+        parts = [part for part in (layer, layer.base) if isinstance(part, SparseLayer) and not part.is_in_place]
         before = [(part, read_blocks(original, part.grid, part.blocks)) for part in parts]
         if tied_parameter_names(model, name):
             base.weight = nn.Parameter(original.detach().clone(), requires_grad=False)

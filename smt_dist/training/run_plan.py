@@ -84,7 +84,9 @@ def _find_config(
         config = SMTConfig.from_json_file(checkpoint.folder / CONFIG_FILE)
         if given is None:
             return config
-        changed = given.first_difference(config.model_copy(update={"bad_numbers": given.bad_numbers}))
+        changed = given.first_difference(
+            config.model_copy(update={"bad_numbers": given.bad_numbers, "form": given.form})
+        )
         if changed is not None:
             raise SMTError(
                 f"--smt_config: {_shown(run.smt_config)} isn't the config that {checkpoint} was trained with: "

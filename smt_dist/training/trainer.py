@@ -318,7 +318,7 @@ class SMTTrainer(Trainer):
         groups = block_parameter_groups(model, args.learning_rate, args.weight_decay)
         release_gradients(blocks)  # of an earlier trainer's optimizer
         idle = any(may_be_idle(name) for name in layers)
-        optimizer = self.engine.make_optimizer(groups, *self.optimizer_class_and_options(), idle)
+        optimizer = self.engine.make_optimizer(groups, *self.optimizer_class_and_options(), idle, self.model)
         for block in blocks:
             # Trainer would all-reduce each gradient; the optimizer reduces them all at once.
             block._replicated_grad_hook_registered = True
