@@ -52,7 +52,7 @@ class SparseLinear(SparseLayer):
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where one block reads its input, writes its output and keeps its values."""
 
     column: int  # index into the layout's columns
@@ -65,7 +65,7 @@ class Layout:
     """The places of all blocks, worked out once."""
 
     columns: list[slice]  # of the input features; each that a block reads, once
-    places: list[_Place]
+    places: list[Place]
 
     @staticmethod
     def of(grid: BlockGrid, blocks: list[Block]) -> Layout:
@@ -73,7 +73,7 @@ class Layout:
         return Layout(
             columns=[grid.col_slice(col) for col in cols],
             places=[
-                _Place(cols.index(col), grid.row_slice(row), grid.row_slice(index))
+                Place(cols.index(col), grid.row_slice(row), grid.row_slice(index))
                 for index, (row, col) in enumerate(blocks)
             ],
         )

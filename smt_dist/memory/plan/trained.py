@@ -18,7 +18,7 @@ from smt_dist.memory.plan.request import Request
 from smt_dist.memory.plan.tracker import MemoryTracker
 from smt_dist.selection.warmup import plan_grids
 from smt_dist.sparse.blocks import BlockSelection
-from smt_dist.sparse.linear import SparseLinear, _Layout, _Place
+from smt_dist.sparse.linear import Layout, Place, SparseLinear
 from smt_dist.sparse.surgery import apply_selection, sparse_layers
 from smt_dist.training.trainer import block_parameter_groups
 
@@ -103,9 +103,9 @@ def _join_columns(model: nn.Module) -> None:
         heights = Counter(place.column for place in layer._layout.places)
         for column, height in sorted(heights.items()):
             part = slice(first * rows, (first + height) * rows)
-            places.append(_Place(column, slice(0, height * rows), part))
+            places.append(Place(column, slice(0, height * rows), part))
             first += height
-        layer._layout = _Layout(layer._layout.columns, places)
+        layer._layout = Layout(layer._layout.columns, places)
 
 
 def _prepare_full(task: Task) -> Step:
