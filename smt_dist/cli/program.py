@@ -23,8 +23,9 @@ def run_program(main: Callable[[], None]) -> None:
     """Run ``main``; turn an :class:`SMTError` into one line on stderr and exit code 2.
 
     Every rank exits with 2, but only rank 0 prints, since all ranks see the same error (see
-    :func:`smt_dist.distributed.agree`); a :class:`RankError`, which one rank may have alone, is printed by each. Ends
-    what :func:`smt_dist.fault_tolerance.supervision.supervise` began: whichever way a rank ends, the others are told.
+    :func:`smt_dist.distributed.raise_on_any_rank`); a :class:`RankError`, which one rank may have alone, is printed by
+    each. Ends what :func:`smt_dist.fault_tolerance.supervision.supervise` began: whichever way a rank ends, the others
+    are told.
     """
     try:
         main()

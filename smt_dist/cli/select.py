@@ -22,7 +22,7 @@ from smt_dist.cli.pictures import draw
 from smt_dist.cli.program import check_writable, parse_arguments, run_program
 from smt_dist.cli.stability_runs import Cell, compare, parse_axes, plan_cells, run_cells, table
 from smt_dist.config import SMTConfig
-from smt_dist.distributed import agree, get_rank, write_on_rank_zero
+from smt_dist.distributed import get_rank, raise_on_any_rank, write_on_rank_zero
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
@@ -73,7 +73,7 @@ def make_selection(run: SelectArguments, args: SMTTrainingArguments) -> None:
     supervise(args.heartbeat_timeout)
     set_seed(args.seed)
     output = Path(run.output)
-    agree(lambda: check_writable("--output", output.parent), "the output folder")
+    raise_on_any_rank(lambda: check_writable("--output", output.parent), "the output folder")
     config = RunPlan.resolve(run).config
     if config.warmup.mode == "full_ft":
         raise SMTError("warmup.mode full_ft moves the base, which this program doesn't keep: run train.py")

@@ -22,7 +22,7 @@ from smt_dist.checkpoint.moved_base import MOVED_BASE, save_moved_base
 from smt_dist.cli.pictures import PAGE_FILE, draw, keep_scores, known_scores
 from smt_dist.cli.program import check_writable, parse_arguments, run_program
 from smt_dist.data.batches import TrainingData
-from smt_dist.distributed import agree, get_rank
+from smt_dist.distributed import get_rank, raise_on_any_rank
 from smt_dist.engines import make_engine
 from smt_dist.engines.base import Engine
 from smt_dist.errors import SMTError
@@ -79,9 +79,9 @@ def tune(run: RunArguments, args: SMTTrainingArguments) -> None:
     args.set_up_process_group()
     supervise(args.heartbeat_timeout)
     set_seed(args.seed)
-    agree(lambda: check_writable("--output_dir", Path(args.output_dir)), "the output folder")
+    raise_on_any_rank(lambda: check_writable("--output_dir", Path(args.output_dir)), "the output folder")
     if run.profile_memory is not None:
-        agree(lambda: prepare_profiling(Path(run.profile_memory)), "the folder of the memory report")
+        raise_on_any_rank(lambda: prepare_profiling(Path(run.profile_memory)), "the folder of the memory report")
     job = load(RunPlan.resolve(run, args.output_dir, args.resume_from_checkpoint), args)
     selection, scores = choose(job)
     trainer, metrics = train(job, selection, scores)
@@ -116,7 +116,7 @@ def choose(job: Job) -> tuple[BlockSelection, BlockScores | None]:
     plan, args, model, recorder = job.plan, job.args, job.model, job.recorder
     folder = Path(args.output_dir)
     if plan.selection is not None:
-        return plan.selection, agree(lambda: known_scores(plan.run, folder, plan.selection), "the scores")
+        return plan.selection, raise_on_any_rank(lambda: known_scores(plan.run, folder, plan.selection), "the scores")
     enter_phase("warm-up")
     with recorder.phase("warmup", model):
         observe = recorder.observe_warmup(model, plan.config.warmup.steps)

@@ -106,8 +106,8 @@ def check_masters(
         local_state: (name, tensor) of this rank's part of the optimizer's state.
 
     Returns:
-        To be called by :func:`smt_dist.distributed.agree`: raises SMTError for numbers that aren't finite and for
-        masters of which the values that compute aren't the rounding.
+        To be called by :func:`smt_dist.distributed.raise_on_any_rank`: raises SMTError for numbers that aren't finite
+        and for masters of which the values that compute aren't the rounding.
     """
     wrong = "the block values of {} aren't those of their fp32 masters"
     problem = None if damaged is None else wrong.format(damaged)

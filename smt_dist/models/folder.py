@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from smt_dist.distributed import agree
+from smt_dist.distributed import raise_on_any_rank
 from smt_dist.errors import RankError, SMTError, whole_message
 from smt_dist.files import TensorKind, parse_json_object, read_header, read_text, shorten
 
@@ -141,7 +141,7 @@ def load_causal_lm(
         )
     except Exception as error:  # parsers of foreign files raise anything at all
         raise RankError(f"{source}: can't be loaded as a causal language model ({whole_message(error)})") from None
-    agree(lambda: _check_report(source, report), "loading the base")
+    raise_on_any_rank(lambda: _check_report(source, report), "loading the base")
     return model
 
 

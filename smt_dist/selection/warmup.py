@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from smt_dist.config import ACTIVATION, DATA_FREE_SCORES, SMTConfig
-from smt_dist.distributed import agree
+from smt_dist.distributed import raise_on_any_rank
 from smt_dist.engines.base import Tuning
 from smt_dist.errors import SMTError
 from smt_dist.selection.activations import block_rms, collect_input_rms
@@ -70,7 +70,7 @@ def collect_scores(
     if chosen.score in DATA_FREE_SCORES:
         tables = score_without_data(chosen.score, grids, weights, chosen.seed, progress)
     elif chosen.is_custom:
-        function = agree(lambda: load_score_function(chosen.score), "the score function")
+        function = raise_on_any_rank(lambda: load_score_function(chosen.score), "the score function")
         tables, steps = _custom_scores(model, batches, config, grids, function, progress, observe)
     elif chosen.score == ACTIVATION:
         columns, steps = collect_input_rms(model, grids, batches, config.warmup.steps, progress, observe)

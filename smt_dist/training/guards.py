@@ -1,6 +1,6 @@
 """``GuardCallback``: the guards of a long run on machines that fail.
 
-Before each optimizer step the ranks exchange a few integers, once: whether one of them was asked to end
+Before each optimizer step the ranks all-gather a few integers, once: whether one of them was asked to end
 (:mod:`~smt_dist.fault_tolerance.preemption`), and whether what should be equal is
 (:mod:`~smt_dist.fault_tolerance.drift`, :mod:`~smt_dist.fault_tolerance.data_order`).
 :mod:`~smt_dist.fault_tolerance.non_finite` looks at the step's numbers.
@@ -15,7 +15,7 @@ import torch
 from accelerate.utils import DeepSpeedEngineWrapper
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from smt_dist.distributed import agree, assert_same_on_all_ranks
+from smt_dist.distributed import assert_same_on_all_ranks, raise_on_any_rank
 from smt_dist.engines.base import Engine, unwrapped
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
@@ -35,7 +35,7 @@ from smt_dist.sparse.surgery import sparse_layers
 
 
 class GuardCallback(TrainerCallback):
-    """Checks what the ranks must agree on: before the first step, before each step and before each save.
+    """Checks what must be equal on all ranks: before the first step, before each step and before each save.
 
     Args:
         trainer: whose model, optimizer and state are checked.
@@ -70,7 +70,7 @@ class GuardCallback(TrainerCallback):
                 raise Preempted(self.preempted)
 
     def before_step(self) -> None:
-        """Exchange what the ranks must agree on before the optimizer moves anything; collective.
+        """Compare what must be equal on all ranks before the optimizer moves anything; collective.
 
         Raises:
             SMTError: on all ranks: they have drifted apart, or one rank's values aren't its masters'.
@@ -111,7 +111,7 @@ class GuardCallback(TrainerCallback):
         masters = self.engine.read_blocks(model, optimizer)
         damaged = None if optimizer is None else self.engine.damaged_block(model, optimizer)
         report = check_masters(model, damaged, masters, _local_state(optimizer))
-        agree(report, "checking what is to be saved")
+        raise_on_any_rank(report, "checking what is to be saved")
         if self.trainer.lr_scheduler is not None:
             progress = f"{state.global_step} {self.trainer.lr_scheduler.state_dict().get('_last_lr')}"
             assert_same_on_all_ranks(progress.encode(), "the step count or the learning rate")

@@ -15,7 +15,7 @@ from transformers.trainer_utils import TrainOutput
 from smt_dist.checkpoint.atomic import VerifiedFolder
 from smt_dist.checkpoint.rotation import checkpoint_folder, find_checkpoint
 from smt_dist.config import ReselectConfig
-from smt_dist.distributed import agree
+from smt_dist.distributed import raise_on_any_rank
 from smt_dist.errors import SMTError
 from smt_dist.files import parse_json_object, read_text
 from smt_dist.training.reselect import reselect
@@ -140,7 +140,9 @@ def train_in_phases(
     checkpoint = find_checkpoint(resume or None, trainer.args.output_dir)
     if checkpoint is None and trainer.model.smt.reselected_at:
         trainer.model.smt.reselected_at = 0  # of another run, whose adapter this one continues
-    if checkpoint is not None and agree(lambda: _is_due(trainer, plan, checkpoint.folder), "the checkpoint"):
+    if checkpoint is not None and raise_on_any_rank(
+        lambda: _is_due(trainer, plan, checkpoint.folder), "the checkpoint"
+    ):
         checkpoint = reselect(trainer, plan, checkpoint)
     while True:
         outputs.append(trainer.train_phase(checkpoint, options))

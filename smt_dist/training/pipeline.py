@@ -11,7 +11,7 @@ from smt_dist.checkpoint.adapter import Adapter, attach_adapter, verify_base_mod
 from smt_dist.config import SMTConfig
 from smt_dist.data.batches import TrainingData, warmup_batches
 from smt_dist.data.dataset import CausalLMCollator, build_dataset, get_pad_token_id, load_rows
-from smt_dist.distributed import agree, get_world_size, main_process_first
+from smt_dist.distributed import get_world_size, main_process_first, raise_on_any_rank
 from smt_dist.engines.base import Engine
 from smt_dist.fault_tolerance.activity import enter_phase
 from smt_dist.models.chunked_loss import chunk_loss
@@ -53,7 +53,7 @@ def load_data(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Training
 
     if run.dataset_name is not None:  # one process downloads, the others find it in the cache
         return main_process_first(build_all, "reading the data")
-    return agree(build_all, "reading the data")
+    return raise_on_any_rank(build_all, "reading the data")
 
 
 def collect(

@@ -34,7 +34,7 @@ from smt_dist.checkpoint.rotation import find_checkpoint
 from smt_dist.checkpoint.training_state import load_states, save_moments
 from smt_dist.config import ReselectConfig, SMTConfig
 from smt_dist.data.batches import TrainingData, warmup_batches
-from smt_dist.distributed import agree, assert_same_on_all_ranks, write_on_rank_zero
+from smt_dist.distributed import assert_same_on_all_ranks, raise_on_any_rank, write_on_rank_zero
 from smt_dist.engines.base import Moments
 from smt_dist.engines.sharded_optimizer import release_gradients
 from smt_dist.fault_tolerance.activity import enter_phase
@@ -60,7 +60,7 @@ def reselect(trainer: SMTTrainer, plan: ReselectConfig, checkpoint: VerifiedFold
     enter_phase(f"re-selection in {folder.name}")
     take_down(trainer)
     model, args, engine = trainer.model, trainer.args, trainer.engine
-    adapter = agree(lambda: read_adapter(checkpoint), "reading the checkpoint")
+    adapter = raise_on_any_rank(lambda: read_adapter(checkpoint), "reading the checkpoint")
     step = _step_of(folder)
     config: SMTConfig = model.smt.config
     # The masters' values, whatever the engine left, or a new process didn't have.
@@ -76,7 +76,7 @@ def reselect(trainer: SMTTrainer, plan: ReselectConfig, checkpoint: VerifiedFold
     new = Adapter(adapter.config, touched, {}, fingerprint, ActiveBlocks(step=step, selection=active))
     write_on_rank_zero(lambda: _rewrite(folder, model, adapter, new), str(folder), "re-selection")
     rewritten = find_checkpoint(str(folder), args.output_dir)
-    written = agree(lambda: read_adapter(rewritten), "reading the checkpoint")
+    written = raise_on_any_rank(lambda: read_adapter(rewritten), "reading the checkpoint")
     attach_adapter(model, written._replace(config=config), args.base_dtype, args.device)
     kept = sum(len(set(blocks) & set(active.blocks.get(m, ()))) for m, blocks in adapter.trained.blocks.items())
     grown = len(active) - kept

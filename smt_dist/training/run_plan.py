@@ -11,7 +11,7 @@ from smt_dist.checkpoint.atomic import VerifiedFolder
 from smt_dist.checkpoint.moved_base import MOVED_BASE
 from smt_dist.checkpoint.rotation import find_checkpoint
 from smt_dist.config import SMTConfig
-from smt_dist.distributed import agree, assert_same_on_all_ranks, from_main_process
+from smt_dist.distributed import assert_same_on_all_ranks, from_main_process, raise_on_any_rank
 from smt_dist.errors import SMTError
 from smt_dist.files import shorten
 from smt_dist.sparse.blocks import BlockSelection
@@ -50,10 +50,10 @@ class RunPlan:
             RuntimeError: the ranks have read different selections.
         """
         checkpoint = find_checkpoint(resume, output_dir)
-        selection, adapter = agree(lambda: _find_selection(run, checkpoint), "the selection")
+        selection, adapter = raise_on_any_rank(lambda: _find_selection(run, checkpoint), "the selection")
         if selection is not None:
             assert_same_on_all_ranks(selection.to_json().encode(), "the block selection")
-        config = agree(lambda: _find_config(run, selection, adapter, checkpoint), "the SMT config")
+        config = raise_on_any_rank(lambda: _find_config(run, selection, adapter, checkpoint), "the SMT config")
         return cls(_on_moved_base(run, config, checkpoint), config, selection, adapter, checkpoint)
 
     @property

@@ -54,7 +54,7 @@ class SMTTrainer(Trainer):
 
     Attributes:
         engine: holds base, masters and state.
-        guard: what the ranks must agree on.
+        guard: checks what must be equal on all ranks.
         writer: of adapters and checkpoints.
         bad_numbers: counts steps with NaN or infinity.
         evaluation_mean: the loss over all trained tokens of the last evaluation.

@@ -15,12 +15,12 @@ from torch import nn
 from smt_dist.config import SMTConfig
 from smt_dist.data.batches import warmup_batches
 from smt_dist.distributed import (
-    agree,
     all_reduce_sum,
     assert_same_on_all_ranks,
     get_rank,
     get_world_size,
     main_process_first,
+    raise_on_any_rank,
 )
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
@@ -184,17 +184,17 @@ def faults() -> dict[str, str]:
             "NaN on one rank, elementwise": lambda: _not_a_number("abs_mean"),
             "NaN on one rank, streamed": lambda: _not_a_number("mean_abs"),
             "the last rank differs": lambda: assert_same_on_all_ranks(b"ab"[_is_last() :], "the selection"),
-            "the last rank fails": lambda: agree(_fail_on_last, "reading"),
+            "the last rank fails": lambda: raise_on_any_rank(_fail_on_last, "reading"),
             "rank 0 fails first": lambda: main_process_first(_fail_on_first, "converting"),
         }.items()
     }
 
 
-def agreement() -> dict[str, Any]:
+def without_faults() -> dict[str, Any]:
     """The same helpers where nothing is wrong, after all those faults: the group must still be in step."""
     assert_same_on_all_ranks(b"same", "the selection")
     return {
-        "agree": agree(lambda: get_rank() * 10, "reading"),
+        "raise_on_any_rank": raise_on_any_rank(lambda: get_rank() * 10, "reading"),
         "main_process_first": main_process_first(lambda: get_rank() + 1, "converting"),
         "sum": all_reduce_sum(torch.tensor([float(get_rank() + 1)])).item(),
     }
@@ -264,6 +264,6 @@ def everything(folder: Path, model: str, engines: list[str]) -> dict[str, Any]:
     """All of this module, in one start of the processes."""
     result: dict[str, Any] = {"untouched": untouched_modules(), "routed": routed_tables()}
     if get_world_size() > 1:
-        result |= {"faults": faults(), "agreement": agreement()}
+        result |= {"faults": faults(), "without faults": without_faults()}
         result["memory"] = {engine: memory(folder, engine, model) for engine in engines}
     return result

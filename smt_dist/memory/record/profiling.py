@@ -17,7 +17,7 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from smt_dist.config import SMTConfig
-from smt_dist.distributed import agree, get_rank, get_world_size, is_distributed
+from smt_dist.distributed import get_rank, get_world_size, is_distributed, raise_on_any_rank
 from smt_dist.errors import SMTError, first_line
 from smt_dist.memory.plan.plan import make_plan
 from smt_dist.memory.plan.request import Request
@@ -59,7 +59,7 @@ def publish(
             raise SMTError(f"{FLAG}: {folder}: can't be written ({error.strerror or error})") from None
         return table(report)
 
-    return agree(write, "the memory report")
+    return raise_on_any_rank(write, "the memory report")
 
 
 def requests_of_run(
