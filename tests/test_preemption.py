@@ -220,7 +220,7 @@ def test_an_exchange_of_an_earlier_run_is_not_taken_for_this_ones(make, grouped,
 def test_a_first_step_that_was_skipped_can_be_gone_on_from(make, model_folder):
     """The optimizer keeps nothing before it steps, which isn't another optimizer's state."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    config = SMTConfig.model_validate({"block_size": 16, "bad_numbers": {"policy": "skip"}})
+    config = SMTConfig.model_validate({"block_size": 16, "non_finite": {"policy": "skip"}})
     smt_dist.apply_selection(model, BlockSelection(block_size=(16, 16), blocks={Q: [(0, 0)]}), config)
     spoil = model.register_forward_hook(lambda _m, _a, output: output.__setitem__("loss", output["loss"] * torch.nan))
     steps = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}

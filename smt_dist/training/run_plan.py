@@ -84,7 +84,7 @@ def _find_config(
         config = SMTConfig.from_json_file(checkpoint.folder / CONFIG_FILE)
         if given is None:
             return config
-        changed = given.first_difference(config.model_copy(update={"bad_numbers": given.bad_numbers}))
+        changed = given.first_difference(config.model_copy(update={"non_finite": given.non_finite}))
         if changed is not None:
             raise SMTError(
                 f"--smt_config: {_shown(run.smt_config)} isn't the config that {checkpoint} was trained with: "
@@ -98,7 +98,7 @@ def _find_config(
     if adapter is not None and given.warmup.mode != adapter.config.warmup.mode:
         raise SMTError(f"--smt_config: {_shown(run.smt_config)}: warmup.mode isn't that of {run.adapter}")
     if run.selection is not None and given.warmup.mode == "full_ft":
-        raise SMTError("--selection: no warm-up runs then, so warmup.mode can't be full_ft; set it to probe")
+        raise SMTError("--selection: no warm-up runs then, so warmup.mode can't be full_ft; set it to scoring")
     return given
 
 

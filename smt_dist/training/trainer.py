@@ -28,7 +28,7 @@ from smt_dist.engines.base import Engine, unwrapped
 from smt_dist.engines.sharded_optimizer import ShardedBlockOptimizer, release_gradients
 from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import enter_phase
-from smt_dist.fault_tolerance.non_finite import BadNumbers, poisoned_if_bad
+from smt_dist.fault_tolerance.non_finite import NonFiniteCallback, nan_gradients_if_non_finite
 from smt_dist.fault_tolerance.supervision import honour_collective_timeout
 from smt_dist.sparse.surgery import group_multipliers, sparse_layers
 from smt_dist.sparse.targets import may_be_idle
@@ -56,7 +56,7 @@ class SMTTrainer(Trainer):
         engine: holds base, masters and state.
         guard: checks what must be equal on all ranks.
         writer: of adapters and checkpoints.
-        bad_numbers: counts steps with NaN or infinity.
+        non_finite: counts steps with NaN or infinity.
         evaluation_mean: the loss over all trained tokens of the last evaluation.
         step_tokens: of a model that doesn't divide by the global step's tokens itself.
         initial_deltas: written when training begins, unless it resumes.
@@ -97,8 +97,8 @@ class SMTTrainer(Trainer):
             self.is_distributed_loading_by_transformers = True
         self.guard = GuardCallback(self, self.engine)
         self.writer = CheckpointWriter(self, self.engine)
-        self.bad_numbers = BadNumbers(config.bad_numbers)
-        self.add_callback(self.bad_numbers)
+        self.non_finite = NonFiniteCallback(config.non_finite)
+        self.add_callback(self.non_finite)
         self.add_callback(self.guard)
         self.evaluation_mean = TokenMean()
         self.step_tokens: StepTokens | None = None
@@ -325,15 +325,15 @@ class SMTTrainer(Trainer):
         return optimizer
 
     def _watched_loss(self, compute: Any, model: nn.Module, inputs: Any, items: Any) -> tuple[torch.Tensor, Any]:
-        """Compute training loss and outputs; note the loss, and poison it if it isn't finite."""
+        """Compute training loss and outputs; note the loss, and see that nothing comes of one that isn't finite."""
         step = f"training, step {self.state.global_step + 1}"
         enter_phase(f"{step}: forward")
         loss, outputs = compute(model, inputs, True, items)
         if self.step_tokens is not None:
             loss = self.step_tokens.share(loss, outputs, inputs, self.args.world_size)
-        self.bad_numbers.note_loss(loss)
+        self.non_finite.note_loss(loss)
         enter_phase(f"{step}: backward")
-        return poisoned_if_bad(loss), outputs
+        return nan_gradients_if_non_finite(loss), outputs
 
 
 @contextmanager
