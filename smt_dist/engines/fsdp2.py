@@ -62,7 +62,7 @@ class FSDP2Engine(ReplicatedBlocks):
     def prepare_base(self, model: nn.Module) -> None:
         release_early(model, self.prefetch)
 
-    def probing(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
+    def scoring(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
         return nullcontext()  # FSDP2's own hooks gather the weights
 
     @contextmanager

@@ -8,7 +8,7 @@ _current = "start"
 _listeners: list[Callable[[str], None]] = []
 
 
-def enter_phase(name: str) -> None:
+def begin_activity(name: str) -> None:
     """Say what begins now: ``"load"``, ``"training, step 3: forward"``."""
     global _current
     _current = name
@@ -16,11 +16,11 @@ def enter_phase(name: str) -> None:
         listener(name)
 
 
-def current_phase() -> str:
-    """What :func:`enter_phase` was last told."""
+def current_activity() -> str:
+    """What :func:`begin_activity` was last told."""
     return _current
 
 
-def on_phase(listener: Callable[[str], None]) -> None:
-    """Call ``listener`` with each phase's name as it begins."""
+def on_activity(listener: Callable[[str], None]) -> None:
+    """Call ``listener`` with each activity's name as it begins."""
     _listeners.append(listener)

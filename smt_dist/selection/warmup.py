@@ -21,8 +21,8 @@ from smt_dist.errors import SMTError
 from smt_dist.selection.activations import block_rms, collect_input_rms
 from smt_dist.selection.block_scores import BlockScores
 from smt_dist.selection.custom_scores import ScoreFunction, custom_tables, load_score_function
-from smt_dist.selection.probe import probe_modules
 from smt_dist.selection.scores import GradientAccumulator, ScoreAccumulator, WeightReader, make_accumulator
+from smt_dist.selection.scoring_hooks import scoring_hooks
 from smt_dist.selection.steps import Batch, Observer, device_of, frozen, run_steps, seeded
 from smt_dist.selection.weight_scores import score_without_data
 from smt_dist.sparse.blocks import BlockGrid, resolve_block_size
@@ -50,7 +50,7 @@ def collect_scores(
 
     Args:
         model: a causal language model on its device; under ZeRO-3 with the engine's hooks
-            (:meth:`smt_dist.engines.base.Engine.probing`). Left as it was.
+            (:meth:`smt_dist.engines.base.Engine.scoring`). Left as it was.
         batches: this rank's keyword micro-batches, one a global step, or a list of them for one global step.
             All ranks need as many.
         config: its score, targets, steps and passes. More than one pass reads ``batches`` into a list.
@@ -112,7 +112,7 @@ def _gradient_scores(
     steps = 0
     for index, part in enumerate(parts):
         accumulator = make(part)
-        with frozen(model), probe_modules(model, accumulator, part), seeded(config.selection.seed):
+        with frozen(model), scoring_hooks(model, accumulator, part), seeded(config.selection.seed):
             label = "warm-up" if len(parts) == 1 else f"warm-up, pass {index + 1} of {len(parts)}"
             probing = Tuning(model, torch.Tensor.backward, lambda: None)
             label = label if progress else None

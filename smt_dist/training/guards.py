@@ -2,7 +2,7 @@
 
 Before each optimizer step the ranks all-gather a few integers, once: whether one of them was asked to end
 (:mod:`~smt_dist.fault_tolerance.preemption`), and whether what should be equal is
-(:mod:`~smt_dist.fault_tolerance.drift`, :mod:`~smt_dist.fault_tolerance.data_order`).
+(:mod:`~smt_dist.fault_tolerance.replica_divergence`, :mod:`~smt_dist.fault_tolerance.data_order`).
 :mod:`~smt_dist.fault_tolerance.non_finite` looks at the step's numbers.
 """
 
@@ -18,9 +18,10 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from smt_dist.distributed import assert_same_on_all_ranks, raise_on_any_rank
 from smt_dist.engines.base import Engine, unwrapped
 from smt_dist.errors import SMTError
-from smt_dist.fault_tolerance.activity import enter_phase
+from smt_dist.fault_tolerance.activity import begin_activity
 from smt_dist.fault_tolerance.data_order import HashedSampler, dataset_digest, watch_order
-from smt_dist.fault_tolerance.drift import (
+from smt_dist.fault_tolerance.preemption import Preempted
+from smt_dist.fault_tolerance.replica_divergence import (
     block_sums,
     check_masters,
     gather_integers,
@@ -29,7 +30,6 @@ from smt_dist.fault_tolerance.drift import (
     refuse_different_blocks,
     refuse_different_sums,
 )
-from smt_dist.fault_tolerance.preemption import Preempted
 from smt_dist.fault_tolerance.supervision import preemption
 from smt_dist.sparse.surgery import sparse_layers
 
@@ -76,7 +76,7 @@ class GuardCallback(TrainerCallback):
             SMTError: on all ranks: they have drifted apart, or one rank's values aren't its masters'.
         """
         model, step = self.trainer.model, f"step {self.trainer.state.global_step + 1}"
-        enter_phase(f"training, {step}: optimizer step")
+        begin_activity(f"training, {step}: optimizer step")
         sums = block_sums(model)
         names = list(sparse_layers(model))
         damaged = self.engine.damaged_block(model, self.trainer.optimizer)
@@ -106,7 +106,7 @@ class GuardCallback(TrainerCallback):
             SMTError: on all ranks: blocks differ between ranks or from their masters, or a number isn't finite.
         """
         model, optimizer, state = self.trainer.model, self.trainer.optimizer, self.trainer.state
-        enter_phase(f"saving step {state.global_step}")
+        begin_activity(f"saving step {state.global_step}")
         refuse_different_blocks(model, "not saved")
         masters = self.engine.read_blocks(model, optimizer)
         damaged = None if optimizer is None else self.engine.damaged_block(model, optimizer)

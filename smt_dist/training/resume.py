@@ -23,7 +23,7 @@ from smt_dist.engines.base import BlockState, Engine
 from smt_dist.engines.elementwise import state_names
 from smt_dist.errors import SMTError
 from smt_dist.sparse.blocks import rearrange
-from smt_dist.sparse.surgery import frozen_layers, group_multipliers, touched_selection
+from smt_dist.sparse.surgery import ever_trained_selection, frozen_layers, group_multipliers
 from smt_dist.training.saving import global_batch_size
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ def restore_training(trainer: Trainer, engine: Engine, checkpoint: VerifiedFolde
 
     def read() -> tuple[Iterator[BlockState], dict[str, int | float], int | None, list[float]]:
         adapter = read_adapter(checkpoint)
-        touched = touched_selection(trainer.model)
-        if (adapter.selection.blocks, adapter.selection.block_size) != (touched.blocks, touched.block_size):
+        ever_trained = ever_trained_selection(trainer.model)
+        if (adapter.selection.blocks, adapter.selection.block_size) != (ever_trained.blocks, ever_trained.block_size):
             raise SMTError(f"{folder}: its selection isn't the model's")
         verify_fingerprint(adapter, trainer.model.smt.base_fingerprint, str(folder))
         states, counters = load_states(folder, trained_deltas(adapter), _state_names(trainer))

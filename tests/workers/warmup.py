@@ -148,7 +148,7 @@ def memory(folder: Path, engine: str, model: str) -> dict[str, Any]:
         base = load_model(model, args)
         with (
             mock.patch.object(warmup, "make_accumulator", make),
-            make_engine(args.engine_options).probing(base),
+            make_engine(args.engine_options).scoring(base),
         ):
             scores = collect_scores(base, warmup_batches(data, args.batch_order, 2), config)
         layers: dict[str, int] = {}

@@ -21,8 +21,8 @@ from smt_dist.memory.plan.request import Request
 from smt_dist.memory.plan.tracker import BACKWARD, FORWARD, RECOMPUTE, MemoryTracker
 from smt_dist.memory.plan.trained import Task, prepare
 from smt_dist.memory.plan.zero_linear import linear_of
-from smt_dist.selection.probe import probe_modules
 from smt_dist.selection.scores import ElementwiseAccumulator, make_accumulator
+from smt_dist.selection.scoring_hooks import scoring_hooks
 from smt_dist.selection.steps import frozen
 from smt_dist.selection.warmup import _split_layers, plan_grids
 from smt_dist.sparse.blocks import BlockGrid, BlockSelection
@@ -71,7 +71,7 @@ def trace_warmup(request: Request, layers: int) -> dict[str, Memory]:
         _fill(accumulator, part, request)
         tracker.register(tensors_of(accumulator), "statistics")
         watch_layers(model, tracker, layers)
-        with frozen(model), probe_modules(model, accumulator, part):
+        with frozen(model), scoring_hooks(model, accumulator, part):
             _forward_backward(model, tracker, request)
             tracker.moment("statistics")
             _end_micro_batch(accumulator)

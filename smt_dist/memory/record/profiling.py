@@ -21,7 +21,7 @@ from smt_dist.distributed import get_rank, get_world_size, is_distributed, raise
 from smt_dist.errors import SMTError, first_line
 from smt_dist.memory.plan.plan import make_plan
 from smt_dist.memory.plan.request import Request
-from smt_dist.memory.record.pictures import require_matplotlib
+from smt_dist.memory.record.plots import require_matplotlib
 from smt_dist.memory.record.recorder import Recorder
 from smt_dist.memory.record.report import table, write_report
 from smt_dist.training.arguments import SMTTrainingArguments

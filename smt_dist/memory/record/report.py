@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment
 
 from smt_dist.memory.plan.categories import CATEGORIES, format_size
-from smt_dist.memory.record.pictures import bars_picture, timeline_picture
+from smt_dist.memory.record.plots import bars_picture, timeline_picture
 
 JSON_FILE, PAGE, BARS = "memory.json", "memory.html", "plan_and_measured.png"
 

@@ -14,7 +14,7 @@ from smt_dist.sparse.targets import is_embedding
 
 
 @contextmanager
-def probe_modules(model: nn.Module, accumulator: ScoreAccumulator, modules: Iterable[str]) -> Iterator[None]:
+def scoring_hooks(model: nn.Module, accumulator: ScoreAccumulator, modules: Iterable[str]) -> Iterator[None]:
     """Feed ``accumulator`` from each forward and backward of ``modules`` inside the context."""
     # Makes every probed output require a gradient, so that frozen layers below the lowest target cost nothing
     # and no hook on the embedding is needed.
@@ -24,7 +24,7 @@ def probe_modules(model: nn.Module, accumulator: ScoreAccumulator, modules: Iter
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
             if not torch.is_grad_enabled():
                 return None
-            return _Probe.apply(output, _flat_input(module, args[0]), anchor, accumulator, name)
+            return _ScoreGradient.apply(output, _flat_input(module, args[0]), anchor, accumulator, name)
 
         return hook
 
@@ -44,7 +44,7 @@ def _flat_input(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return ids if module.padding_idx is None else ids.masked_fill(ids == module.padding_idx, -1)
 
 
-class _Probe(torch.autograd.Function):
+class _ScoreGradient(torch.autograd.Function):
     """Identity on a target's output; its backward shows the output gradient to the accumulator."""
 
     @staticmethod
