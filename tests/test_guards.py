@@ -23,10 +23,10 @@ def non_finite(request, tmp_path_factory, model_folder):
 
 
 @pytest.fixture(scope="module")
-def drifting(request, tmp_path_factory, model_folder):
+def diverging(request, tmp_path_factory, model_folder):
     """Engine -> when one element was damaged on rank 1 -> each rank's findings."""
-    folder, engines = tmp_path_factory.mktemp("drift"), list(dict.fromkeys(["ddp", *chosen(request, "engine")]))
-    ranks = launch("workers.guards:drift", 2, folder, model=str(model_folder), engines=engines)
+    folder, engines = tmp_path_factory.mktemp("divergence"), list(dict.fromkeys(["ddp", *chosen(request, "engine")]))
+    ranks = launch("workers.guards:replica_divergence", 2, folder, model=str(model_folder), engines=engines)
     return {engine: {when: [rank[engine][when] for rank in ranks] for when in ranks[0][engine]} for engine in engines}
 
 
@@ -102,24 +102,24 @@ def test_skipping_ends_at_the_limit(non_finite, engine):
 
 
 @each_engine
-def test_one_wrong_element_is_found_before_the_next_step(drifting, engine):
+def test_one_wrong_element_is_found_before_the_next_step(diverging, engine):
     """Spread by the next update, it would be on all ranks, where nobody could tell it from training."""
-    for rank in drifting[engine]["in training"]:
+    for rank in diverging[engine]["in training"]:
         assert rank["said"].startswith("SMTError: step 3: the block values of " + MODULE)
         assert rank["checkpoints"] == ["checkpoint-1", "checkpoint-2"]
 
 
 @each_engine
-def test_one_wrong_element_is_never_saved(drifting, engine):
+def test_one_wrong_element_is_never_saved(diverging, engine):
     """It would be in the newest checkpoint, the one that a relaunch takes."""
-    for rank in drifting[engine]["before saving"]:
+    for rank in diverging[engine]["before saving"]:
         assert "not saved: the block values of " + MODULE in rank["said"]
         assert rank["checkpoints"] == ["checkpoint-1", "checkpoint-2"]
 
 
-def test_unguarded_nobody_notices(drifting):
+def test_unguarded_nobody_notices(diverging):
     """Shows the fault: the run ends well, and its blocks aren't those of training."""
-    for rank in drifting["ddp"]["unguarded"]:
+    for rank in diverging["ddp"]["unguarded"]:
         assert rank["said"] == "nothing"
         assert rank["checkpoints"] == [f"checkpoint-{step}" for step in range(1, STEPS + 1)]
 

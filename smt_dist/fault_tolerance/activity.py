@@ -9,7 +9,7 @@ _listeners: list[Callable[[str], None]] = []
 
 
 def begin_activity(name: str) -> None:
-    """Say what begins now: ``"load"``, ``"training, step 3: forward"``."""
+    """Note what this rank does from now on: ``"load"``, ``"training, step 3: forward"``."""
     global _current
     _current = name
     for listener in _listeners:
@@ -17,7 +17,7 @@ def begin_activity(name: str) -> None:
 
 
 def current_activity() -> str:
-    """What :func:`begin_activity` was last told."""
+    """Return the name that :func:`begin_activity` was last given."""
     return _current
 
 

@@ -1,4 +1,4 @@
-"""What a probe puts on its targets: an identity whose backward shows (input, output gradient) to the accumulator."""
+"""Hooks on the targets' outputs: an identity whose backward gives (input, output gradient) to the accumulator."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smt_dist.sparse.targets import is_embedding
 @contextmanager
 def scoring_hooks(model: nn.Module, accumulator: ScoreAccumulator, modules: Iterable[str]) -> Iterator[None]:
     """Feed ``accumulator`` from each forward and backward of ``modules`` inside the context."""
-    # Makes every probed output require a gradient, so that frozen layers below the lowest target cost nothing
+    # Makes every scored output require a gradient, so that frozen layers below the lowest target cost nothing
     # and no hook on the embedding is needed.
     anchor = torch.zeros((), requires_grad=True)
 
@@ -45,7 +45,7 @@ def _flat_input(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class _ScoreGradient(torch.autograd.Function):
-    """Identity on a target's output; its backward shows the output gradient to the accumulator."""
+    """Pass a target's output through; the backward gives its gradient to the accumulator."""
 
     @staticmethod
     def forward(

@@ -1,7 +1,7 @@
 """The warm-up: score every block of the targets, over all ranks -> ``BlockScores``.
 
-In ``probe`` mode no weight moves, no weight gets a ``.grad`` and no optimizer exists. The targets' outputs pass
-through a small autograd function that hands (input, output gradient) to the accumulator, so a probe works
+In ``scoring`` mode no weight moves, no weight gets a ``.grad`` and no optimizer exists. The targets' outputs pass
+through a small autograd function that hands (input, output gradient) to the accumulator, so scoring works
 on any base that can compute gradients of its activations: plain, partitioned by ZeRO-3 or sharded by FSDP2.
 """
 
@@ -114,9 +114,9 @@ def _gradient_scores(
         accumulator = make(part)
         with frozen(model), scoring_hooks(model, accumulator, part), seeded(config.selection.seed):
             label = "warm-up" if len(parts) == 1 else f"warm-up, pass {index + 1} of {len(parts)}"
-            probing = Tuning(model, torch.Tensor.backward, lambda: None)
+            backward_only = Tuning(model, torch.Tensor.backward, lambda: None)
             label = label if progress else None
-            steps = run_steps(model, probing, batches, config.warmup.steps, accumulator, label, observe)
+            steps = run_steps(model, backward_only, batches, config.warmup.steps, accumulator, label, observe)
         tables.update(finish(accumulator, part))
     return tables, steps
 

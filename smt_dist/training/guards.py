@@ -22,13 +22,13 @@ from smt_dist.fault_tolerance.activity import begin_activity
 from smt_dist.fault_tolerance.data_order import HashedSampler, dataset_digest, watch_order
 from smt_dist.fault_tolerance.preemption import Preempted
 from smt_dist.fault_tolerance.replica_divergence import (
-    block_sums,
+    block_checksums,
     check_masters,
+    combined_checksum,
+    describe_odd_ranks,
     gather_integers,
-    mixed,
-    odd_ones,
     refuse_different_blocks,
-    refuse_different_sums,
+    refuse_different_checksums,
 )
 from smt_dist.fault_tolerance.supervision import preemption
 from smt_dist.sparse.surgery import sparse_layers
@@ -73,11 +73,11 @@ class GuardCallback(TrainerCallback):
         """Compare what must be equal on all ranks before the optimizer moves anything; collective.
 
         Raises:
-            SMTError: on all ranks: they have drifted apart, or one rank's values aren't its masters'.
+            SMTError: on all ranks: replicas have diverged, or one rank's values aren't its masters'.
         """
         model, step = self.trainer.model, f"step {self.trainer.state.global_step + 1}"
         begin_activity(f"training, {step}: optimizer step")
-        sums = block_sums(model)
+        checksums = block_checksums(model)
         names = list(sparse_layers(model))
         damaged = self.engine.damaged_block(model, self.trainer.optimizer)
         signals = preemption()
@@ -85,7 +85,7 @@ class GuardCallback(TrainerCallback):
             signals.requested if signals is not None else 0,
             0 if damaged is None else 1 + names.index(damaged),
             self._order.digest if self._order is not None else 0,
-            mixed(sums),
+            combined_checksum(checksums),
         ]
         requests, damages, orders, blocks = zip(*gather_integers(own), strict=True)
         for rank, index in enumerate(damages):
@@ -94,9 +94,9 @@ class GuardCallback(TrainerCallback):
                     f"{step}: the block values of {names[index - 1]} on rank {rank} aren't those of their fp32 masters"
                 )
         if len(set(blocks)) > 1:
-            refuse_different_sums(model, sums, step)
+            refuse_different_checksums(model, checksums, step)
         if len(set(orders)) > 1:
-            raise SMTError(f"{step}: the ranks read the data in different orders: {odd_ones(orders)}")
+            raise SMTError(f"{step}: the ranks read the data in different orders: {describe_odd_ranks(orders)}")
         self.preempted = max(requests)
 
     def check_before_save(self) -> None:

@@ -125,7 +125,7 @@ def _said(trainer: SMTTrainer) -> str:
     return "nothing"
 
 
-def drift(folder: Path, model: str, engines: list[str]) -> dict[str, dict[str, Any]]:
+def replica_divergence(folder: Path, model: str, engines: list[str]) -> dict[str, dict[str, Any]]:
     """Engine -> what came of one wrong element on rank 1."""
     found = {}
     for engine in engines:

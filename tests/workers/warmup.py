@@ -78,8 +78,8 @@ def routed_tables() -> dict[str, Any]:
     return {score: collect_scores(RoutedModel(), batches, routed_config(score)).tables for score in ROUTED_SCORES}
 
 
-def untouched_modules() -> list[str]:
-    """Experts that this rank's rows don't reach in any step."""
+def unreached_modules() -> list[str]:
+    """List the experts that this rank's rows don't reach in any step."""
     model = RoutedModel()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "head"]
     per_rank = 4 // get_world_size()
@@ -134,7 +134,7 @@ def _live_tensors() -> list[torch.Tensor]:
 
 
 def memory(folder: Path, engine: str, model: str) -> dict[str, Any]:
-    """What was alive during an elementwise probe of the MLPs: (hidden 64, intermediate 176) leave no doubt."""
+    """What was alive during elementwise scoring of the MLPs: (hidden 64, intermediate 176) leave no doubt."""
     data = standard_data()
     watched: list[_Watched] = []
 
@@ -240,7 +240,7 @@ def _all_masked() -> None:
 def _not_a_number(score: str) -> None:
     model = RoutedModel()
     if _is_last():
-        # Before the backward of the module and of the probe on its output.
+        # Before the backward of the module and of the scoring hook on its output.
         model.layers[2]["shared"].register_full_backward_pre_hook(_spoil_gradient)
     # Row 2 has labels on every rank's copy, so that NaN doesn't come from a mean over nothing.
     _collect([[step[2]] for step in routed_rows()], score, model)
@@ -262,7 +262,7 @@ def _fail_on_first() -> None:
 
 def everything(folder: Path, model: str, engines: list[str]) -> dict[str, Any]:
     """All of this module, in one start of the processes."""
-    result: dict[str, Any] = {"untouched": untouched_modules(), "routed": routed_tables()}
+    result: dict[str, Any] = {"unreached": unreached_modules(), "routed": routed_tables()}
     if get_world_size() > 1:
         result |= {"faults": faults(), "without faults": without_faults()}
         result["memory"] = {engine: memory(folder, engine, model) for engine in engines}

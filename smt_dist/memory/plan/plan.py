@@ -22,7 +22,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a run.
+    """A part of a run whose peak memory is planned, and recorded under the same name (``load``, ``training``).
 
     Attributes:
         moment: at which its peak is.

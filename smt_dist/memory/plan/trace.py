@@ -61,7 +61,7 @@ def trace_training(
 
 
 def trace_warmup(request: Request, layers: int) -> dict[str, Memory]:
-    """A step of the probe, when the accumulators hold all they ever hold, and the tables at the end."""
+    """Trace a step of scoring, when the accumulators hold all they ever hold, and the tables at the end."""
     with _traced(request, layers) as (model, tracker):
         _, grids = plan_grids(model, request.smt)
         part = _split_layers(grids, request.smt.warmup.passes)[-1]

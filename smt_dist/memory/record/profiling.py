@@ -30,7 +30,7 @@ FLAG = "--profile_memory"
 
 
 def prepare_profiling(folder: Path) -> None:
-    """Before the work: the pictures' library and the folder. Raises SMTError, naming the flag."""
+    """Check that matplotlib is there and make the folder. Raises SMTError, naming the flag."""
     require_matplotlib(FLAG)
     try:
         folder.mkdir(parents=True, exist_ok=True)
