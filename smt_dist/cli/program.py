@@ -81,6 +81,7 @@ def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
     """
     from transformers import HfArgumentParser
 
+    from smt_dist.cli.former_flags import rename_former_flags
     from smt_dist.cli.recipe import SUFFIXES, expand_recipe
     from smt_dist.training.arguments import SMTTrainingArguments
 
@@ -89,7 +90,7 @@ def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
     parser.formatter_class = HelpFormatter
     parser.error = raise_usage_error
     configure_logging()
-    words = expand_recipe(sys.argv[1:], parser, kinds)
+    words = expand_recipe(rename_former_flags(sys.argv[1:]), parser, kinds)
     own, training, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
         hint = "; a recipe comes before the flags" if unknown[-1].endswith(SUFFIXES) else ""

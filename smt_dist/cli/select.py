@@ -19,7 +19,7 @@ from pathlib import Path
 from transformers import set_seed
 
 from smt_dist.cli.program import check_writable, parse_arguments, run_program
-from smt_dist.cli.selection_report import draw
+from smt_dist.cli.selection_report import report_selection
 from smt_dist.cli.stability_runs import Cell, compare, parse_axes, plan_cells, run_cells, table
 from smt_dist.config import SMTConfig
 from smt_dist.distributed import get_rank, raise_on_any_rank, write_on_rank_zero
@@ -93,7 +93,7 @@ def make_selection(run: SelectArguments, args: SMTTrainingArguments) -> None:
     begin_activity("warm-up")
     selection, scores = collect_and_select(model, data, config, args, engine)
     write(selection, scores, output)
-    draw(run, output.with_suffix(".html"), selection, scores)
+    report_selection(run, output.with_suffix(".html"), selection, scores)
     if get_rank() == 0:
         print(f"{summary(selection)}; {scores.steps} steps, score {scores.score}; written to {run.output}", flush=True)
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from smt_dist.checkpoint.adapter import trained_deltas
 from smt_dist.checkpoint.moved_base import MOVED_BASE, save_moved_base
 from smt_dist.cli.program import check_writable, parse_arguments, run_program
-from smt_dist.cli.selection_report import PAGE_FILE, draw, keep_scores, known_scores
+from smt_dist.cli.selection_report import PAGE_FILE, keep_scores, known_scores, report_selection
 from smt_dist.data.batches import TrainingData
 from smt_dist.distributed import get_rank, raise_on_any_rank
 from smt_dist.engines import make_engine
@@ -93,7 +93,7 @@ def tune(run: RunArguments, args: SMTTrainingArguments) -> None:
         report = publish(job.recorder, Path(run.profile_memory), job.model, job.plan.config, args)
         if report is not None:
             print(f"{report}\nmemory report: {Path(run.profile_memory) / PAGE}", flush=True)
-    draw(job.plan.run, job.page, ever_trained_selection(trainer.model), scores, trainer.state.log_history)
+    report_selection(job.plan.run, job.page, ever_trained_selection(trainer.model), scores, trainer.state.log_history)
     if get_rank() == 0:
         print(f"adapter saved in {args.output_dir}", flush=True)
 
@@ -133,7 +133,7 @@ def train(job: Job, selection: BlockSelection, scores: BlockScores | None) -> tu
     begin_activity("attaching the blocks")
     with job.recorder.phase("setup", model):  # training from the first step on
         attach_blocks(model, selection, plan.config, args, plan.adapter, plan.adapter_source)
-        draw(plan.run, job.page, selection, scores)
+        report_selection(plan.run, job.page, selection, scores)
         trainer = trainer_class(model)(
             model,
             args,
