@@ -19,16 +19,25 @@ def rename_former_flags(words: list[str]) -> list[str]:
         SMTError: both names of a flag are given.
     """
     found = [_FLAG.fullmatch(word) for word in words]
-    refuse_both_names((match[2].replace("-", "_") for match in found if match), "--")
+    refuse_both_names((match[2].replace("-", "_") for match in found if match), dashes="--")
     return [
-        f"--{match[1] or ''}{FORMER_FLAGS[match[2]]}{match[3] or ''}" if match and match[2] in FORMER_FLAGS else word
+        f"--{'no_' if match[1] else ''}{FORMER_FLAGS[match[2]]}{match[3] or ''}"
+        if match and match[2] in FORMER_FLAGS
+        else word
         for word, match in zip(words, found, strict=True)
     ]
 
 
-def refuse_both_names(names: Iterable[str], prefix: str) -> None:
-    """Raise SMTError where a former name stands beside the current one; ``prefix`` goes before both in the message."""
+def refuse_both_names(names: Iterable[str], source: str = "", dashes: str = "") -> None:
+    """Raise SMTError where a former name stands beside the current one.
+
+    Args:
+        names: as given, without dashes.
+        source: what begins the message.
+        dashes: what both names begin with in the message.
+    """
     given = set(names)
     for former, current in FORMER_FLAGS.items():
         if {former, current} <= given:
-            raise SMTError(f"{prefix}{former} and {prefix}{current} are two names of one flag: give one of them")
+            names_of_one = f"{dashes}{former} and {dashes}{current} are two names of one flag"
+            raise SMTError(f"{source}{names_of_one}: give one of them")
