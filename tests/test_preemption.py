@@ -122,8 +122,8 @@ def two_groups(multiplier: float = 10.0, **selection: str) -> SMTConfig:
         {"name": "a", "target_modules": ["q_proj"], "blocks": 1},
         {"name": "b", "target_modules": ["up_proj"], "blocks": 1, "lr_multiplier": multiplier},
     ]
-    plan = {"every": 2, "fraction": 1.0, "steps": 1}
-    return SMTConfig.model_validate({"block_size": 16, "groups": groups, "reselect": plan, "selection": selection})
+    settings = {"every": 2, "fraction": 1.0, "steps": 1}
+    return SMTConfig.model_validate({"block_size": 16, "groups": groups, "reselect": settings, "selection": selection})
 
 
 @pytest.fixture

@@ -129,8 +129,8 @@ def check_masters(
         if not tensor.isfinite().all():
             problem = problem or f"the optimizer's {name} is not finite (NaN or infinity)"
 
-    def report() -> None:
+    def raise_problem() -> None:
         if problem is not None:
             raise SMTError(f"not saved: {problem}")
 
-    return report
+    return raise_problem

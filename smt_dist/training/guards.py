@@ -110,8 +110,8 @@ class GuardCallback(TrainerCallback):
         refuse_different_blocks(model, "not saved")
         masters = self.engine.read_blocks(model, optimizer)
         damaged = None if optimizer is None else self.engine.damaged_block(model, optimizer)
-        report = check_masters(model, damaged, masters, _local_state(optimizer))
-        raise_on_any_rank(report, "checking what is to be saved")
+        raise_problem = check_masters(model, damaged, masters, _local_state(optimizer))
+        raise_on_any_rank(raise_problem, "checking what is to be saved")
         if self.trainer.lr_scheduler is not None:
             progress = f"{state.global_step} {self.trainer.lr_scheduler.state_dict().get('_last_lr')}"
             assert_same_on_all_ranks(progress.encode(), "the step count or the learning rate")

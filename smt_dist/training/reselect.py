@@ -50,7 +50,7 @@ from smt_dist.training.trainer import SMTTrainer
 logger = logging.getLogger(__name__)
 
 
-def reselect(trainer: SMTTrainer, plan: ReselectConfig, checkpoint: VerifiedFolder) -> VerifiedFolder:
+def reselect(trainer: SMTTrainer, settings: ReselectConfig, checkpoint: VerifiedFolder) -> VerifiedFolder:
     """Drop and grow blocks of the model and of a checkpoint; collective. No engine is left afterwards.
 
     Returns:
@@ -67,9 +67,9 @@ def reselect(trainer: SMTTrainer, plan: ReselectConfig, checkpoint: VerifiedFold
     attach_adapter(model, adapter._replace(config=config), args.base_dtype, args.device)
     data = TrainingData(trainer.train_dataset, None, trainer.data_collator)
     with engine.scoring(model):
-        batches = warmup_batches(data, args.batch_order, plan.steps, offset=step)
-        scores = collect_scores(model, batches, scoring_config(config, plan), progress=not args.disable_tqdm)
-    active = drop_and_grow(scores, adapter.trained, delta_magnitudes(adapter), config, plan.fraction)
+        batches = warmup_batches(data, args.batch_order, settings.steps, offset=step)
+        scores = collect_scores(model, batches, scoring_config(config, settings), progress=not args.disable_tqdm)
+    active = drop_and_grow(scores, adapter.trained, delta_magnitudes(adapter), config, settings.fraction)
     assert_same_on_all_ranks(active.to_json().encode(), f"the blocks re-selected at step {step}")
     ever_trained = join(model, adapter.selection, active)
     fingerprint = base_fingerprint(model, ever_trained)
@@ -94,12 +94,12 @@ def take_down(trainer: SMTTrainer) -> None:
     trainer.initial_deltas = None
 
 
-def scoring_config(config: SMTConfig, plan: ReselectConfig) -> SMTConfig:
+def scoring_config(config: SMTConfig, settings: ReselectConfig) -> SMTConfig:
     """Make the config by which the blocks of a re-selection are scored."""
     return config.model_copy(
         update={
-            "selection": config.selection.model_copy(update={"score": plan.score}),
-            "warmup": config.warmup.model_copy(update={"steps": plan.steps, "mode": "scoring"}),
+            "selection": config.selection.model_copy(update={"score": settings.score}),
+            "warmup": config.warmup.model_copy(update={"steps": settings.steps, "mode": "scoring"}),
         }
     )
 

@@ -60,15 +60,15 @@ class ReselectingTrainer(SMTTrainer):
     """An :class:`SMTTrainer` that re-selects blocks where the model's config asks for it (``reselect``).
 
     Attributes:
-        plan: when and how; None: it trains like any other.
+        settings: when and how; None: it trains like any other.
     """
 
     reselects = True
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        self.plan = model.smt.config.reselect if model.smt.config is not None else None
-        self._round_end = RoundEnd(self.plan.every) if self.plan is not None else None
+        self.settings = model.smt.config.reselect if model.smt.config is not None else None
+        self._round_end = RoundEnd(self.settings.every) if self.settings is not None else None
         if self._round_end is not None:
             self.add_callback(self._round_end)
 
@@ -86,9 +86,9 @@ class ReselectingTrainer(SMTTrainer):
         """Train, as :class:`SMTTrainer` does, in rounds with a re-selection between them."""
         # Trainer has one engine and one optimizer a run, and the blocks that it began with.
         options = {"trial": trial, "ignore_keys_for_eval": ignore_keys_for_eval}
-        if self.plan is None:
+        if self.settings is None:
             return super().train(resume_from_checkpoint, **options)
-        return train_in_rounds(self, self.plan, resume_from_checkpoint, options)
+        return train_in_rounds(self, self.settings, resume_from_checkpoint, options)
 
     def train_round(self, checkpoint: VerifiedFolder | None, options: dict[str, Any]) -> TrainOutput:
         """Train to the end, or to the next re-selection."""
@@ -132,7 +132,7 @@ def first_steps_factor(beta1: float, beta2: float) -> float:
 
 
 def train_in_rounds(
-    trainer: ReselectingTrainer, plan: ReselectConfig, resume: str | bool | VerifiedFolder | None, options: Any
+    trainer: ReselectingTrainer, settings: ReselectConfig, resume: str | bool | VerifiedFolder | None, options: Any
 ) -> TrainOutput:
     """Train with re-selection; as ``Trainer.train``, with its ``options``."""
     check_arguments(trainer)
@@ -141,28 +141,28 @@ def train_in_rounds(
     if checkpoint is None and trainer.model.smt.reselected_at:
         trainer.model.smt.reselected_at = 0  # of another run, whose adapter this one continues
     if checkpoint is not None and raise_on_any_rank(
-        lambda: _is_due(trainer, plan, checkpoint.folder), "the checkpoint"
+        lambda: _is_due(trainer, settings, checkpoint.folder), "the checkpoint"
     ):
-        checkpoint = reselect(trainer, plan, checkpoint)
+        checkpoint = reselect(trainer, settings, checkpoint)
     while True:
         outputs.append(trainer.train_round(checkpoint, options))
         # A run that was asked to end at the end of a round re-selects when it goes on.
         if not trainer.round_ended or trainer.preempted:
             return _joined(outputs)
         folder = checkpoint_folder(trainer.args.output_dir, trainer.state.global_step)
-        checkpoint = reselect(trainer, plan, find_checkpoint(str(folder), trainer.args.output_dir))
+        checkpoint = reselect(trainer, settings, find_checkpoint(str(folder), trainer.args.output_dir))
         if trainer.guard.asked_to_end():
             return _joined(outputs)
 
 
-def _is_due(trainer: SMTTrainer, plan: ReselectConfig, folder: Path) -> bool:
+def _is_due(trainer: SMTTrainer, settings: ReselectConfig, folder: Path) -> bool:
     """Tell whether a checkpoint ended a round whose re-selection a killed run didn't make."""
     path = folder / TRAINER_STATE_NAME
     state = parse_json_object(read_text(path), str(path))
     step = int(state["global_step"])
     last = trainer.args.max_steps if trainer.args.max_steps > 0 else int(state["max_steps"])
     done = trainer.model.smt.reselected_at
-    return 0 < step < last and step % plan.every == 0 and done != step
+    return 0 < step < last and step % settings.every == 0 and done != step
 
 
 def _joined(outputs: list[TrainOutput]) -> TrainOutput:

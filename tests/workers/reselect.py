@@ -30,8 +30,8 @@ MIDDLE = 3  # a checkpoint inside the second round
 
 def config() -> SMTConfig:
     """7 and 5 blocks, of which 3 and 2 drop at a time."""
-    plan = {"every": EVERY, "fraction": FRACTION, "steps": 2}
-    return fixed_config().model_copy(update={"reselect": ReselectConfig.model_validate(plan)})
+    settings = {"every": EVERY, "fraction": FRACTION, "steps": 2}
+    return fixed_config().model_copy(update={"reselect": ReselectConfig.model_validate(settings)})
 
 
 class _AtStart(TrainerCallback):
@@ -69,11 +69,11 @@ def train(folder: Path, model: str, engines: list[str], killed: list[str]) -> di
 def _train(folder: Path, model: str, engine: str, is_killed: bool) -> dict[str, Any]:
     kept = folder / "before"
 
-    def keeping(trainer: SMTTrainer, plan: Any, checkpoint: VerifiedFolder) -> VerifiedFolder:
+    def keeping(trainer: SMTTrainer, settings: Any, checkpoint: VerifiedFolder) -> VerifiedFolder:
         if get_rank() == 0:
             shutil.copytree(checkpoint, kept / checkpoint.folder.name)
         barrier()
-        return reselect(trainer, plan, checkpoint)
+        return reselect(trainer, settings, checkpoint)
 
     reselect = rounds.reselect
     with mock.patch.object(rounds, "reselect", keeping):
