@@ -212,7 +212,7 @@ class WarmupConfig(_Strict):
 
 
 class ReselectConfig(_Strict):
-    """Re-selection while training: the weakest blocks are frozen as they are, and as many new ones grow.
+    """Drop and grow while training: freeze the weakest blocks, and grow as many new ones.
 
     In the spirit of RigL (arXiv 1911.11134) and SpIEL (arXiv 2401.16405). Weak is a small mean \\|delta\\|; what grows
     has the best gradient score among all blocks that aren't trained, of the model as it is then.
@@ -238,7 +238,7 @@ class ReselectConfig(_Strict):
 
 
 class NonFiniteConfig(_Strict):
-    """What happens after a step whose loss or gradients hold NaN or infinity. Nothing of it is ever applied.
+    """Choose what happens after a step with NaN or infinity; nothing of it is ever applied.
 
     Attributes:
         policy: ``stop`` ends the run with an error; ``skip`` goes on with the next step's data.

@@ -1,4 +1,4 @@
-"""What the programs show and keep of a selection: its report, and the scores that it was chosen by."""
+"""What the programs keep of a selection: its report, and the scores it was chosen by."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ PAGE_FILE = "selection.html"
 
 
 def known_scores(run: RunArguments, output_dir: Path, selection: BlockSelection) -> BlockScores | None:
-    """Read the scores of an earlier selection, for its report: beside its file, or in its run's folder."""
+    """Read the scores of an earlier selection, for its report; None where there are none.
+
+    They lie beside the selection's file, or in its run's folder.
+    """
     if not run.selection_report:
         return None
     folder = Path(run.adapter) if run.adapter is not None else output_dir
@@ -47,7 +50,7 @@ def report_selection(
 
 
 def keep_scores(scores: BlockScores, path: Path) -> None:
-    """Write the scores, for the report of a run that is resumed or uses this selection; collective.
+    """Write the scores, for the report of a later run with this selection; collective.
 
     Raises:
         SMTError: they can't be written (a full disk); on all ranks.

@@ -1,4 +1,4 @@
-"""Replica divergence: compare what should be equal on all ranks, and name the first difference.
+"""Replica divergence: compare what must be equal on all ranks, name the first difference.
 
 Under ``ddp``, ``fsdp2`` and ZeRO-1 and 2 each rank computes with a copy of its own of every block: the copies are
 compared. Under ZeRO-3 nobody holds a copy; there, and in bf16 under ``ddp`` and ``fsdp2`` too, each rank compares the
@@ -28,7 +28,7 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def computing_blocks(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Collect the values of all blocks by module: trained ones, and those that re-selection has frozen."""
+    """Collect the block values by module: trained ones, and those that re-selection froze."""
     frozen = {f"{name} (frozen)": layer.delta for name, layer in frozen_layers(model).items()}
     return {name: layer.delta for name, layer in sparse_layers(model).items()} | frozen
 

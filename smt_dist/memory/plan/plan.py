@@ -22,7 +22,9 @@ OnProgress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of a run whose peak memory is planned, and recorded under the same name (``load``, ``training``).
+    """Hold the planned peak of a part of a run.
+
+    :mod:`smt_dist.memory.record` measures the same parts, under the same names (``load``, ``warmup``, ``training``).
 
     Attributes:
         moment: at which its peak is.

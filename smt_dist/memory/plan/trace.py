@@ -61,7 +61,7 @@ def trace_training(
 
 
 def trace_warmup(request: Request, layers: int) -> dict[str, Memory]:
-    """Trace a step of scoring, when the accumulators hold all they ever hold, and the tables at the end."""
+    """Trace a step of scoring, with all that the accumulators ever hold, and the tables."""
     with _traced(request, layers) as (model, tracker):
         _, grids = plan_grids(model, request.smt)
         part = _split_layers(grids, request.smt.warmup.passes)[-1]
