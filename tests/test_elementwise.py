@@ -12,7 +12,8 @@ from smt_dist.engines import elementwise
 from smt_dist.engines.elementwise import ELEMENTWISE, refuse_unless_elementwise, state_names, try_slices
 from smt_dist.errors import SMTError
 
-BY_NAME = {optimizer.__name__: optimizer for optimizer in ELEMENTWISE}
+# Sorted: workers that run side by side must collect the same tests in the same order, and a set has none.
+BY_NAME = {optimizer.__name__: optimizer for optimizer in sorted(ELEMENTWISE, key=lambda kind: kind.__name__)}
 LR = {"lr": 1e-2}
 # What each may be given, and what it then keeps: moments, counters. None: nothing of its own.
 KEPT = {
