@@ -116,12 +116,13 @@ def check_masters(
     problem = None if damaged is None else wrong.format(damaged)
     layers = sparse_layers(model)
     for module, master in masters:
-        delta = layers[module].delta
+        layer = layers[module]
+        values, expected = layer.computing_values(), layer.expected_values(master)  # collective
         if not master.isfinite().all():
             problem = problem or f"the blocks of {module} are not finite (NaN or infinity)"
-        elif delta.numel() and not torch.equal(bits(master.to(delta.dtype)), bits(delta).cpu().view(master.shape)):
+        elif values.numel() and not torch.equal(bits(expected).cpu(), bits(values).cpu().view(master.shape)):
             problem = problem or wrong.format(module)
-        del master  # before the next is read
+        del master, expected  # before the next is read
     for module, layer in frozen_layers(model).items():
         if not torch.equal(bits(layer.master.to(layer.delta.dtype)), bits(layer.delta).cpu()):
             problem = problem or f"the frozen block values of {module} aren't those of their fp32 masters"

@@ -135,6 +135,10 @@ class InPlaceLayer(SparseLayer):
             if held:
                 self.original = None
 
+    def expected_values(self, master: torch.Tensor) -> torch.Tensor:
+        """Round W0 + master, as the merge does; collective where an optimizer holds W0."""
+        return merged_blocks(self.read_original(), master)
+
     def computing_values(self) -> torch.Tensor:
         """What the optimizer wrote last, or the weight's own blocks; collective where the base is sharded."""
         if self.values is not None:

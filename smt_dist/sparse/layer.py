@@ -80,6 +80,10 @@ class SparseLayer(nn.Module):
         finally:
             self.enabled = before
 
+    def expected_values(self, master: torch.Tensor) -> torch.Tensor:
+        """Round an fp32 master ``[blocks * block_rows, block_cols]`` to what has to compute."""
+        return master.to(self.delta.dtype)
+
     def computing_values(self) -> torch.Tensor:
         """The values at the blocks that compute on this rank, of ``delta``'s shape; comparable between ranks."""
         return self.delta.detach()

@@ -90,9 +90,11 @@ class _AtLoad(TrainerCallback):
         self.found: dict[str, Any] = {}
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        self.found = _state(self.trainer) | {
+        found, layers = _state(self.trainer), sparse_layers(self.trainer.model)
+        self.found = found | {
             "global_step": state.global_step,
-            "computing": {name: _whole(layer.delta) for name, layer in sparse_layers(self.trainer.model).items()},
+            "computing": {name: _whole(layer.computing_values()) for name, layer in layers.items()},
+            "expected": {name: layer.expected_values(found["masters"][name]) for name, layer in layers.items()},
             "learning_rates": [group["lr"] for group in self.trainer.optimizer.param_groups],
             "schedule": self.trainer.lr_scheduler.state_dict(),
         }
