@@ -79,10 +79,9 @@ def flag_table(parser: argparse.ArgumentParser, names: Iterable[str] | None = No
 def _flag_row(action: argparse.Action) -> list[str]:
     text = argparse.HelpFormatter("")._expand_help(action) if action.help else ""
     default = _default_of(action)
-    if stated := re.search(r" \(default: ([^()]*)\)$", text):
-        if default or stated[1] in STATED:
-            text = text[: stated.start()]
-            default = default or STATED[stated[1]]
+    if (stated := re.search(r" \(default: ([^()]*)\)$", text)) and (default or stated[1] in STATED):
+        text = text[: stated.start()]
+        default = default or STATED[stated[1]]
     return [f"`{action.option_strings[0]}`", _takes(action), default, text]
 
 
