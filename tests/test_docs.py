@@ -88,6 +88,14 @@ def test_flags_that_pages_name_exist():
     assert {(page, flag) for page, flag in named if flag not in known} == set()
 
 
+def test_configs_in_pages_are_taken():
+    blocks = [text for page in PAGES for text in re.findall(r"^```json\n(.*?)^```", page.read_text(), re.M | re.DOTALL)]
+    assert len(blocks) >= 3
+    for text in blocks:
+        smt_dist.SMTConfig.from_json(text)
+    assert smt_dist.SMTConfig.from_json(blocks[0]) == smt_dist.SMTConfig()  # README: "this is the default config"
+
+
 @each_page
 def test_links_lead_somewhere(page):
     """Files, headings and pictures, as GitHub reads the page."""
