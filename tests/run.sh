@@ -26,7 +26,7 @@ install_browser() {
 
 set_up() {
   install_browser
-  smt_environment test quickstart
+  smt_environment test quickstart docs
   python tests/compiled_ops.py .pytest_cache/d/torch_extensions  # where tests/conftest.py looks for it
 }
 

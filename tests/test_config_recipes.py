@@ -1,4 +1,4 @@
-"""The recipes in configs/ are taken, and say what the README and the configs say."""
+"""The recipes in configs/ are taken, and say what the pages and the configs say."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def parse_flags(words: list[str]) -> dict[str, object]:
     return vars(known)
 
 
-def readme_command(model: str) -> list[str]:
-    """The flags of the main README's command for a model."""
-    text = re.sub(r"\\\n", " ", (ROOT / "README.md").read_text())
+def page_command(page: Path, model: str) -> list[str]:
+    """The flags of a page's command for a model."""
+    text = re.sub(r"\\\n", " ", page.read_text())
     (command,) = re.findall(rf"(?:launch/train\.py|nodes/torchrun\.sh) (.*{model}.*)", text)
     return shlex.split(command, comments=True)
 
@@ -62,20 +62,25 @@ def test_a_recipe_is_taken_and_its_files_are_there(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "model"), [("llama-2-13b", "meta-llama/Llama-2-13b-hf"), ("llama-3-70b", "meta-llama/Meta-Llama-3-70B")]
+    ("page", "name", "model"),
+    [
+        ("README.md", "llama-2-13b", "meta-llama/Llama-2-13b-hf"),
+        ("docs/getting-started.md", "llama-2-13b", "meta-llama/Llama-2-13b-hf"),
+        ("docs/scaling.md", "llama-3-70b", "meta-llama/Meta-Llama-3-70B"),
+    ],
 )
-def test_a_recipe_says_what_the_main_readme_says(name, model):
+def test_a_recipe_says_what_the_pages_say(page, name, model):
     """Two sets of values for one model: nobody knows which one was meant."""
-    command = readme_command(model)
-    recipe, readme = parse_flags([str(FOLDER / f"{name}.yaml")]), parse_flags(command)
-    configs = [SMTConfig.from_json_file(ROOT / flags.pop("smt_config")) for flags in (recipe, readme)]
+    command = page_command(ROOT / page, model)
+    recipe, shown = parse_flags([str(FOLDER / f"{name}.yaml")]), parse_flags(command)
+    configs = [SMTConfig.from_json_file(ROOT / flags.pop("smt_config")) for flags in (recipe, shown)]
     assert configs[0] == configs[1]
     given = {word.lstrip("-") for word in command if word.startswith("--")} - {"smt_config", "output_dir"}
-    assert {flag: recipe[flag] for flag in given} == {flag: readme[flag] for flag in given}
+    assert {flag: recipe[flag] for flag in given} == {flag: shown[flag] for flag in given}
 
 
 def test_the_quickstart_runs_its_recipe():
-    """Its figures in the main README are this recipe's."""
+    """The figures in docs/getting-started.md are this recipe's."""
     script = (ROOT / "launch" / "quickstart.sh").read_text()
     assert "launch/train.py configs/recipes/quickstart.yaml" in script
     recipe = parse_flags([str(FOLDER / "quickstart.yaml")])
@@ -83,7 +88,11 @@ def test_the_quickstart_runs_its_recipe():
     assert f'output="${{OUTPUT:-{Path(recipe["output_dir"]).parent}}}"' in script
 
 
-@pytest.mark.parametrize("path", [README, ROOT / "README.md"], ids=["configs", "main"])
+@pytest.mark.parametrize(
+    "path",
+    [README, ROOT / "README.md", ROOT / "docs" / "getting-started.md"],
+    ids=["configs", "main", "getting-started"],
+)
 def test_the_recipes_in_examples_exist(path):
     """A path that is mistyped is found out on the cluster."""
     named = set(re.findall(r"configs/recipes/(\S+?)\.yaml", path.read_text()))
