@@ -11,13 +11,13 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 
 from smt_dist.distributed import is_distributed
 from smt_dist.engines.flat import FlatParameters
 from smt_dist.errors import SMTError
 from smt_dist.sparse.blocks import merged_blocks
 from smt_dist.sparse.in_place import InPlaceLayer
+from smt_dist.sparse.sharded import fsdp2_units
 
 SECONDS = 60  # in which all ranks must come to read W0
 
@@ -35,7 +35,7 @@ class PlacedValues:
     Args:
         flat: the parameters; the values of those of in-place layers become weights, no longer deltas.
         layers: parameter -> in-place layer. Their parameters only carry gradients from here on: they read as NaN.
-        units: FSDP2's, of the model that has the layers.
+        model: that has the layers. Before it computes it writes again what an exception has kept from being written.
         optimizer: holds the masters.
 
     Attributes:
@@ -47,16 +47,17 @@ class PlacedValues:
         self,
         flat: FlatParameters,
         layers: Mapping[nn.Parameter, InPlaceLayer],
-        units: list[FSDPModule],
+        model: nn.Module,
         optimizer: ReadsMasters,
     ) -> None:
-        self._flat, self._layers, self._units = flat, dict(layers), units
+        self._flat, self._layers, self._units = flat, dict(layers), fsdp2_units(model)
         self._optimizer = weakref.ref(optimizer)
         self.original = torch.zeros(len(flat.own), dtype=flat.values.dtype, device=flat.values.device)
         self.is_whole = True
         self._are_gathered = True
         for parameter, layer in self._layers.items():
             self._take_over(parameter, layer)
+        _finish_before_forward(model, self)
 
     def _take_over(self, parameter: nn.Parameter, layer: InPlaceLayer) -> None:
         original = layer.read_original()
@@ -119,6 +120,20 @@ class PlacedValues:
         layers = list(self._layers.values())
         differs = torch.stack([layer.rows.differs(layer.weight, layer.values) for layer in layers])
         return next((layer for layer, wrong in zip(layers, differs.tolist(), strict=True) if wrong), None)
+
+
+def _finish_before_forward(model: nn.Module, placed: PlacedValues) -> None:
+    """Have the model finish an interrupted write before its units are gathered, as long as ``placed`` lives."""
+    reference = weakref.ref(placed)
+
+    def finish(*_: object) -> None:
+        owner = reference()
+        if owner is None:
+            hook.remove()
+        else:
+            owner.finish()
+
+    hook = model.register_forward_pre_hook(finish, prepend=True)
 
 
 def in_place_layers(model: nn.Module | None, parameters: list[nn.Parameter]) -> dict[nn.Parameter, InPlaceLayer]:

@@ -24,7 +24,6 @@ from smt_dist.engines.flat import FlatParameters, Range
 from smt_dist.engines.gradients import GradientSums, SlicedGradients, WholeGradients
 from smt_dist.engines.in_place import PlacedValues, in_place_layers
 from smt_dist.sparse.blocks import merged_blocks
-from smt_dist.sparse.sharded import fsdp2_units
 
 
 class ShardedBlockOptimizer(torch.optim.Optimizer):
@@ -83,7 +82,7 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         # In fp32 a master is a view of this rank's slice of the values, no copy of it, unless those are weights.
         own = self._flat.own
         masters = own.of(self._flat.values).to(torch.float32, copy=bool(layers))
-        self._placed = PlacedValues(self._flat, layers, fsdp2_units(model), self) if layers else None
+        self._placed = PlacedValues(self._flat, layers, model, self) if layers else None
         self._group_ranges = [part.within(own) for part in self._ranges_of_groups(groups)]
         self._masters = [nn.Parameter(part.of(masters, own.start)) for part in self._group_ranges]
         self.inner = optimizer_class(

@@ -54,8 +54,10 @@ class InPlaceLayer(SparseLayer):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """What the base computes, blocks included; without them where the layer is switched off."""
-        if self.holder is not None:
-            self.holder.finish()
+        if self.holder is not None and not self.holder.is_whole:
+            raise RuntimeError(
+                "a write of the blocks' values was interrupted: call the whole model, or resume a checkpoint"
+            )
         if not self.enabled:
             return self.base_forward(x)
         y = self.base(x)
@@ -164,10 +166,13 @@ class InPlaceLayer(SparseLayer):
 
 
 class Holder(Protocol):
-    """What an in-place layer asks of the optimizer that writes its values."""
+    """What an in-place layer asks of the optimizer that writes its values.
 
-    def finish(self) -> None:
-        """Write again what an exception has kept from being written."""
+    Attributes:
+        is_whole: False between the beginning of a write and its end.
+    """
+
+    is_whole: bool
 
     def read_original(self, layer: InPlaceLayer) -> torch.Tensor:
         """W0 at the layer's blocks, whole; collective."""
