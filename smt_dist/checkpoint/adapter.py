@@ -301,7 +301,7 @@ def attach_adapter(
         fingerprint = base_fingerprint(model, ever_trained)
     if (frozen := without(ever_trained, trained)) is not None:
         masters = {name: rearrange(adapter.deltas[name], ever_trained, frozen, name) for name in frozen.blocks}
-        add_frozen_blocks(model, frozen, masters, dtype, device)
+        add_frozen_blocks(model, frozen, masters, dtype, device, (adapter.config.form, auto_form))
     apply_selection(model, trained, adapter.config, dtype, False, fingerprint, device, auto_form)
     model.smt.frozen_groups = dict(ever_trained.groups)
     model.smt.reselected_at = adapter.active.step if adapter.active is not None else None

@@ -62,7 +62,8 @@ class BlockRows(nn.Module):
     @staticmethod
     def _of(own: _Own, values: torch.Tensor) -> torch.Tensor:
         # An offloaded shard lies in host memory.
-        return values if own.places is None else values[own.places.to(values.device)].to(own.cut.device)
+        mine = values if own.places is None else values[own.places.to(values.device)]
+        return mine.to(own.cut.device)
 
     def _own(self, weight: torch.Tensor) -> _Own:
         if not isinstance(weight, DTensor):

@@ -9,6 +9,7 @@ from torch import nn
 
 from smt_dist.sparse.blocks import BlockSelection, read_blocks
 from smt_dist.sparse.in_place import InPlaceLayer
+from smt_dist.sparse.layer import layers_of
 from smt_dist.sparse.sharded import gathered
 from smt_dist.sparse.targets import base_modules, weight_shape
 
@@ -29,10 +30,11 @@ def base_fingerprint(model: nn.Module, selection: BlockSelection) -> str:
 
 def _original(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
     """The base's weight, also where it holds the values of blocks; collective where an optimizer holds W0."""
-    if not isinstance(module, InPlaceLayer) or not module.is_written:
-        return weight
-    weight = weight.detach().clone()
-    module.rows.write(weight, module.read_original())
+    written = [layer for layer in layers_of(module) if isinstance(layer, InPlaceLayer) and layer.is_written]
+    if written:
+        weight = weight.detach().clone()
+    for layer in written:
+        layer.rows.write(weight, layer.read_original())
     return weight
 
 

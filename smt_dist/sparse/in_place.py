@@ -20,7 +20,7 @@ from smt_dist.errors import SMTError
 from smt_dist.sparse.block_rows import BlockRows
 from smt_dist.sparse.blocks import Block, BlockGrid, merged_blocks
 from smt_dist.sparse.embedding import SparseEmbedding
-from smt_dist.sparse.layer import SparseLayer, bare
+from smt_dist.sparse.layer import SparseLayer, bare, layers_of
 from smt_dist.sparse.linear import Layout, SparseLinear, block_gradients, flat, kept_columns
 from smt_dist.sparse.sharded import gathered
 
@@ -141,6 +141,10 @@ class InPlaceLayer(SparseLayer):
         """Round W0 + master, as the merge does; collective where an optimizer holds W0."""
         return merged_blocks(self.read_original(), master)
 
+    def written_values(self) -> torch.Tensor:
+        """What was written last, worked out anew where no optimizer has it."""
+        return merged_blocks(self.original, self.delta.detach()) if self.values is None else self.values
+
     def computing_values(self) -> torch.Tensor:
         """What the optimizer wrote last, or the weight's own blocks; collective where the base is sharded."""
         if self.values is not None:
@@ -194,16 +198,17 @@ class InPlaceLinear(InPlaceLayer, SparseLinear):
         """What the base computes with W0: its bits, or within rounding where the weight is an FSDP2 unit of its own."""
         if not self.is_written:
             return self.base(x)
-        original = _require_original(self)
-        if isinstance(self.base, FSDPModule):  # whole only inside its own forward
-            change = original.float() - self._written().float()
-            return self.change_blocks(self.base(x), x, change)
+        parts = [part for part in layers_of(self) if isinstance(part, InPlaceLinear)]
+        if isinstance(bare(self), FSDPModule):  # whole only inside its own forward
+            y = bare(self)(x)
+            for part in parts:
+                change = _require_original(part).float() - part.written_values().float()
+                y = part.change_blocks(y, x, change.to(x.device))
+            return y
         weight = self.weight.detach().clone()
-        self.rows.write(weight, original)
+        for part in parts:
+            part.rows.write(weight, _require_original(part))
         return functional_call(bare(self), {"weight": weight}, (x,))
-
-    def _written(self) -> torch.Tensor:
-        return merged_blocks(self.original, self.delta.detach()) if self.values is None else self.values
 
 
 class InPlaceEmbedding(InPlaceLayer, SparseEmbedding):

@@ -104,6 +104,15 @@ class SparseLayer(nn.Module):
         return f"blocks={len(self.blocks)} of {self.grid.block_rows}x{self.grid.block_cols}"
 
 
+def layers_of(module: nn.Module) -> list[SparseLayer]:
+    """List the layers with blocks of one base, outermost first: trained ones, frozen ones."""
+    found = []
+    while isinstance(module, SparseLayer):
+        found.append(module)
+        module = module.base
+    return found
+
+
 def bare(module: nn.Module) -> nn.Module:
     """The base below all blocks."""
     while isinstance(module, SparseLayer):

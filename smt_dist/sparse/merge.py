@@ -10,7 +10,7 @@ from torch import nn
 from smt_dist.errors import SMTError
 from smt_dist.sparse.blocks import merged_blocks, read_blocks, write_blocks
 from smt_dist.sparse.frozen import FrozenBlocks
-from smt_dist.sparse.layer import SparseLayer, bare
+from smt_dist.sparse.layer import SparseLayer, bare, layers_of
 from smt_dist.sparse.surgery import sparse_layers
 from smt_dist.sparse.targets import base_modules, tied_parameter_names
 
@@ -43,7 +43,7 @@ def merge_blocks(model: nn.Module) -> None:
     for name, layer in layers.items():
         base, original = bare(layer), layer.weight
         layer.write_out()
-        parts = [part for part in (layer, layer.base) if isinstance(part, SparseLayer) and not part.is_in_place]
+        parts = [part for part in layers_of(layer) if not part.is_in_place]
         before = [(part, read_blocks(original, part.grid, part.blocks)) for part in parts]
         if tied_parameter_names(model, name):
             base.weight = nn.Parameter(original.detach().clone(), requires_grad=False)

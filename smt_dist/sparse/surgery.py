@@ -13,9 +13,9 @@ from smt_dist.errors import SMTError
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.fingerprint import base_fingerprint
 from smt_dist.sparse.forms import Form, layer_kind
-from smt_dist.sparse.frozen import FrozenBlocks, make_frozen
+from smt_dist.sparse.frozen import FROZEN_KINDS, FrozenBlocks
 from smt_dist.sparse.in_place import InPlaceLayer
-from smt_dist.sparse.layer import SparseLayer, bare
+from smt_dist.sparse.layer import SparseLayer, bare, layers_of
 from smt_dist.sparse.sharded import full_numel, reshard
 from smt_dist.sparse.state import SparseState
 from smt_dist.sparse.targets import (
@@ -151,6 +151,7 @@ def add_frozen_blocks(
     masters: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
     device: torch.device | None = None,
+    forms: tuple[str, Form] = ("auto", "additive"),
 ) -> None:
     """Put blocks into ``model`` that compute and are never trained, in place, before :func:`apply_selection`.
 
@@ -160,11 +161,14 @@ def add_frozen_blocks(
         masters: module -> fp32 values ``[blocks * block_rows, block_cols]``.
         dtype: of the values that compute.
         device: of those values; default: each base weight's.
+        forms: the config's ``form``, and what its ``"auto"`` means.
     """
     for name, blocks in selection.blocks.items():
         base = model.get_submodule(name)
         grid = selection.grid(name, weight_shape(base))
-        layer = make_frozen(base, grid, blocks, masters[name], dtype, device or base.weight.device)
+        layer = FROZEN_KINDS[layer_kind(model, name, *forms)](base, grid, blocks, dtype, device or base.weight.device)
+        layer.freeze(masters[name])
+        layer.train(base.training)
         model.set_submodule(name, layer)
 
 
@@ -191,7 +195,7 @@ def write_values(model: nn.Module) -> None:
     Raises:
         SMTError: the model has no in-place layers, or a sharded optimizer writes them.
     """
-    layers = [module for module in model.modules() if isinstance(module, InPlaceLayer)]
+    layers = [layer for layer in sparse_layers(model).values() if isinstance(layer, InPlaceLayer)]
     if not layers:
         raise SMTError('the model has no blocks inside its weights ("form": "in_place"); there is nothing to write')
     reshard(model)  # a weight that is gathered would keep its old values
@@ -203,7 +207,8 @@ def remove_blocks(model: nn.Module) -> None:
     """Put the base modules back, in place; the blocks are dropped. Parameters stay frozen."""
     layers = {name: module for name, module in base_modules(model) if isinstance(module, SparseLayer)}
     for name, layer in layers.items():
-        layer.restore()
+        for part in layers_of(layer):
+            part.restore()
         model.set_submodule(name, bare(layer))
     if hasattr(model, "smt"):
         del model.smt
