@@ -250,14 +250,16 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds: ``masters``, ``moments`` (0 before the first step), ``values``, ``gradients``.
 
-        In fp32 the masters are a part of the values: 0. A step needs 4 bytes more for each of this rank's elements, and
-        2 for each of all with a bf16 reduction.
+        With in-place layers also ``original``: W0. In fp32 without them the masters are a part of the values: 0. A step
+        needs 4 bytes more for each of this rank's elements, and 2 for each of all with a bf16 reduction.
         """
         moments = [
             value for master in self._masters for value in self.inner.state[master].values() if is_moment(master, value)
         ]
-        return {
-            "masters": 0 if self._flat.values.dtype == torch.float32 else sum(m.nbytes for m in self._masters),
+        are_views = self._flat.values.dtype == torch.float32 and self._placed is None
+        original = {} if self._placed is None else {"original": self._placed.original.nbytes}
+        return original | {
+            "masters": 0 if are_views else sum(m.nbytes for m in self._masters),
             "moments": sum(moment.nbytes for moment in moments),
             "values": self._flat.values.nbytes,
             "gradients": sum(tensor.nbytes for tensor in self.gradients.tensors()),
@@ -267,6 +269,8 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         """(category of :mod:`smt_dist.memory.plan.categories`, tensors) of everything that this rank holds."""
         yield "gradients", self.gradients.tensors()
         yield "optimizer_state", [self._masters, [list(state.values()) for state in self.inner.state.values()]]
+        if self._placed is not None:
+            yield "blocks", self._placed.original
         yield "blocks", self._flat.values  # last: in fp32 the masters are a part of them
 
     def state_dict(self) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
@@ -27,10 +28,12 @@ class BlockRows(nn.Module):
     def __init__(self, grid: BlockGrid, blocks: list[Block], device: torch.device | str | None = None) -> None:
         super().__init__()
         self._width = grid.block_cols
-        table = torch.tensor(blocks, device=device).reshape(-1, 2)
-        rows = table[:, :1] * grid.block_rows + torch.arange(grid.block_rows, device=device)
-        self.register_buffer("rows", rows.flatten(), persistent=False)
-        self.register_buffer("cols", table[:, 1].repeat_interleave(grid.block_rows), persistent=False)
+        table = np.array(blocks, dtype=np.int64).reshape(-1, 2)
+        # Worked out on the host, where nothing has to be waited for.
+        self._table = (table[:, :1] * grid.block_rows + np.arange(grid.block_rows)).flatten()
+        self.register_buffer("rows", torch.from_numpy(self._table).to(device), persistent=False)
+        cols = torch.from_numpy(table[:, 1].repeat(grid.block_rows))
+        self.register_buffer("cols", cols.to(device), persistent=False)
         # The shard of the weight that was seen last, and the tables of the rows in it.
         self._shard: tuple[int, int, torch.device] | None = None
         self._tables: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None
@@ -70,9 +73,10 @@ class BlockRows(nn.Module):
             return _Own(self._cut(weight.detach()), self.rows, self.cols, None)
         local = weight.to_local().detach()
         shard = (_first_row(weight), len(local), local.device)
-        if self._shard != shard:  # once: it waits for the device
+        if self._shard != shard:
             self._shard, (first, length, device) = shard, shard
-            places = ((self.rows >= first) & (self.rows < first + length)).nonzero().flatten()
+            found = ((self._table >= first) & (self._table < first + length)).nonzero()[0]
+            places = torch.from_numpy(found).to(self.rows.device)
             self._tables = tuple(t.to(device) for t in (self.rows[places] - first, self.cols[places], places))
         return _Own(self._cut(local), *self._tables)
 

@@ -61,7 +61,14 @@ def _prepare_smt(task: Task) -> Step:
     if task.selection is None:
         raise SMTError("the budget leaves no block in the traced layers; trace the full depth (--exact)")
     # The fingerprint would read the weights, which have no values.
-    apply_selection(model, task.selection, dtype=request.base_dtype, fingerprint="fake", device=torch.device("cpu"))
+    apply_selection(
+        model,
+        task.selection,
+        dtype=request.base_dtype,
+        fingerprint="fake",
+        device=torch.device("cpu"),
+        auto_form="additive" if request.engine.startswith("zero") else "in_place",
+    )
     _join_columns(model)
     watch_gradients(model, tracker)  # these hooks must run before the optimizer's
     if request.engine.startswith("zero"):
@@ -69,7 +76,7 @@ def _prepare_smt(task: Task) -> Step:
         return _no_step
     groups = block_parameter_groups(model, 1e-4, 0.0)
     engine = ReplicatedBlocks(micro_batches=request.accumulation if request.engine == "fsdp2" else None)
-    optimizer = engine.make_optimizer(groups, torch.optim.AdamW, {"fused": True})
+    optimizer = engine.make_optimizer(groups, torch.optim.AdamW, {"fused": True}, model=model)
     tracker.register(optimizer.gradients.tensors(), "gradients")
     for layer in sparse_layers(model).values():  # sums that appear while the backward runs
         layer.delta.register_post_accumulate_grad_hook(
@@ -83,6 +90,8 @@ def _prepare_smt(task: Task) -> Step:
     step()
     states = [list(state.values()) for state in optimizer.inner.state.values()]
     tracker.register([optimizer._masters, states], "optimizer_state")
+    if optimizer._placed is not None:
+        tracker.register(optimizer._placed.original, "blocks")
     tracker.register(optimizer._flat.values, "blocks")  # in fp32 the masters are a part of them
     for layer in list(sparse_layers(model).values()) * (request.accumulation - 1):  # what earlier micro-batches left
         layer.delta.grad = torch.zeros_like(layer.delta)
