@@ -21,7 +21,7 @@ from smt_dist.sparse.block_rows import BlockRows
 from smt_dist.sparse.blocks import Block, BlockGrid, merged_blocks
 from smt_dist.sparse.embedding import SparseEmbedding
 from smt_dist.sparse.layer import SparseLayer, bare, layers_of
-from smt_dist.sparse.linear import Layout, SparseLinear, block_gradients, flat, kept_columns
+from smt_dist.sparse.linear import Layout, SparseLinear, block_gradients, flat, kept_inputs
 from smt_dist.sparse.sharded import gathered
 
 
@@ -250,15 +250,15 @@ class _LinearGradients(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, layout: Layout) -> torch.Tensor:
-        ctx.save_for_backward(delta, *kept_columns(x, layout, y.dtype))
+        ctx.save_for_backward(delta, *kept_inputs(x, layout, y.dtype))
         ctx.layout = layout
         ctx.mark_dirty(y)
         return y
 
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        delta, *inputs = ctx.saved_tensors
-        return grad_y, None, block_gradients(flat(grad_y), inputs, ctx.layout, delta), None
+        delta, *kept = ctx.saved_tensors
+        return grad_y, None, block_gradients(flat(grad_y), kept, ctx.layout, delta), None
 
 
 class _RowGradients(torch.autograd.Function):

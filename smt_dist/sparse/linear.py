@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -41,6 +41,15 @@ class SparseLinear(SparseLayer):
         return _AddBlocks.apply(y, x, change, self._layout)
 
     @property
+    def copied_columns(self) -> int:
+        """Columns of the input that blocks read, each counted once."""
+        return len(self._layout.columns) * self.grid.block_cols
+
+    def keep_whole_input(self, whole: bool) -> None:
+        """Keep the input itself for the backward, by reference, instead of copies of the columns that blocks read."""
+        self._layout = replace(self._layout, keeps_whole=whole)
+
+    @property
     def in_features(self) -> int:
         """Columns of the weight."""
         return self.grid.cols
@@ -66,6 +75,7 @@ class Layout:
 
     columns: list[slice]  # of the input features; each that a block reads, once
     places: list[Place]
+    keeps_whole: bool = False  # whether the backward gets the input itself
 
     @staticmethod
     def of(grid: BlockGrid, blocks: list[Block]) -> Layout:
@@ -88,18 +98,19 @@ class _AddBlocks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, layout: Layout) -> torch.Tensor:
-        inputs = kept_columns(x, layout, y.dtype)
+        kept = kept_inputs(x, layout, y.dtype)
+        inputs = read_columns(kept, layout, y.dtype)
         weights = delta.to(y.dtype)
         out = y.clone(memory_format=torch.contiguous_format)
         for place in layout.places:
             flat(out)[:, place.outputs].addmm_(inputs[place.column], weights[place.rows].t())
-        ctx.save_for_backward(delta, *(inputs if ctx.needs_input_grad[2] else []))
+        ctx.save_for_backward(delta, *(kept if ctx.needs_input_grad[2] else []))
         ctx.layout, ctx.x_shape = layout, x.shape
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        delta, *inputs = ctx.saved_tensors
+        delta, *kept = ctx.saved_tensors
         rows = flat(grad_y)
         grad_x = grad_delta = None
         if ctx.needs_input_grad[1]:
@@ -109,21 +120,28 @@ class _AddBlocks(torch.autograd.Function):
                 columns = ctx.layout.columns[place.column]
                 flat(grad_x)[:, columns].addmm_(rows[:, place.outputs], weights[place.rows])
         if ctx.needs_input_grad[2]:
-            grad_delta = block_gradients(rows, inputs, ctx.layout, delta)
+            grad_delta = block_gradients(rows, kept, ctx.layout, delta)
         return grad_y, grad_x, grad_delta, None
 
 
-def kept_columns(x: torch.Tensor, layout: Layout, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Copy the input columns that blocks read, each once; ``[tokens, block_cols]`` each, in ``dtype``."""
+def kept_inputs(x: torch.Tensor, layout: Layout, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Keep for the backward what :func:`read_columns` reads: the columns that blocks read, or ``x`` itself."""
+    if layout.keeps_whole:
+        return [x]
     # Copies, as a saved view would keep all of x alive. x may be wider than y: autocast converts inside the base.
     return [flat(x)[:, columns].to(dtype, copy=True) for columns in layout.columns]
 
 
-def block_gradients(
-    grad_y: torch.Tensor, inputs: list[torch.Tensor], layout: Layout, like: torch.Tensor
-) -> torch.Tensor:
+def read_columns(kept: list[torch.Tensor], layout: Layout, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Read the input columns that blocks read, each once; ``[tokens, block_cols]`` each, in ``dtype``."""
+    if not layout.keeps_whole:
+        return kept
+    return [flat(kept[0])[:, columns].to(dtype) for columns in layout.columns]
+
+
+def block_gradients(grad_y: torch.Tensor, kept: list[torch.Tensor], layout: Layout, like: torch.Tensor) -> torch.Tensor:
     """Multiply each block's output gradients ``[tokens, out]`` by its input columns; of ``like``'s shape and dtype."""
-    gradient = torch.empty_like(like)
+    gradient, inputs = torch.empty_like(like), read_columns(kept, layout, grad_y.dtype)
     for place in layout.places:
         gradient[place.rows] = grad_y[:, place.outputs].t() @ inputs[place.column]
     return gradient

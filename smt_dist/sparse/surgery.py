@@ -17,6 +17,7 @@ from smt_dist.sparse.frozen import FROZEN_KINDS, FrozenBlocks
 from smt_dist.sparse.in_place import InPlaceLayer
 from smt_dist.sparse.layer import SparseLayer, bare, layers_of
 from smt_dist.sparse.sharded import full_numel, reshard
+from smt_dist.sparse.shared_inputs import choose_kept_inputs
 from smt_dist.sparse.state import SparseState
 from smt_dist.sparse.targets import (
     base_modules,
@@ -91,6 +92,7 @@ def _build_layers(
         kind = layer_kind(model, name, *forms)
         layers[name] = kind(module, grid, blocks, dtype, device or module.weight.device)
         layers[name].train(module.training)
+    choose_kept_inputs(layers)
     return layers
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from smt_dist.memory.plan.request import Request
 from smt_dist.memory.plan.tracker import MemoryTracker
 from smt_dist.selection.warmup import plan_grids
 from smt_dist.sparse.blocks import BlockSelection
-from smt_dist.sparse.linear import Layout, Place, SparseLinear
+from smt_dist.sparse.linear import Place, SparseLinear
 from smt_dist.sparse.surgery import apply_selection, sparse_layers
 from smt_dist.training.trainer import block_parameter_groups
 
@@ -114,7 +115,7 @@ def _join_columns(model: nn.Module) -> None:
             part = slice(first * rows, (first + height) * rows)
             places.append(Place(column, slice(0, height * rows), part))
             first += height
-        layer._layout = Layout(layer._layout.columns, places)
+        layer._layout = replace(layer._layout, places=places)
 
 
 def _prepare_full(task: Task) -> Step:
