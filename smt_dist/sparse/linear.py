@@ -8,6 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from smt_dist.sparse.block_gradients import (
+    ColumnGroup,
+    DensePart,
+    dense_parts,
+    group_by_column,
+    is_dense_faster,
+    multiply_columns,
+    multiply_densely,
+)
 from smt_dist.sparse.blocks import Block, BlockGrid
 from smt_dist.sparse.layer import SparseLayer
 
@@ -75,6 +84,8 @@ class Layout:
 
     columns: list[slice]  # of the input features; each that a block reads, once
     places: list[Place]
+    groups: list[ColumnGroup]
+    dense_parts: list[DensePart]  # empty where products by columns are faster
     keeps_whole: bool = False  # whether the backward gets the input itself
 
     @staticmethod
@@ -86,6 +97,8 @@ class Layout:
                 Place(cols.index(col), grid.row_slice(row), grid.row_slice(index))
                 for index, (row, col) in enumerate(blocks)
             ],
+            groups=group_by_column(grid, blocks),
+            dense_parts=dense_parts(grid, blocks) if is_dense_faster(grid, blocks) else [],
         )
 
 
@@ -141,9 +154,11 @@ def read_columns(kept: list[torch.Tensor], layout: Layout, dtype: torch.dtype) -
 
 def block_gradients(grad_y: torch.Tensor, kept: list[torch.Tensor], layout: Layout, like: torch.Tensor) -> torch.Tensor:
     """Multiply each block's output gradients ``[tokens, out]`` by its input columns; of ``like``'s shape and dtype."""
-    gradient, inputs = torch.empty_like(like), read_columns(kept, layout, grad_y.dtype)
-    for place in layout.places:
-        gradient[place.rows] = grad_y[:, place.outputs].t() @ inputs[place.column]
+    gradient, columns = torch.empty_like(like), read_columns(kept, layout, grad_y.dtype)
+    if layout.dense_parts:
+        multiply_densely(grad_y, columns, layout.dense_parts, gradient)
+    else:
+        multiply_columns(grad_y, columns, layout.groups, gradient)
     return gradient
 
 

@@ -18,6 +18,7 @@ from smt_dist.memory.plan.patches import modules_that_stay
 from smt_dist.memory.plan.request import Request
 from smt_dist.memory.plan.tracker import MemoryTracker
 from smt_dist.selection.warmup import plan_grids
+from smt_dist.sparse.block_gradients import ColumnGroup
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.linear import Place, SparseLinear
 from smt_dist.sparse.surgery import apply_selection, sparse_layers
@@ -109,13 +110,14 @@ def _join_columns(model: nn.Module) -> None:
     for layer in sparse_layers(model).values():
         if not isinstance(layer, SparseLinear):
             continue
-        rows, places, first = layer.grid.block_rows, [], 0
+        rows, places, groups, first = layer.grid.block_rows, [], [], 0
         heights = Counter(place.column for place in layer._layout.places)
         for column, height in sorted(heights.items()):
-            part = slice(first * rows, (first + height) * rows)
-            places.append(Place(column, slice(0, height * rows), part))
+            part, outputs = slice(first * rows, (first + height) * rows), slice(0, height * rows)
+            places.append(Place(column, outputs, part))
+            groups.append(ColumnGroup(column, [outputs], [part]))
             first += height
-        layer._layout = replace(layer._layout, places=places)
+        layer._layout = replace(layer._layout, places=places, groups=groups, dense_parts=[])
 
 
 def _prepare_full(task: Task) -> Step:
