@@ -161,18 +161,23 @@ def config() -> dict[str, str]:
         "selection": config.SelectionConfig,
         "warmup": config.WarmupConfig,
         "reselect": config.ReselectConfig,
-        "bad_numbers": config.BadNumbersConfig,
+        "non_finite": config.NonFiniteConfig,
     }
     constants = {name: value for name, value in vars(config).items() if name.isupper()}
     return {name: _section_table(model, constants) for name, model in sections.items()} | {
-        "default": f"```json\n{config.SMTConfig().to_json().strip()}\n```",
+        "default": f"```json\n{_by_current_names(config.SMTConfig().to_json()).strip()}\n```",
     }
+
+
+def _by_current_names(text: str) -> str:
+    """Replace the former names that the package writes, for older versions to read, by those that it documents."""
+    return text.replace('"bad_numbers"', '"non_finite"').replace('"probe"', '"scoring"')
 
 
 def _section_table(model: Any, constants: Mapping[str, Any]) -> str:
     described = attributes_of(getdoc(model) or "", constants)
     rows = []
-    for name, schema in model.model_json_schema()["properties"].items():
+    for name, schema in model.model_json_schema(by_alias=False)["properties"].items():
         required = model.model_fields[name].is_required()
         default = "required" if required else _default_in(schema, model.model_fields[name])
         rows.append([f"`{name}`", _values(schema), default, described[name]])

@@ -7,7 +7,7 @@ What this module exports is the stable face. Behind it lie rooms that import dow
 ``memory.record``     a rank's memory as a run uses it
 ``memory.plan``       a rank's memory, worked out before a launch
 ``training``          the job: arguments, loading, warm-up, trainer, resume
-``report``            pictures of a selection
+``report``            a page and plots of a selection
 ``selection``         batches become scores of blocks, scores become the blocks to train
 ``checkpoint``        what lies on disk: adapters, checkpoints, merged models
 ``fault_tolerance``   lost ranks, signals, ranks that differ, non-finite numbers

@@ -9,7 +9,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    ValidationError,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from smt_dist.errors import SMTError
 from smt_dist.files import parse_json, read_text, shorten
@@ -32,7 +42,8 @@ MAX_SEED = 2**32 - 1  # numpy's and transformers' limit
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    # A field with a former name is written by that name, so that every version reads the files.
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, serialize_by_alias=True)
 
 
 class GroupConfig(_Strict):
@@ -121,7 +132,7 @@ class SelectionConfig(_Strict):
         ceiling: the most of each layer, likewise.
         bounds_per: what ``floor`` and ``ceiling`` count: the blocks of a decoder ``layer`` (the modules whose names
             agree up to the first number; any other module is a layer by itself), or of a ``weight``.
-        seed: seeds random choices (the ``random`` score, dropout during the probe).
+        seed: seeds random choices (the ``random`` score, dropout while scoring).
     """
 
     score: str = "abs_mean"
@@ -170,36 +181,46 @@ class SelectionConfig(_Strict):
 
 
 class WarmupConfig(_Strict):
-    """The probing phase before selection (not the learning-rate schedule's warm-up).
+    """Score the blocks before the selection (this isn't the learning-rate schedule's warm-up).
 
     Attributes:
         steps: global steps whose gradients are scored.
-        mode: ``probe`` moves no weight; ``full_ft`` runs real full fine-tuning, as the authors do.
+        mode: ``scoring`` (or by its former name, which files hold: ``probe``) moves no weight; ``full_ft`` runs real
+            full fine-tuning, as the authors do.
         passes: how many times the batches are run, each time for another part of the layers: the accumulator
-            of the elementwise scores shrinks by this factor and the time grows by it. ``probe`` only.
+            of the elementwise scores shrinks by this factor and the time grows by it. ``scoring`` only.
     """
 
     steps: int = Field(default=100, ge=1, strict=True)
-    mode: Literal["probe", "full_ft"] = "probe"
+    mode: Literal["scoring", "full_ft"] = "scoring"
     passes: int = Field(default=1, ge=1, strict=True)
+
+    @field_validator("mode", mode="before")
+    @classmethod
+    def _read_former_name(cls, value: Any) -> Any:
+        return "scoring" if value == "probe" else value
+
+    @field_serializer("mode")
+    def _write_former_name(self, value: str) -> str:
+        return "probe" if value == "scoring" else value
 
     @model_validator(mode="after")
     def _passes_need_still_weights(self) -> WarmupConfig:
         if self.mode == "full_ft" and self.passes > 1:
-            raise ValueError("'passes' above 1 needs mode 'probe': under 'full_ft' the weights move between passes")
+            raise ValueError("'passes' above 1 needs mode 'scoring': under 'full_ft' the weights move between passes")
         return self
 
 
 class ReselectConfig(_Strict):
-    """Re-selection while training: the weakest blocks are frozen as they are, and as many new ones grow.
+    """Drop and grow while training: freeze the weakest blocks, and grow as many new ones.
 
     In the spirit of RigL (arXiv 1911.11134) and SpIEL (arXiv 2401.16405). Weak is a small mean \\|delta\\|; what grows
-    has the best gradient score among all blocks that aren't trained, by a probe of the model as it is then.
+    has the best gradient score among all blocks that aren't trained, of the model as it is then.
 
     Attributes:
         every: optimizer steps between two re-selections; none happens at the last step.
-        fraction: of the trained blocks of each budget, rounded down, to exchange.
-        steps: global steps of the probe.
+        fraction: of the trained blocks of each budget, rounded down, to drop and grow.
+        steps: global steps whose gradients are scored.
         score: by which blocks grow, one of :data:`GRADIENT_SCORES`.
     """
 
@@ -216,12 +237,12 @@ class ReselectConfig(_Strict):
         return value
 
 
-class BadNumbersConfig(_Strict):
-    """What happens after a step whose loss or gradients hold NaN or infinity. Nothing of it is ever applied.
+class NonFiniteConfig(_Strict):
+    """Choose what happens after a step with NaN or infinity; nothing of it is ever applied.
 
     Attributes:
         policy: ``stop`` ends the run with an error; ``skip`` goes on with the next step's data.
-        limit: ``skip``: as many bad steps in a row are skipped; one more ends the run.
+        limit: ``skip``: as many such steps in a row are skipped; one more ends the run.
     """
 
     policy: Literal["stop", "skip"] = "stop"
@@ -236,12 +257,12 @@ class SMTConfig(_Strict):
             that divides both sides of every target.
         groups: the target weights and their budgets.
         selection: how blocks are ranked.
-        warmup: the probing phase.
-        reselect: exchange blocks while training; None: never.
+        warmup: how the blocks are scored before the selection.
+        reselect: drop and grow blocks while training; None: never.
         untie: allow a target whose weight is tied to another (an output head tied to the embedding). The
             tie is cut when the blocks are merged.
-        bad_numbers: what happens after NaN or infinity in training. It may differ from launch to launch. In the
-            warm-up they always end the run.
+        non_finite: what happens after NaN or infinity in training; files hold it by its former name, ``bad_numbers``.
+            It may differ from launch to launch. In the warm-up they always end the run.
     """
 
     block_size: int | tuple[int, int] | Literal["auto"] = 256
@@ -250,14 +271,25 @@ class SMTConfig(_Strict):
     warmup: WarmupConfig = WarmupConfig()
     reselect: ReselectConfig | None = None
     untie: bool = Field(default=False, strict=True)
-    bad_numbers: BadNumbersConfig = BadNumbersConfig()
+    non_finite: NonFiniteConfig = Field(
+        default=NonFiniteConfig(),
+        validation_alias=AliasChoices("non_finite", "bad_numbers"),
+        serialization_alias="bad_numbers",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_spelling(cls, values: Any) -> Any:
+        if isinstance(values, dict) and {"non_finite", "bad_numbers"} <= values.keys():
+            raise ValueError("'non_finite' and 'bad_numbers' are two names of one key: give one of them")
+        return values
 
     @model_validator(mode="after")
     def _full_ft_scores_gradients(self) -> SMTConfig:
         if self.warmup.mode == "full_ft" and self.selection.score not in GRADIENT_SCORES:
             raise ValueError(
                 f"warmup.mode full_ft scores its gradients: selection.score {shorten(self.selection.score)!r} is none "
-                f"of {', '.join(GRADIENT_SCORES)}; use mode probe"
+                f"of {', '.join(GRADIENT_SCORES)}; use mode scoring"
             )
         return self
 

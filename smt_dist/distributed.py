@@ -78,15 +78,15 @@ def barrier() -> None:
         dist.barrier()
 
 
-def agree(action: Callable[[], T], what: str) -> T:
-    """Run ``action`` on every rank, and fail on every rank if it failed on one.
+def raise_on_any_rank(action: Callable[[], T], what: str) -> T:
+    """Run ``action`` on every rank, and raise on every rank if it raised on one; collective.
 
     ``action`` must not contain collectives. Without this, a rank that finds its input bad exits while the
     others wait in the next collective until the time-out.
 
     Args:
-        action: reads or checks something local.
-        what: the phase, for the message of the ranks that themselves had no error.
+        action: reads or checks something local; its result is returned.
+        what: what the ranks were doing, for the message of those that themselves had no error.
 
     Raises:
         SMTError: the first failing rank's message, on all ranks.
@@ -122,7 +122,7 @@ def from_main_process(action: Callable[[], T], what: str) -> T:
     Raises:
         SMTError: rank 0's, on all ranks.
     """
-    result = agree(lambda: action() if get_rank() == 0 else None, what)
+    result = raise_on_any_rank(lambda: action() if get_rank() == 0 else None, what)
     return gather_objects(result)[0]
 
 
@@ -133,11 +133,11 @@ def main_process_first(action: Callable[[], T], what: str) -> T:
         SMTError: the first failing rank's message, on all ranks.
     """
     if get_rank() == 0:
-        result = agree(action, what)
-        agree(lambda: None, what)
+        result = raise_on_any_rank(action, what)
+        raise_on_any_rank(lambda: None, what)
         return result
-    agree(lambda: None, what)
-    return agree(action, what)
+    raise_on_any_rank(lambda: None, what)  # waits for rank 0, and raises what it raised
+    return raise_on_any_rank(action, what)
 
 
 def assert_same_on_all_ranks(content: bytes, what: str) -> None:
@@ -152,7 +152,7 @@ def assert_same_on_all_ranks(content: bytes, what: str) -> None:
     dist.all_gather_object(digests, hashlib.sha256(content).hexdigest())
     different = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
     if different:
-        raise RuntimeError(f"{what} differs between ranks: ranks {different} don't agree with rank 0")
+        raise RuntimeError(f"{what} differs between ranks: ranks {different} differ from rank 0")
 
 
 def write_on_rank_zero(write: Callable[[], object], source: str, doing: str) -> None:
@@ -175,4 +175,4 @@ def write_on_rank_zero(write: Callable[[], object], source: str, doing: str) -> 
                 reason = getattr(error, "strerror", None) or first_line(error)
                 raise SMTError(f"{source}: can't be written ({reason})") from None
 
-    agree(attempt, doing)
+    raise_on_any_rank(attempt, doing)

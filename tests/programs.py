@@ -20,7 +20,7 @@ QUESTIONS = [{"instruction": f"add one to {n}", "input": "", "answer": str(n + 1
 TRAINING = {
     "dtype": "float32", "max_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2,
     "logging_steps": 1, "save_strategy": "no", "disable_tqdm": True,
-    "picture": False,  # seconds each; tests of pictures ask for them
+    "selection_report": False,  # seconds each; tests of reports ask for them
 }  # fmt: skip
 
 

@@ -151,7 +151,7 @@ def test_another_adapter_replaces_the_first(adapter, tmp_path):
 
 
 def test_a_saved_adapter_can_be_saved_again_as_it_was(adapter, tmp_path):
-    """Load and save is a copy: no value drifts on the way."""
+    """Load and save is a copy: no value changes on the way."""
     model = make_model("llama")
     smt_dist.load_adapter(model, adapter)
     smt_dist.save_adapter(model, tmp_path / "again")

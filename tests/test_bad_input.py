@@ -145,7 +145,7 @@ def test_an_adapter_for_another_base_ends_in_one_line(train, run, folder, tmp_pa
     assert not (tmp_path / "r.json").exists()
 
 
-@pytest.mark.parametrize("mode", ["probe", "full_ft"])
+@pytest.mark.parametrize("mode", ["scoring", "full_ft"])
 def test_a_gradient_that_is_not_finite_ends_in_one_line_that_names_the_module(train, folder, tmp_path, mode):
     """Blocks ranked by NaN are an arbitrary choice."""
     model = AutoModelForCausalLM.from_pretrained(folder / "model")

@@ -22,7 +22,7 @@ import smt_dist
 from smt_dist.checkpoint.adapter import BLOCKS_FILE, CARD_FILE, CONFIG_FILE, SELECTION_FILE, read_adapter
 from smt_dist.checkpoint.atomic import MANIFEST_FILE
 from smt_dist.checkpoint.training_state import OPTIMIZER_FILE, SCHEDULE_FILE
-from smt_dist.training.phases import ReselectingTrainer
+from smt_dist.training.rounds import ReselectingTrainer
 from smt_dist.training.trainer import SMTTrainer
 
 DTYPES = ("float32", "bfloat16")

@@ -163,7 +163,7 @@ def test_training_goes_on_as_if_nothing_had_happened(straight, resumed, checkpoi
             with check(f"rank {index}: final blocks"):
                 assert distance(masters, expected["end"]["masters"]) <= tolerance_of("masters", *pair)
             with check(f"rank {index}: the same blocks as rank 0"):
-                assert equal_bits(masters, ranks[0]["end"]["masters"]), "ranks drift apart"
+                assert equal_bits(masters, ranks[0]["end"]["masters"]), "replicas diverge"
             with check(f"rank {index}: steps"):
                 assert rank["end"]["counters"]["step"] == STEPS
         check_claims(check, checkpoint, zip(pair, (straight[pair[0]], ranks), strict=True))

@@ -41,7 +41,7 @@ def start(monkeypatch, capfd):
 
 @pytest.mark.parametrize("command", PROGRAMS)
 def test_a_command_is_the_program_that_its_wrapper_starts(start, command):
-    """Two programs that drift apart would be two sets of flags."""
+    """Two programs that differ would be two sets of flags."""
     module, wrapper = PROGRAMS[command]
     main = importlib.import_module(module).main
     assert load_program(wrapper).main is main

@@ -61,7 +61,7 @@ def here(monkeypatch) -> list[str]:
 
 
 @pytest.fixture
-def unpictured(monkeypatch) -> None:
+def without_plots(monkeypatch) -> None:
     """Plotting takes longer than the cells."""
     monkeypatch.setattr("comparison.build.write_plots", lambda *_: True)
 
@@ -196,7 +196,7 @@ def test_a_comparison_from_flags_to_figures_goes_on_where_it_was(compare, here, 
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["cells"]["finished"] == 8
 
 
-@pytest.mark.usefixtures("unpictured")
+@pytest.mark.usefixtures("without_plots")
 def test_learning_rates_are_tuned_without_the_test_set(compare, here, monkeypatch, tmp_path):
     """Its files are gone while the cells that tune run; what the best of them has saved is then what is tested."""
     flags = {"methods": ["lora"], "learning_rates": ["lora=1e-5,1e-2"], "seeds": [0]}
@@ -222,7 +222,7 @@ def test_learning_rates_are_tuned_without_the_test_set(compare, here, monkeypatc
     assert here == ["train", "train", "test"]
 
 
-@pytest.mark.usefixtures("unpictured")
+@pytest.mark.usefixtures("without_plots")
 def test_a_cell_that_fails_costs_one_cell(compare, here, monkeypatch):
     """It is named with the last line of its log, the rest goes on, the exit code is 1; the next launch tries again."""
     broken = [True]
@@ -247,7 +247,7 @@ def test_a_cell_that_fails_costs_one_cell(compare, here, monkeypatch):
     assert here[3:] == ["train", "test"]
 
 
-@pytest.mark.usefixtures("here", "unpictured")
+@pytest.mark.usefixtures("here", "without_plots")
 def test_a_run_that_diverges_is_no_failure(compare, tmp_path):
     """SMT stops at NaN, the other methods' trainer goes on: both end as a line that says so, and nothing is tested."""
     done = compare(methods=["smt", "full"], learning_rates=["smt=1e30", "full=1e30"], seeds=[0])

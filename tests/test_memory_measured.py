@@ -13,7 +13,7 @@ from programs import write_json
 
 from smt_dist.memory.plan.categories import CATEGORIES, Memory
 from smt_dist.memory.plan.request import ENGINES, METHODS
-from smt_dist.memory.record import pictures
+from smt_dist.memory.record import plots
 from smt_dist.memory.record.allocations import Allocation, CpuAllocations, CudaStatistics, forget_resident_peak
 from smt_dist.memory.record.real_tracker import Mark, Place, RealTracker
 from smt_dist.memory.record.recording import Recording
@@ -180,7 +180,7 @@ def test_a_profiled_run_reports_every_phase_beside_its_plan(train, tmp_path):
 
 def test_without_matplotlib_the_run_ends_before_it_begins(train, tmp_path, monkeypatch):
     """Else the work would be lost to an import error at its end."""
-    monkeypatch.setattr(pictures, "find_spec", lambda _: None)
+    monkeypatch.setattr(plots, "find_spec", lambda _: None)
     outcome = train(profile_memory=tmp_path / "memory")
     assert "--profile_memory: matplotlib is not installed; pip install" in outcome.error
     assert not (tmp_path / "memory").exists()

@@ -111,7 +111,7 @@ def test_a_merged_model_is_an_ordinary_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_unmerge_gives_every_bit_back(dtype):
-    """Subtracting would not: rounding loses bits, and the base would drift with each round."""
+    """Subtracting would not: rounding loses bits, and the base would change with each merge."""
     model = with_blocks(dtype=dtype, std=3.0)
     before, adapted = state_of(model), logits_of(model)
     for _ in range(2):

@@ -208,7 +208,7 @@ def test_the_description_counts_blocks_and_their_share_of_the_base():
     )
 
 
-def test_a_probe_leaves_the_model_as_it_was():
+def test_scoring_leaves_the_model_as_it_was():
     """Hooks, frozen parameters, training mode or a switched-off cache that stay behind would change the run."""
     model = make_model("llama")
     model.model.embed_tokens.weight.requires_grad_(False)
@@ -225,7 +225,7 @@ def test_a_probe_leaves_the_model_as_it_was():
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_a_probe_names_the_module_whose_gradient_is_not_finite():
+def test_scoring_names_the_module_whose_gradient_is_not_finite():
     """NaN scores would sort anywhere: the choice would be arbitrary."""
     model = make_model("llama")
     model.get_submodule(V).weight.data[0, 0] = float("nan")

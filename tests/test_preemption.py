@@ -21,7 +21,7 @@ from smt_dist.data.dataset import CausalLMCollator
 from smt_dist.fault_tolerance import supervision
 from smt_dist.fault_tolerance.preemption import Preempted
 from smt_dist.training.arguments import SMTTrainingArguments
-from smt_dist.training.phases import trainer_class
+from smt_dist.training.rounds import trainer_class
 from smt_dist.training.trainer import SMTTrainer
 
 Q, UP = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.up_proj"
@@ -117,13 +117,13 @@ def test_an_epoch_that_was_cut_short_is_not_scored(make):
 
 
 def two_groups(multiplier: float = 10.0, **selection: str) -> SMTConfig:
-    """One block in each of two kinds of weights, both exchanged every 2 steps."""
+    """One block in each of two kinds of weights, both re-selected every 2 steps."""
     groups = [
         {"name": "a", "target_modules": ["q_proj"], "blocks": 1},
         {"name": "b", "target_modules": ["up_proj"], "blocks": 1, "lr_multiplier": multiplier},
     ]
-    plan = {"every": 2, "fraction": 1.0, "steps": 1}
-    return SMTConfig.model_validate({"block_size": 16, "groups": groups, "reselect": plan, "selection": selection})
+    settings = {"every": 2, "fraction": 1.0, "steps": 1}
+    return SMTConfig.model_validate({"block_size": 16, "groups": groups, "reselect": settings, "selection": selection})
 
 
 @pytest.fixture
@@ -150,7 +150,7 @@ class _Rates(TrainerCallback):
         self.found.append({"up_proj" if "up_proj" in name else "q_proj": rate for name, rate in rates.items()})
 
 
-def test_a_group_keeps_its_rate_when_blocks_are_exchanged(make, grouped):
+def test_a_group_keeps_its_rate_when_blocks_drop_and_grow(make, grouped):
     """Which group comes first may change: by their place in a list, rates would change sides without a word."""
     model = grouped(two_groups())
     rates = _Rates(model)
@@ -183,7 +183,7 @@ def test_rates_are_found_by_multiplier(tmp_path):
     assert both["last_epoch"] == 3
 
 
-def test_asked_to_end_while_a_later_phase_begins_is_no_fault(make, grouped):
+def test_asked_to_end_while_a_later_round_begins_is_no_fault(make, grouped):
     """There is a checkpoint: to say that there is nothing to save would have the run started anew."""
     trainer = make(_Ask(3, "on_train_begin"), model=grouped(two_groups()))
     trainer.train()
@@ -198,7 +198,7 @@ def test_asked_to_end_before_the_first_step_says_so(make):
 
 
 @slow
-def test_an_exchange_of_an_earlier_run_is_not_taken_for_this_ones(make, grouped, model_folder):
+def test_a_reselection_of_an_earlier_run_is_not_taken_for_this_ones(make, grouped, model_folder):
     """Both are due at the same step: a run that continues an adapter and is killed there would go on without."""
     config = two_groups()
     first = make(model=grouped(config), max_steps=3)
@@ -220,7 +220,7 @@ def test_an_exchange_of_an_earlier_run_is_not_taken_for_this_ones(make, grouped,
 def test_a_first_step_that_was_skipped_can_be_gone_on_from(make, model_folder):
     """The optimizer keeps nothing before it steps, which isn't another optimizer's state."""
     model = AutoModelForCausalLM.from_pretrained(model_folder)
-    config = SMTConfig.model_validate({"block_size": 16, "bad_numbers": {"policy": "skip"}})
+    config = SMTConfig.model_validate({"block_size": 16, "non_finite": {"policy": "skip"}})
     smt_dist.apply_selection(model, BlockSelection(block_size=(16, 16), blocks={Q: [(0, 0)]}), config)
     spoil = model.register_forward_hook(lambda _m, _a, output: output.__setitem__("loss", output["loss"] * torch.nan))
     steps = {"save_strategy": "steps", "save_steps": 1, "lr_scheduler_type": "constant"}

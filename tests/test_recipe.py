@@ -39,7 +39,7 @@ learning_rate: 1e-4
 weight_decay: 1_0
 save_strategy: no
 packing: Yes
-picture: no
+selection_report: no
 max_steps: ~
 logging_steps:
 stability:
@@ -51,7 +51,7 @@ lr_scheduler_kwargs: {rate: 1e-1, power: 2, deep: {yes_: true, no_: no, text: "3
 BY_HAND = [
     *("--output_dir", "1.10", "--run_name", "010", "--train_file", r"C:\rows # not a comment.json"),
     *("--eval_file", "null", "--adapter=-dash", "--seed", "16", "--data_seed", "7", "--learning_rate", "1e-4"),
-    *("--weight_decay", "1_0", "--save_strategy", "no", "--packing", "Yes", "--picture", "no"),
+    *("--weight_decay", "1_0", "--save_strategy", "no", "--packing", "Yes", "--selection_report", "no"),
     *("--stability", "seeds=0,1", "2024-01-01", "1.10", "--lr_scheduler_kwargs"),
     '{"rate": 0.1, "power": 2, "deep": {"yes_": true, "no_": "no", "text": "3", "nothing": null}}',
 ]
@@ -75,9 +75,15 @@ def test_a_recipe_is_what_its_flags_are_by_hand(tmp_path):
 
 def test_a_json_recipe_is_what_its_flags_are_by_hand(tmp_path):
     """For recipes that programs write."""
-    content = {"seed": 3, "learning_rate": 1e-4, "picture": False, "save_strategy": "no", "stability": ["halves", "a"]}
+    content = {
+        "seed": 3,
+        "learning_rate": 1e-4,
+        "selection_report": False,
+        "save_strategy": "no",
+        "stability": ["halves", "a"],
+    }
     content |= {"max_steps": None, "lr_scheduler_kwargs": {"power": 2.5}}
-    flags = ["--seed", "3", "--learning_rate", "0.0001", "--no_picture", "--save_strategy", "no"]
+    flags = ["--seed", "3", "--learning_rate", "0.0001", "--no_selection_report", "--save_strategy", "no"]
     flags += ["--stability", "halves", "a", "--lr_scheduler_kwargs", '{"power": 2.5}']
     assert parse(write(tmp_path, json.dumps(content), "recipe.json")) == parse(*flags)
 
@@ -103,10 +109,10 @@ def test_what_a_yaml_or_json_writer_writes_comes_back(tmp_path_factory, content)
 
 def test_flags_of_the_command_line_win(tmp_path):
     """All of them, also the ones that switch off, and those of a launcher that comes first."""
-    path = write(tmp_path, "seed: 1\nmax_steps: 5\npicture: true\nstability: [a, b]\npacking: true")
-    known = parse("--local_rank=1", path, "--seed", "2", "--no_picture", "--stability", "c", "--packing=false")
+    path = write(tmp_path, "seed: 1\nmax_steps: 5\nselection_report: true\nstability: [a, b]\npacking: true")
+    known = parse("--local_rank=1", path, "--seed", "2", "--no_selection_report", "--stability", "c", "--packing=false")
     assert (known["seed"], known["max_steps"], known["local_rank"]) == (2, 5, 1)
-    assert (known["picture"], known["stability"], known["packing"]) == (False, ["c"], False)
+    assert (known["selection_report"], known["stability"], known["packing"]) == (False, ["c"], False)
 
 
 @pytest.mark.parametrize("words", [[], ["--seed", "1"], ["--local_rank=0", "--seed", "1"], ["--seed=1", "r.yaml"]])
@@ -122,7 +128,7 @@ def test_a_command_line_without_a_recipe_stays_as_it_is(words):
         ("xyzzy: null", "xyzzy: unknown key; keys are flags"),
         ("--seed: 1", "--seed: unknown key; did you mean seed?"),
         ("max-steps: 1", "max-steps: unknown key; did you mean max_steps?"),
-        ("no_picture: true", "no_picture: unknown key; did you mean picture?"),
+        ("no_selection_report: true", "no_selection_report: unknown key; did you mean selection_report?"),
         ("help: true", "help: unknown key"),
         ("seed=3 --packing: 1", "unknown key"),
         ("seed: x", "seed: invalid int value: 'x'"),

@@ -63,60 +63,60 @@ def blocks_in(text: str) -> dict[str, list]:
 
 @each_run
 def test_kept_blocks_keep_every_bit_and_new_ones_start_at_zero(found, world_size, engine):
-    """Masters and moments, read back from the engine after each exchange, against the checkpoint from before it."""
+    """Masters and moments, read back from the engine after each re-selection, against the checkpoint from before it."""
     for rank in found[world_size, engine]:
-        phases = rank["straight"]["phases"]
-        assert [phase["step"] for phase in phases] == [EVERY, 2 * EVERY]
-        for phase in phases:
-            before = Path(rank["kept"]) / f"checkpoint-{phase['step']}"
+        rounds = rank["straight"]["rounds"]
+        assert [one["step"] for one in rounds] == [EVERY, 2 * EVERY]
+        for one in rounds:
+            before = Path(rank["kept"]) / f"checkpoint-{one['step']}"
             old = read_adapter(before)
             old_deltas, old_moments = cut(old.deltas, old.selection.blocks), load_file(before / OPTIMIZER_FILE)
             trained = {(m, *block) for m, blocks in old.trained.blocks.items() for block in blocks}
-            masters = cut(phase["masters"], blocks_in(phase["active"]))
+            masters = cut(one["masters"], blocks_in(one["active"]))
             kept, grown = trained & set(masters), set(masters) - trained
             assert (len(trained), len(kept), len(grown)) == (12, 7, 5)
             assert equal_bits({k: masters[k] for k in kept}, {k: old_deltas[k] for k in kept})
             assert all(torch.equal(masters[key], old_deltas.get(key, torch.zeros(BLOCK))) for key in grown)
             for name in ("exp_avg", "exp_avg_sq"):
-                read = {m: phase["moments"][f"{m}:{name}"] for m in phase["masters"]}
-                moments = cut(read, blocks_in(phase["active"]))
+                read = {m: one["moments"][f"{m}:{name}"] for m in one["masters"]}
+                moments = cut(read, blocks_in(one["active"]))
                 old_ones = {m: old_moments[f"{m}:{name}"] for m in old.trained.blocks}
                 expected = cut(old_ones, old.trained.blocks)
                 assert equal_bits({k: moments[k] for k in kept}, {k: expected[k] for k in kept})
                 assert all(moments[key].count_nonzero() == 0 for key in grown)
-            assert phase["counters"]["step"] == phase["step"]
+            assert one["counters"]["step"] == one["step"]
 
 
 @each_run
 def test_dropped_blocks_are_the_weakest_and_go_on_computing_as_they_were(found, world_size, engine):
     """A dropped block's training mustn't be lost, and the strongest mustn't be the ones that go."""
     for rank in found[world_size, engine]:
-        for phase in rank["straight"]["phases"]:
-            old = read_adapter(Path(rank["kept"]) / f"checkpoint-{phase['step']}")
+        for one in rank["straight"]["rounds"]:
+            old = read_adapter(Path(rank["kept"]) / f"checkpoint-{one['step']}")
             deltas = cut(old.deltas, old.selection.blocks)
-            frozen = cut(phase["frozen"], phase["frozen_blocks"])
-            active = set(cut(phase["masters"], blocks_in(phase["active"])))
+            frozen = cut(one["frozen"], one["frozen_blocks"])
+            active = set(cut(one["masters"], blocks_in(one["active"])))
             assert equal_bits(frozen, {key: deltas[key] for key in frozen})
             for is_mlp in (False, True):
                 own = [(m, *b) for m, bs in old.trained.blocks.items() for b in bs if (".mlp." in m) == is_mlp]
-                strength = {key: deltas[key].abs().mean().item() for key in own}
-                gone = [strength[key] for key in own if key not in active]
+                magnitude = {key: deltas[key].abs().mean().item() for key in own}
+                gone = [magnitude[key] for key in own if key not in active]
                 assert len(gone) == len(own) // 2
-                assert max(gone) <= min(strength[key] for key in own if key in active)
+                assert max(gone) <= min(magnitude[key] for key in own if key in active)
 
 
 @each_run
-def test_the_adapter_holds_all_blocks_ever_touched(found, world_size, engine):
+def test_the_adapter_holds_all_blocks_ever_trained(found, world_size, engine):
     """Without the frozen ones, the merged model would be another than the trained one."""
     for rank in found[world_size, engine]:
         run = rank["straight"]
         adapter = read_adapter(run["output"])
-        touched = {(m, *block) for m, blocks in adapter.selection.blocks.items() for block in blocks}
+        ever_trained = {(m, *block) for m, blocks in adapter.selection.blocks.items() for block in blocks}
         ever = {(m, *block) for m, blocks in BLOCKS.items() for block in blocks}
-        for phase in run["phases"]:
-            ever |= set(cut(phase["masters"], blocks_in(phase["active"])))
-        assert touched == ever
-        assert 12 < len(touched) <= 22
+        for one in run["rounds"]:
+            ever |= set(cut(one["masters"], blocks_in(one["active"])))
+        assert ever_trained == ever
+        assert 12 < len(ever_trained) <= 22
         assert adapter.active.step == 2 * EVERY
         assert adapter.trained.to_json() == run["end"]["active"]
         values = cut(adapter.deltas, adapter.selection.blocks)
@@ -124,29 +124,29 @@ def test_the_adapter_holds_all_blocks_ever_touched(found, world_size, engine):
         assert equal_bits({key: values[key] for key in masters}, masters)
         frozen = cut(run["end"]["frozen"], run["end"]["frozen_blocks"])
         assert equal_bits({key: values[key] for key in frozen}, frozen)
-        assert set(masters) | set(frozen) == touched
+        assert set(masters) | set(frozen) == ever_trained
         assert all(value.count_nonzero() for value in masters.values()), "a block that grew was never trained"
 
 
 @each_run
 def test_world_size_and_engine_change_nothing(found, world_size, engine):
-    """The same blocks by name at each exchange; values and losses up to the order of sums."""
+    """The same blocks by name at each re-selection; values and losses up to the order of sums."""
     alone = found[ALONE][0]["straight"]
     with all_differences() as check:
         with check("ranks"):
             assert len(found[world_size, engine]) == world_size
         for index, rank in enumerate(found[world_size, engine]):
             run = rank["straight"]
-            with check(f"rank {index}: blocks of each phase"):
-                assert [phase["active"] for phase in run["phases"]] == [phase["active"] for phase in alone["phases"]]
-            with check(f"rank {index}: blocks ever touched"):
-                assert run["end"]["touched"] == alone["end"]["touched"]
+            with check(f"rank {index}: blocks of each round"):
+                assert [one["active"] for one in run["rounds"]] == [one["active"] for one in alone["rounds"]]
+            with check(f"rank {index}: blocks ever trained"):
+                assert run["end"]["ever_trained"] == alone["end"]["ever_trained"]
             with check(f"rank {index}: losses"):
                 assert len(run["losses"]) == STEPS
                 assert run["losses"] == pytest.approx(alone["losses"], rel=TOLERANCE)
             with check(f"rank {index}: final blocks"):
                 assert distance(run["end"]["masters"], alone["end"]["masters"]) < TOLERANCE
-            with check(f"rank {index}: the loss is of all phases"):
+            with check(f"rank {index}: the loss is of all rounds"):
                 assert run["loss"] == pytest.approx(sum(run["losses"]) / STEPS, rel=1e-3)
             for kind in {"straight", "middle", "before"} & set(rank):
                 with check(f"rank {index}, {kind}: it was what it claims to be"):
@@ -162,14 +162,14 @@ def test_world_size_and_engine_change_nothing(found, world_size, engine):
     ),
 )
 def test_a_killed_run_goes_on_bit_by_bit(found, world_size, engine, kind):
-    """From the middle of a phase, and from a checkpoint whose exchange was still to be made."""
+    """From the middle of a round, and from a checkpoint whose re-selection was still to be made."""
     for rank in found[world_size, engine]:
         straight, resumed = rank["straight"], rank[kind]
-        assert [phase["step"] for phase in resumed["phases"]] == (
+        assert [one["step"] for one in resumed["rounds"]] == (
             [MIDDLE, 2 * EVERY] if kind == "middle" else [EVERY, 2 * EVERY]
         )
         assert resumed["end"]["active"] == straight["end"]["active"]
-        assert resumed["end"]["touched"] == straight["end"]["touched"]
+        assert resumed["end"]["ever_trained"] == straight["end"]["ever_trained"]
         tolerance = 0 if world_size < 4 else 1e-6  # gloo's sums on four ranks may differ in the last bit
         assert resumed["losses"] == pytest.approx(straight["losses"], rel=tolerance)
         assert distance(resumed["end"]["masters"], straight["end"]["masters"]) <= tolerance

@@ -243,7 +243,7 @@ def check_scores(check: Check, index: int, tables: dict, expected: dict[str, dic
 
 @each_run
 def test_passes_change_nothing_but_memory(found, world_size, engine):
-    """Probing moves no weight, so a pass for each half of the layers must give the same answer."""
+    """Scoring moves no weight, so a pass for each half of the layers must give the same answer."""
     selections = found[world_size, engine][0]["selections"]
     with all_differences() as check:
         for score in (score for score in SCORES if len(PASSES[score]) > 1):

@@ -53,7 +53,7 @@ def test_every_architecture_goes_from_scores_to_a_training_step(architecture, al
     expected_logits, before = logits_of(model), model(**batches[0]).loss.item()
 
     scores = smt_dist.collect_scores(model, batches, config)
-    assert torch.equal(logits_of(model), expected_logits), "the probe left a trace"
+    assert torch.equal(logits_of(model), expected_logits), "scoring left a trace"
     assert all(table.gt(0).any() for table in scores.tables.values()), "a target got no gradient"
     selection = smt_dist.select_blocks(scores, config)
     assert len(selection) == 6

@@ -77,7 +77,7 @@ def test_checkpoint_pairs_have_every_engine_on_both_sides():
 
 
 def test_guards_run_where_we_step_and_where_deepspeed_does():
-    """The two optimizers that may step on bad numbers."""
+    """The two optimizers that may step on non-finite gradients."""
     for test in (
         test_guards.test_skipped_step_leaves_nothing_and_training_goes_on,
         test_guards.test_one_wrong_element_is_never_saved,

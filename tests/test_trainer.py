@@ -65,7 +65,7 @@ def write_moments(folder: Path, module: str, moment: torch.Tensor, counters: dic
 
 
 def test_counters_keep_every_bit(tmp_path):
-    """NAdam multiplies a product up over the steps; rounded on its way through the file, a resumed run would drift."""
+    """NAdam multiplies a product up over the steps; rounded on its way through the file, a resumed run would differ."""
     product = float(torch.tensor(0.1, dtype=torch.float32))
     write_moments(tmp_path, "a", torch.ones(2, 2), {"step": 3.0, "mu_product": product})
     states, counters = load_states(tmp_path, {"a": torch.zeros(2, 2)})

@@ -172,7 +172,7 @@ def test_bf16_is_as_near_to_the_truth_as_dense_training_is(found, reference, den
 
 
 def check_claims(check: Check, run: Run, ranks: list[dict], reference: dict) -> None:
-    """Compare ranks, which might drift apart, and the run with what it claims to be."""
+    """Compare replicas, which might diverge, and the run with what it claims to be."""
     for index, rank in enumerate(ranks):
         with check(f"rank {index}: the same blocks as rank 0"):
             assert all(torch.equal(rank["blocks"][module], ranks[0]["blocks"][module]) for module in BLOCKS)

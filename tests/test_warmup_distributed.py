@@ -53,7 +53,7 @@ def test_expert_that_one_rank_never_reaches_counts_as_zero_there(found, world_si
 @each_size
 def test_ranks_of_the_toy_reach_different_experts(found, world_size):
     """Guards the test above: a whole layer and single experts are missing on rank 0 and present elsewhere."""
-    first, last = (set(found[world_size][rank]["untouched"]) for rank in (0, -1))
+    first, last = (set(found[world_size][rank]["unreached"]) for rank in (0, -1))
     assert {"layers.0.experts.1", "layers.1.shared", "layers.1.experts.0", "layers.2.experts.2"} <= first
     assert not last
 
@@ -62,11 +62,11 @@ def test_ranks_of_the_toy_reach_different_experts(found, world_size):
 
 
 @pytest.mark.parametrize("engine", LAUNCHES[2])
-def test_probe_holds_no_more_than_a_layers_gradients_and_a_shard_of_the_scores(found, engine):
-    """Otherwise the warm-up, not the sparse phase, would set the run's peak memory.
+def test_scoring_holds_no_more_than_a_layers_gradients_and_a_shard_of_the_scores(found, engine):
+    """Otherwise the warm-up, not training, would set the run's peak memory.
 
     A queue that grows with depth would hold the full model's gradient at the end of a backward; an accumulator on each
-    rank would be as large as the fp32 weights it probes.
+    rank would be as large as the fp32 weights that are scored.
     """
     with all_differences() as check:
         for index, rank in enumerate(found[2]):
@@ -82,8 +82,8 @@ def test_probe_holds_no_more_than_a_layers_gradients_and_a_shard_of_the_scores(f
                 assert memory["shard_bytes"] == [4 * memory["target_elements"] // 2] * 2
 
 
-def test_zero3_probe_leaves_the_base_partitioned(found):
-    """A probe that leaves weights gathered would need the memory that ZeRO-3 was chosen to save."""
+def test_zero3_scoring_leaves_the_base_partitioned(found):
+    """Scoring that leaves weights gathered would need the memory that ZeRO-3 was chosen to save."""
     for rank in found[2]:
         memory = rank["memory"]
         assert memory["zero3"]["base_elements_held"] == memory["ddp"]["base_elements_held"] // 2
@@ -121,4 +121,8 @@ def test_ranks_are_still_in_step_after_faults(found, world_size):
     """A collective that one rank skipped would pair with another one later and give silently wrong numbers."""
     for index, rank in enumerate(found[world_size]):
         total = world_size * (world_size + 1) / 2
-        assert rank["agreement"] == {"agree": index * 10, "main_process_first": index + 1, "sum": total}
+        assert rank["without faults"] == {
+            "raise_on_any_rank": index * 10,
+            "main_process_first": index + 1,
+            "sum": total,
+        }

@@ -125,7 +125,7 @@ def test_the_program_needs_no_data_where_the_score_needs_none(train, tmp_path):
     """A baseline of random blocks shouldn't ask for a training file that it doesn't read."""
     selection = {"score": "random", "seed": 3}
     output = tmp_path / "selection.json"
-    flags = {"program": "select_blocks.py", "train_file": None, "picture": "false", "output": output}
+    flags = {"program": "select_blocks.py", "train_file": None, "selection_report": "false", "output": output}
     done = train(smt_config=write_config(tmp_path, selection=selection), **flags)
     assert done.code == 0, done.err
     assert "score random" in done.out

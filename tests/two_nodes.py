@@ -136,9 +136,9 @@ def two_nodes() -> Iterator[Nodes]:
 
 def free_port() -> int:
     """A port that is free here. In new nodes every port is."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        return probe.getsockname()[1]
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        return listener.getsockname()[1]
 
 
 def run_together(

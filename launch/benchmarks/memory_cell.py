@@ -122,7 +122,7 @@ def _run(
     window.watch(model)
     if request.method == "smt":
         window.mark("warmup", "preparing")
-        with engine.probing(model):
+        with engine.scoring(model):
             window.register_model(model)
             collect_scores(
                 model,

@@ -26,10 +26,10 @@ from smt_dist.sparse.fingerprint import base_fingerprint
 from smt_dist.sparse.surgery import (
     add_frozen_blocks,
     apply_selection,
+    ever_trained_selection,
     frozen_layers,
     remove_blocks,
     sparse_layers,
-    touched_selection,
 )
 from smt_dist.sparse.targets import base_modules, takes_blocks
 
@@ -111,13 +111,13 @@ def write_blocks_of(
     model: nn.Module, folder: Path, deltas: Iterable[tuple[str, torch.Tensor]] | None = None, card: str = ""
 ) -> None:
     """Write the files of :func:`save_adapter` into a folder that is saved as part of another."""
-    touched, active, layers = touched_selection(model), model.smt.selection, sparse_layers(model)
+    ever_trained, active, layers = ever_trained_selection(model), model.smt.selection, sparse_layers(model)
     if deltas is None:
         deltas = ((name, layer.delta) for name, layer in layers.items())
     step = model.smt.reselected_at
     adapter = Adapter(
-        config=model.smt.config or config_of(touched),
-        selection=touched,
+        config=model.smt.config or config_of(ever_trained),
+        selection=ever_trained,
         deltas={},
         base_fingerprint=model.smt.base_fingerprint,
         active=None if step is None else ActiveBlocks(step=step, selection=active),
@@ -125,8 +125,8 @@ def write_blocks_of(
     # A selection that was read from a file may list its modules in another order than the model has them.
     order = list(layers)
     if frozen_layers(model):
-        order, deltas = list(touched.blocks), _with_frozen(model, touched, active, deltas)
-    write_adapter(folder, adapter, order, deltas, model_card(model, adapter.config, touched, card))
+        order, deltas = list(ever_trained.blocks), _with_frozen(model, ever_trained, active, deltas)
+    write_adapter(folder, adapter, order, deltas, model_card(model, adapter.config, ever_trained, card))
 
 
 def write_adapter(
@@ -154,19 +154,19 @@ def write_adapter(
 
 
 def _with_frozen(
-    model: nn.Module, touched: BlockSelection, active: BlockSelection, deltas: Iterable[tuple[str, torch.Tensor]]
+    model: nn.Module, ever_trained: BlockSelection, active: BlockSelection, deltas: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The trained masters, one at a time, each with the frozen ones of its module."""
     frozen, trained = frozen_layers(model), iter(deltas)
-    kept = without(touched, active)
-    for name in touched.blocks:
-        whole = torch.zeros(delta_shape(touched, name))
+    kept = without(ever_trained, active)
+    for name in ever_trained.blocks:
+        whole = torch.zeros(delta_shape(ever_trained, name))
         if name in active.blocks:
             found, delta = next(trained)
             assert found == name, f"{found} came where {name} was expected"
-            whole += rearrange(delta, active, touched, name)
+            whole += rearrange(delta, active, ever_trained, name)
         if name in frozen:
-            whole += rearrange(frozen[name].master, kept, touched, name)
+            whole += rearrange(frozen[name].master, kept, ever_trained, name)
         yield name, whole
 
 
@@ -256,7 +256,7 @@ class _TrainedDeltas(Mapping[str, torch.Tensor]):
         return len(self._adapter.trained.blocks)
 
 
-def read_active(folder: Path, touched: BlockSelection) -> ActiveBlocks | None:
+def read_active(folder: Path, ever_trained: BlockSelection) -> ActiveBlocks | None:
     """Read which of an adapter's blocks are still trained; None if it doesn't say: all.
 
     Raises:
@@ -267,7 +267,8 @@ def read_active(folder: Path, touched: BlockSelection) -> ActiveBlocks | None:
         return None
     active: ActiveBlocks = parse_model(ActiveBlocks, read_text(path), str(path))
     for name, blocks in active.selection.blocks.items():
-        if not set(blocks) <= set(touched.blocks.get(name, ())) or active.selection.block_size != touched.block_size:
+        known = set(blocks) <= set(ever_trained.blocks.get(name, ()))
+        if not known or active.selection.block_size != ever_trained.block_size:
             raise SMTError(f"{path}: trains blocks of {name} that {SELECTION_FILE} doesn't have")
     return active
 
@@ -287,14 +288,16 @@ def attach_adapter(
         SMTError: the selection doesn't fit the model.
     """
     remove_blocks(model)
-    touched, trained, deltas = adapter.selection, adapter.trained, trained_deltas(adapter)
+    ever_trained, trained, deltas = adapter.selection, adapter.trained, trained_deltas(adapter)
     # Of the base under all blocks, frozen ones too: what is saved from this model is compared with it.
-    fingerprint = adapter.base_fingerprint or (base_fingerprint(model, touched) if adapter.active is not None else None)
-    if (frozen := without(touched, trained)) is not None:
-        masters = {name: rearrange(adapter.deltas[name], touched, frozen, name) for name in frozen.blocks}
+    fingerprint = adapter.base_fingerprint or None
+    if fingerprint is None and adapter.active is not None:
+        fingerprint = base_fingerprint(model, ever_trained)
+    if (frozen := without(ever_trained, trained)) is not None:
+        masters = {name: rearrange(adapter.deltas[name], ever_trained, frozen, name) for name in frozen.blocks}
         add_frozen_blocks(model, frozen, masters, dtype, device)
     apply_selection(model, trained, adapter.config, dtype, fingerprint=fingerprint, device=device)
-    model.smt.frozen_groups = dict(touched.groups)
+    model.smt.frozen_groups = dict(ever_trained.groups)
     model.smt.reselected_at = adapter.active.step if adapter.active is not None else None
     with torch.no_grad():
         for name, layer in sparse_layers(model).items():

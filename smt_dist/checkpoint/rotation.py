@@ -14,7 +14,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from smt_dist.checkpoint.atomic import MANIFEST_FILE, VerifiedFolder, read_manifest, verify
 from smt_dist.checkpoint.trainer_state import check_trainer_state
 from smt_dist.checkpoint.training_state import OPTIMIZER_FILE, SCHEDULE_FILE
-from smt_dist.distributed import agree, from_main_process, get_rank
+from smt_dist.distributed import from_main_process, get_rank, raise_on_any_rank
 from smt_dist.errors import SMTError
 
 logger = logging.getLogger(__name__)
@@ -117,7 +117,7 @@ def find_checkpoint(wanted: str | bool | VerifiedFolder | None, output_dir: str)
         return own
 
     found = from_main_process(find, "the checkpoint")
-    return agree(see, "the checkpoint")
+    return raise_on_any_rank(see, "the checkpoint")
 
 
 def is_whole(folder: Path) -> bool:

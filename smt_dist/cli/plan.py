@@ -136,15 +136,15 @@ def run_plan(arguments: argparse.Namespace) -> None:
         check_writable("--output", arguments.output.absolute().parent)
     with tqdm(desc="planning", unit=" part", bar_format="{desc}: {n_fmt} parts, {elapsed}, now {postfix}") as bar:
 
-        def report(what: str) -> None:
+        def on_progress(what: str) -> None:
             bar.set_postfix_str(what)
             bar.update()
 
         if arguments.search is None:
-            plan = make_plan(request, arguments.exact, report)
+            plan = make_plan(request, arguments.exact, on_progress)
             text, content = plan_table(plan), plan.to_json()
         else:
-            found = search(request, arguments.search, arguments.exact, report)
+            found = search(request, arguments.search, arguments.exact, on_progress)
             text = search_table(found)
             plans = {str(value): plan.to_json() for value, plan in found.plans.items()}
             content = {"search": found.what, "found": found.value, "plans": plans}

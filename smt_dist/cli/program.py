@@ -23,8 +23,9 @@ def run_program(main: Callable[[], None]) -> None:
     """Run ``main``; turn an :class:`SMTError` into one line on stderr and exit code 2.
 
     Every rank exits with 2, but only rank 0 prints, since all ranks see the same error (see
-    :func:`smt_dist.distributed.agree`); a :class:`RankError`, which one rank may have alone, is printed by each. Ends
-    what :func:`smt_dist.fault_tolerance.supervision.supervise` began: whichever way a rank ends, the others are told.
+    :func:`smt_dist.distributed.raise_on_any_rank`); a :class:`RankError`, which one rank may have alone, is printed by
+    each. Ends what :func:`smt_dist.fault_tolerance.supervision.supervise` began: whichever way a rank ends, the others
+    are told.
     """
     try:
         main()
@@ -80,6 +81,7 @@ def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
     """
     from transformers import HfArgumentParser
 
+    from smt_dist.cli.former_flags import rename_former_flags
     from smt_dist.cli.recipe import SUFFIXES, expand_recipe
     from smt_dist.training.arguments import SMTTrainingArguments
 
@@ -88,7 +90,7 @@ def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
     parser.formatter_class = HelpFormatter
     parser.error = raise_usage_error
     configure_logging()
-    words = expand_recipe(sys.argv[1:], parser, kinds)
+    words = expand_recipe(rename_former_flags(sys.argv[1:]), parser, kinds)
     own, training, unknown = parser.parse_args_into_dataclasses(words, return_remaining_strings=True)
     if unknown:
         hint = "; a recipe comes before the flags" if unknown[-1].endswith(SUFFIXES) else ""

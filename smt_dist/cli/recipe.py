@@ -17,6 +17,7 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 import yaml
 
+from smt_dist.cli.former_flags import FORMER_FLAGS, refuse_both_names
 from smt_dist.errors import SMTError, whole_message
 from smt_dist.files import parse_json_object, read_text, shorten
 
@@ -46,9 +47,11 @@ def expand_recipe(words: list[str], parser: ArgumentParser, kinds: Sequence[type
     content = read_recipe(path)
     if rest and not rest[0].startswith("-"):  # a recipe's last list would take it
         raise SMTError(f"{shorten(rest[0])}: only flags follow a recipe (see --help)")
+    refuse_both_names(content, f"{path}: ")
     takes_mapping = _takes_mapping(kinds)
     flags = []
-    for key, value in content.items():
+    for name, value in content.items():
+        key = FORMER_FLAGS.get(name, name)
         if key not in takes_mapping:
             near = get_close_matches(key, takes_mapping, 1)
             hint = f"did you mean {near[0]}?" if near else "keys are flags without -- (see --help)"

@@ -18,14 +18,14 @@ from pathlib import Path
 
 from transformers import set_seed
 
-from smt_dist.cli.pictures import draw
 from smt_dist.cli.program import check_writable, parse_arguments, run_program
+from smt_dist.cli.selection_report import report_selection
 from smt_dist.cli.stability_runs import Cell, compare, parse_axes, plan_cells, run_cells, table
 from smt_dist.config import SMTConfig
-from smt_dist.distributed import agree, get_rank, write_on_rank_zero
+from smt_dist.distributed import get_rank, raise_on_any_rank, write_on_rank_zero
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
-from smt_dist.fault_tolerance.activity import enter_phase
+from smt_dist.fault_tolerance.activity import begin_activity
 from smt_dist.fault_tolerance.supervision import honour_collective_timeout, supervise
 from smt_dist.files import replace_file
 from smt_dist.models.cpu_products import fp32_products
@@ -73,7 +73,7 @@ def make_selection(run: SelectArguments, args: SMTTrainingArguments) -> None:
     supervise(args.heartbeat_timeout)
     set_seed(args.seed)
     output = Path(run.output)
-    agree(lambda: check_writable("--output", output.parent), "the output folder")
+    raise_on_any_rank(lambda: check_writable("--output", output.parent), "the output folder")
     config = RunPlan.resolve(run).config
     if config.warmup.mode == "full_ft":
         raise SMTError("warmup.mode full_ft moves the base, which this program doesn't keep: run train.py")
@@ -81,7 +81,7 @@ def make_selection(run: SelectArguments, args: SMTTrainingArguments) -> None:
     files = [cell.train_file for cell in cells] or [run.train_file]
     if config.selection.needs_batches and not all(files):
         run.check_data()
-    enter_phase("load")
+    begin_activity("load")
     engine = make_engine(args.engine_options)
     tokenizer, model = load_tokenizer_and_model(run, args, engine)
     honour_collective_timeout(model, args.ddp_timeout)
@@ -90,10 +90,10 @@ def make_selection(run: SelectArguments, args: SMTTrainingArguments) -> None:
         write_stability(output, cells, paths)
         return
     data = load_data(run, tokenizer) if config.selection.needs_batches else None
-    enter_phase("warm-up")
+    begin_activity("warm-up")
     selection, scores = collect_and_select(model, data, config, args, engine)
     write(selection, scores, output)
-    draw(run, output.with_suffix(".html"), selection, scores)
+    report_selection(run, output.with_suffix(".html"), selection, scores)
     if get_rank() == 0:
         print(f"{summary(selection)}; {scores.steps} steps, score {scores.score}; written to {run.output}", flush=True)
 

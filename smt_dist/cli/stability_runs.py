@@ -20,13 +20,13 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from smt_dist.cli.pictures import keep_scores
+from smt_dist.cli.selection_report import keep_scores
 from smt_dist.config import SMTConfig, parse_model
 from smt_dist.data.batches import TrainingData
 from smt_dist.distributed import broadcast_first, get_rank
 from smt_dist.engines.base import Engine
 from smt_dist.errors import SMTError
-from smt_dist.fault_tolerance.activity import enter_phase
+from smt_dist.fault_tolerance.activity import begin_activity
 from smt_dist.selection.block_scores import load_scores
 from smt_dist.selection.custom_scores import load_score_function
 from smt_dist.selection.select import choose_blocks
@@ -147,7 +147,7 @@ def run_cells(
             if loaded is None or loaded[0] != cell.train_file:
                 loaded = cell.train_file, load_data(_with_file(run, cell.train_file), tokenizer)
             data = _half(loaded[1], cell.half)
-        enter_phase(f"warm-up, {cell.axis} {cell.label}")
+        begin_activity(f"warm-up, {cell.axis} {cell.label}")
         with _data_seed(args, cell.seed):
             scores = collect(model, data, cell.config, args, engine)
         keep_scores(scores, path)

@@ -19,14 +19,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from smt_dist.checkpoint.adapter import trained_deltas
 from smt_dist.checkpoint.moved_base import MOVED_BASE, save_moved_base
-from smt_dist.cli.pictures import PAGE_FILE, draw, keep_scores, known_scores
 from smt_dist.cli.program import check_writable, parse_arguments, run_program
+from smt_dist.cli.selection_report import PAGE_FILE, keep_scores, known_scores, report_selection
 from smt_dist.data.batches import TrainingData
-from smt_dist.distributed import agree, get_rank
+from smt_dist.distributed import get_rank, raise_on_any_rank
 from smt_dist.engines import make_engine
 from smt_dist.engines.base import Engine
 from smt_dist.errors import SMTError
-from smt_dist.fault_tolerance.activity import enter_phase
+from smt_dist.fault_tolerance.activity import begin_activity
 from smt_dist.fault_tolerance.supervision import honour_collective_timeout, supervise
 from smt_dist.memory.record.profiling import prepare_profiling, publish
 from smt_dist.memory.record.recorder import Recorder
@@ -34,11 +34,11 @@ from smt_dist.memory.record.report import PAGE
 from smt_dist.models.cpu_products import fp32_products
 from smt_dist.selection.block_scores import SCORES_FILE, BlockScores
 from smt_dist.sparse.blocks import BlockSelection
-from smt_dist.sparse.surgery import touched_selection
+from smt_dist.sparse.surgery import ever_trained_selection
 from smt_dist.training.arguments import SMTTrainingArguments
 from smt_dist.training.loading import load_tokenizer_and_model
-from smt_dist.training.phases import trainer_class
 from smt_dist.training.pipeline import attach_blocks, collect_and_select, load_data
+from smt_dist.training.rounds import trainer_class
 from smt_dist.training.run_arguments import RunArguments
 from smt_dist.training.run_plan import RunPlan
 from smt_dist.training.trainer import SMTTrainer
@@ -79,9 +79,9 @@ def tune(run: RunArguments, args: SMTTrainingArguments) -> None:
     args.set_up_process_group()
     supervise(args.heartbeat_timeout)
     set_seed(args.seed)
-    agree(lambda: check_writable("--output_dir", Path(args.output_dir)), "the output folder")
+    raise_on_any_rank(lambda: check_writable("--output_dir", Path(args.output_dir)), "the output folder")
     if run.profile_memory is not None:
-        agree(lambda: prepare_profiling(Path(run.profile_memory)), "the folder of the memory report")
+        raise_on_any_rank(lambda: prepare_profiling(Path(run.profile_memory)), "the folder of the memory report")
     job = load(RunPlan.resolve(run, args.output_dir, args.resume_from_checkpoint), args)
     selection, scores = choose(job)
     trainer, metrics = train(job, selection, scores)
@@ -93,7 +93,7 @@ def tune(run: RunArguments, args: SMTTrainingArguments) -> None:
         report = publish(job.recorder, Path(run.profile_memory), job.model, job.plan.config, args)
         if report is not None:
             print(f"{report}\nmemory report: {Path(run.profile_memory) / PAGE}", flush=True)
-    draw(job.plan.run, job.page, touched_selection(trainer.model), scores, trainer.state.log_history)
+    report_selection(job.plan.run, job.page, ever_trained_selection(trainer.model), scores, trainer.state.log_history)
     if get_rank() == 0:
         print(f"adapter saved in {args.output_dir}", flush=True)
 
@@ -102,12 +102,12 @@ def load(plan: RunPlan, args: SMTTrainingArguments) -> Job:
     """Read model and data; collective."""
     run, engine = plan.run, make_engine(args.engine_options)
     recorder = Recorder(args.device, run.profile_memory_steps, enabled=run.profile_memory is not None)
-    enter_phase("load")
+    begin_activity("load")
     with recorder.phase("load"):
         tokenizer, model = load_tokenizer_and_model(run, args, engine)
         recorder.see_model(model)
     honour_collective_timeout(model, args.ddp_timeout)
-    enter_phase("data")
+    begin_activity("data")
     return Job(plan, args, engine, recorder, tokenizer, model, load_data(run, tokenizer))
 
 
@@ -116,8 +116,8 @@ def choose(job: Job) -> tuple[BlockSelection, BlockScores | None]:
     plan, args, model, recorder = job.plan, job.args, job.model, job.recorder
     folder = Path(args.output_dir)
     if plan.selection is not None:
-        return plan.selection, agree(lambda: known_scores(plan.run, folder, plan.selection), "the scores")
-    enter_phase("warm-up")
+        return plan.selection, raise_on_any_rank(lambda: known_scores(plan.run, folder, plan.selection), "the scores")
+    begin_activity("warm-up")
     with recorder.phase("warmup", model):
         observe = recorder.observe_warmup(model, plan.config.warmup.steps)
         selection, scores = collect_and_select(model, job.data, plan.config, args, job.engine, observe)
@@ -130,10 +130,10 @@ def choose(job: Job) -> tuple[BlockSelection, BlockScores | None]:
 def train(job: Job, selection: BlockSelection, scores: BlockScores | None) -> tuple[SMTTrainer, dict[str, float]]:
     """Put the blocks into the model and train them; the trainer and its metrics."""
     plan, args, model, data = job.plan, job.args, job.model, job.data
-    enter_phase("attaching the blocks")
+    begin_activity("attaching the blocks")
     with job.recorder.phase("setup", model):  # training from the first step on
         attach_blocks(model, selection, plan.config, args, plan.adapter, plan.adapter_source)
-        draw(plan.run, job.page, selection, scores)
+        report_selection(plan.run, job.page, selection, scores)
         trainer = trainer_class(model)(
             model,
             args,

@@ -1,4 +1,4 @@
-"""The rows of a run, and the batches that a warm-up or a probe sees."""
+"""The rows of a run, and the batches that a warm-up or a re-selection scores."""
 
 from __future__ import annotations
 

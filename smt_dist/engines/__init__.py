@@ -1,4 +1,4 @@
-"""Engines: how the base is held, how a probe's backward runs, and who shards the blocks' optimizer state.
+"""Engines: how the base is held, how blocks are scored, who shards their optimizer state.
 
 One file an engine; ``replicated.py`` is what ``ddp`` and ``fsdp2`` share.
 """

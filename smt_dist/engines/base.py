@@ -93,7 +93,7 @@ class Engine(Protocol):
     def prepare_base(self, model: nn.Module) -> None:
         """What a base that was loaded with them wants before its first forward; not collective."""
 
-    def probing(self, model: nn.Module) -> AbstractContextManager[None]:
+    def scoring(self, model: nn.Module) -> AbstractContextManager[None]:
         """Make forwards and backwards of the bare ``model`` possible, without an optimizer."""
 
     def forget(self, model: nn.Module) -> None:

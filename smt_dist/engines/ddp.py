@@ -27,7 +27,7 @@ class DDPEngine(ReplicatedBlocks):
     def prepare_base(self, model: nn.Module) -> None:
         pass
 
-    def probing(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
+    def scoring(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
         return nullcontext()
 
     @contextmanager

@@ -60,7 +60,7 @@ class DeepSpeedEngine:
         pass
 
     @contextmanager
-    def probing(self, model: nn.Module) -> Iterator[None]:
+    def scoring(self, model: nn.Module) -> Iterator[None]:
         """Under ZeRO-3 an engine without optimizer gathers the weights; destroyed at the end."""
         if self.stage < 3:
             yield

@@ -81,11 +81,12 @@ def refuse_unless_elementwise(optimizer_class: type[torch.optim.Optimizer], opti
 
 
 def try_slices(optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]) -> None:
-    """Try an optimizer on a matrix and on its elements in two flat pieces; both must agree.
+    """Try an optimizer on a matrix and on its elements in two flat pieces.
 
-    That is what sharding does to it. An optimizer that looks at rows, columns, norms or neighbours (Adafactor, LAMB,
-    Muon, Shampoo, quantised states) or can't do without a closure (LBFGS) gives something else, or fails. Refused too
-    is one whose state a checkpoint couldn't hold: kept in its parameter groups, or of another shape.
+    That is what sharding does to it, and both results must be equal. An optimizer that looks at rows, columns, norms or
+    neighbours (Adafactor, LAMB, Muon, Shampoo, quantised states) or can't do without a closure (LBFGS) gives something
+    else, or fails. Refused too is one whose state a checkpoint couldn't hold: kept in its parameter groups, or of
+    another shape.
 
     Raises:
         SMTError: as :func:`refuse_unless_elementwise`.

@@ -62,7 +62,7 @@ class FSDP2Engine(ReplicatedBlocks):
     def prepare_base(self, model: nn.Module) -> None:
         release_early(model, self.prefetch)
 
-    def probing(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
+    def scoring(self, model: nn.Module) -> AbstractContextManager[None]:  # noqa: ARG002
         return nullcontext()  # FSDP2's own hooks gather the weights
 
     @contextmanager
@@ -84,5 +84,5 @@ def _refuse_split_ties(model: nn.Module) -> None:
         if first != name and isinstance(parameter, DTensor) and parameter.shape[0] % parameter.device_mesh.size(-1):
             raise SMTError(
                 f"--engine fsdp2 with warmup.mode full_ft: {name} is tied to {first} and its {parameter.shape[0]} rows "
-                "don't divide over the ranks that share them; use --engine ddp or --deepspeed, or mode probe"
+                "don't divide over the ranks that share them; use --engine ddp or --deepspeed, or mode scoring"
             )

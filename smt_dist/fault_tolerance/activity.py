@@ -8,19 +8,19 @@ _current = "start"
 _listeners: list[Callable[[str], None]] = []
 
 
-def enter_phase(name: str) -> None:
-    """Say what begins now: ``"load"``, ``"training, step 3: forward"``."""
+def begin_activity(name: str) -> None:
+    """Note what this rank does from now on: ``"load"``, ``"training, step 3: forward"``."""
     global _current
     _current = name
     for listener in _listeners:
         listener(name)
 
 
-def current_phase() -> str:
-    """What :func:`enter_phase` was last told."""
+def current_activity() -> str:
+    """Return the name that :func:`begin_activity` was last given."""
     return _current
 
 
-def on_phase(listener: Callable[[str], None]) -> None:
-    """Call ``listener`` with each phase's name as it begins."""
+def on_activity(listener: Callable[[str], None]) -> None:
+    """Call ``listener`` with each activity's name as it begins."""
     _listeners.append(listener)

@@ -19,7 +19,7 @@ import threading
 import time
 from typing import Any, NamedTuple
 
-from smt_dist.fault_tolerance.activity import current_phase
+from smt_dist.fault_tolerance.activity import current_activity
 from smt_dist.fault_tolerance.peers import Peer, connect_ranks
 
 logger = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class Verdict(NamedTuple):
     """Why all ranks end.
 
     Attributes:
-        text: what happened, to which rank, in which phase.
+        text: what happened, to which rank, during which activity.
         code: the exit code.
         grace: seconds that the main thread gets to end by itself, which it does where all ranks fail alike.
     """
@@ -97,7 +97,7 @@ class Heartbeat:
                 selector.register(peer.connection, selectors.EVENT_READ, peer)
             last = time.monotonic()
             while not self._stopped.is_set() and self._peers:
-                self._say({"phase": current_phase()})
+                self._say({"activity": current_activity()})
                 selector.select(BEAT_SECONDS)
                 verdict = self._read(selector)
                 before, last = last, time.monotonic()
@@ -115,8 +115,8 @@ class Heartbeat:
         for peer in list(self._peers.values()):
             messages, closed = peer.receive()
             for message in messages:
-                if "phase" in message:
-                    peer.phase = str(message["phase"])
+                if "activity" in message:
+                    peer.activity = str(message["activity"])
                 elif "text" in message and verdict is None:
                     verdict = Verdict(str(message["text"]), int(message["code"]), float(message["grace"]))
                 if "bye" in message or "text" in message:
@@ -141,7 +141,7 @@ class Heartbeat:
 
     @staticmethod
     def _last_words(peer: Peer) -> str:
-        return f"it was last heard of {time.monotonic() - peer.heard:.1f} s ago, in: {peer.phase}"
+        return f"it was last heard of {time.monotonic() - peer.heard:.1f} s ago, in: {peer.activity}"
 
     def _conclude(self, verdict: Verdict) -> None:
         """Pass the verdict on and end the process, unless it ends by itself within the verdict's grace."""
@@ -150,7 +150,7 @@ class Heartbeat:
         while time.monotonic() < deadline and not self._failing.is_set():
             if self._stopped.wait(0.1):
                 return
-        line = f"smt_dist: error: rank {self.rank} ends, in: {current_phase()}. {verdict.text}\n"
+        line = f"smt_dist: error: rank {self.rank} ends, in: {current_activity()}. {verdict.text}\n"
         with contextlib.suppress(OSError):
             os.write(2, line.encode())  # sys.stderr's lock may be held by a thread that hangs
         # Not sys.exit: the main thread may wait in a collective for ever.

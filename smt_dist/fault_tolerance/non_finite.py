@@ -1,4 +1,4 @@
-"""NaN and infinity in losses and gradients: the step is skipped on all ranks alike, and counted, or the run stops.
+"""NaN and infinity in losses and gradients: skip the step on all ranks, or stop the run.
 
 A loss that isn't finite makes its gradients NaN, so that one question remains: is the global gradient norm finite? It
 has the same bits on all ranks. ``ShardedBlockOptimizer`` and DeepSpeed's optimizers then leave masters, moments and
@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.optimization import GreedyLR
 
-from smt_dist.config import BadNumbersConfig
+from smt_dist.config import NonFiniteConfig
 from smt_dist.distributed import get_world_size, is_distributed
 from smt_dist.engines.base import unwrapped
 from smt_dist.errors import SMTError
@@ -28,14 +28,14 @@ logger = logging.getLogger(__name__)
 SKIPPED = "skipped_steps"
 
 
-def poisoned_if_bad(loss: torch.Tensor) -> torch.Tensor:
-    """The same loss, bit for bit, whose gradients are NaN if it isn't finite: nothing may come of it."""
+def nan_gradients_if_non_finite(loss: torch.Tensor) -> torch.Tensor:
+    """Make the gradients of a loss that isn't finite NaN; the loss keeps its bits."""
     still = loss.detach()
     return loss * (1 + (still - still))
 
 
-class BadNumbers(TrainerCallback):
-    """Watches losses and block gradients; see the module.
+class NonFiniteCallback(TrainerCallback):
+    """Watch losses and block gradients; see the module.
 
     Args:
         config: the policy.
@@ -45,7 +45,7 @@ class BadNumbers(TrainerCallback):
         in_a_row: of these, up to the last step.
     """
 
-    def __init__(self, config: BadNumbersConfig) -> None:
+    def __init__(self, config: NonFiniteConfig) -> None:
         self.config = config
         self.skipped, self.in_a_row = 0, 0
         self._losses: list[torch.Tensor] = []
@@ -96,7 +96,7 @@ class BadNumbers(TrainerCallback):
             self._losses.clear()
             self._gradients.clear()
 
-    # -- a bad step ----------------------------------------------------------------------------------------------
+    # -- a non-finite step ---------------------------------------------------------------------------------------
 
     def _note(self, name: str, gradient: torch.Tensor) -> None:
         self._gradients.append((name, torch.linalg.vector_norm(gradient.detach(), torch.inf)))
@@ -109,18 +109,18 @@ class BadNumbers(TrainerCallback):
         found = f"step {step}: {self._whose()}"
         if self.config.policy == "stop":
             raise SMTError(
-                f"{found}; nothing of this step was applied. bad_numbers.policy in the SMT config is 'stop'; 'skip' "
+                f"{found}; nothing of this step was applied. non_finite.policy in the SMT config is 'stop'; 'skip' "
                 "goes on without such steps"
             )
         if self.in_a_row > self.config.limit:
             raise SMTError(
-                f"{found}; {self.in_a_row} steps in a row were bad, more than bad_numbers.limit ({self.config.limit}) "
-                "in the SMT config; nothing of them was applied"
+                f"{found}; {self.in_a_row} steps in a row were not finite, more than non_finite.limit "
+                f"({self.config.limit}) in the SMT config; nothing of them was applied"
             )
         logger.warning("%s; the step is skipped on all ranks (%d so far)", found, self.skipped)
 
     def _whose(self) -> str:
-        """The first rank's bad number, in words; collective."""
+        """Describe each rank's first non-finite value; collective."""
         own = self._own()
         everyone = [own]
         if is_distributed():

@@ -25,12 +25,12 @@ class Peer:
         rank: at the other end.
         connection: the socket.
         heard: when something last came from it, by ``time.monotonic``.
-        phase: what it last said it was doing.
+        activity: what it last said it was doing.
     """
 
     def __init__(self, rank: int, connection: socket.socket) -> None:
         self.rank, self.connection = rank, connection
-        self.heard, self.phase = time.monotonic(), "start"
+        self.heard, self.activity = time.monotonic(), "start"
         self._unsent, self._unread = b"", b""
         connection.setblocking(False)
 

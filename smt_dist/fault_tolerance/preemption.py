@@ -11,7 +11,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from smt_dist.fault_tolerance.activity import current_phase
+from smt_dist.fault_tolerance.activity import current_activity
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -24,7 +24,9 @@ class Preempted(SystemExit):
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
-        self.text = f"was asked to end ({signal.Signals(number).name}) in: {current_phase()}; there is nothing to save"
+        self.text = (
+            f"was asked to end ({signal.Signals(number).name}) in: {current_activity()}; there is nothing to save"
+        )
 
 
 class Preemption:

@@ -21,7 +21,7 @@ from transformers import (
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-from smt_dist.distributed import agree
+from smt_dist.distributed import raise_on_any_rank
 from smt_dist.errors import RankError, SMTError, whole_message
 from smt_dist.files import TensorKind, parse_json_object, read_header, read_text, shorten
 
@@ -130,7 +130,7 @@ def load_causal_lm(
         SMTError: a weight is missing (transformers would draw it at random) or of another shape; on all ranks.
     """
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, loading_info = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=dtype,
             trust_remote_code=bool(trust_remote_code),
@@ -141,21 +141,21 @@ def load_causal_lm(
         )
     except Exception as error:  # parsers of foreign files raise anything at all
         raise RankError(f"{source}: can't be loaded as a causal language model ({whole_message(error)})") from None
-    agree(lambda: _check_report(source, report), "loading the base")
+    raise_on_any_rank(lambda: _check_loading_info(source, loading_info), "loading the base")
     return model
 
 
-def _check_report(source: str | Path, report: dict[str, Any]) -> None:
-    if report["mismatched_keys"]:
-        name, saved, wanted = min(report["mismatched_keys"])
+def _check_loading_info(source: str | Path, loading_info: dict[str, Any]) -> None:
+    if loading_info["mismatched_keys"]:
+        name, saved, wanted = min(loading_info["mismatched_keys"])
         raise SMTError(f"{source}: {name} is {tuple(saved)}, but its config.json asks for {tuple(wanted)}")
-    if report["missing_keys"]:
+    if missing := loading_info["missing_keys"]:
         raise SMTError(
-            f"{source}: {min(report['missing_keys'])} isn't in its files ({len(report['missing_keys'])} weights are "
-            "missing): transformers would draw them at random"
+            f"{source}: {min(missing)} isn't in its files ({len(missing)} weights are missing): transformers would "
+            "draw them at random"
         )
-    if report["unexpected_keys"]:
-        names = sorted(report["unexpected_keys"])
+    if loading_info["unexpected_keys"]:
+        names = sorted(loading_info["unexpected_keys"])
         logger.warning("%s: %d weights have no place in the model, such as %s", source, len(names), shorten(names[0]))
 
 

@@ -1,4 +1,4 @@
-"""The picture of a selection: a page to look at in a browser, and PNG files for papers."""
+"""The report of a selection: a page to look at in a browser, and PNG files for papers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from smt_dist.sparse.blocks import BlockSelection
 logger = logging.getLogger(__name__)
 
 
-def write_pictures(
+def write_selection_report(
     page: Path,
     selection: BlockSelection,
     scores: BlockScores | None = None,
@@ -22,7 +22,7 @@ def write_pictures(
 ) -> bool:
     """Write the page, and beside it ``<stem>.png`` (shares, distribution, curve) and ``<stem>_blocks.png`` (maps).
 
-    Never fails: a run is worth more than its picture. What is wrong is logged in one line. Call it on one rank.
+    Never fails: a run is worth more than its report. What is wrong is logged in one line. Call it on one rank.
 
     Args:
         page: the HTML file.

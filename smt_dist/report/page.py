@@ -54,8 +54,8 @@ def _page(summary: Summary) -> str:
     )
 
 
-def _section(title: str, note: str, pictures: list[str], kind: str = "chart") -> str:
-    drawn = "".join(f'<div class="{kind}">{picture}</div>\n' for picture in pictures)
+def _section(title: str, note: str, plots: list[str], kind: str = "chart") -> str:
+    drawn = "".join(f'<div class="{kind}">{plot}</div>\n' for plot in plots)
     return f"<h2>{escape(title)}</h2>\n" + (f"<p>{escape(note)}</p>\n" if note else "") + drawn
 
 

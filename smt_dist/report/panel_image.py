@@ -23,7 +23,7 @@ def svg_image(name: str, draw: Callable[[Axes], None], height: float = 3.2) -> s
     """
     figure, buffer = Figure(figsize=(9, height), layout="constrained"), io.BytesIO()
     draw(figure.add_subplot())
-    with rc_context({"svg.hashsalt": name}):  # equal pictures are equal files
+    with rc_context({"svg.hashsalt": name}):  # equal plots are equal files
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     content = base64.b64encode(buffer.getvalue()).decode()
     return f'<img id="{name}" alt="{name}" width="100%" src="data:image/svg+xml;base64,{content}">'

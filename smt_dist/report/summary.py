@@ -1,4 +1,4 @@
-"""The numbers behind a picture, without any plotting library: maps of blocks, shares, distribution, curve."""
+"""The numbers behind a report, without any plotting library: maps of blocks, shares, distribution, curve."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def summarise(
     log_history: Sequence[Mapping[str, Any]],
     facts: Mapping[str, str],
 ) -> Summary:
-    """Work the numbers out; arguments as for :func:`smt_dist.report.write_pictures`."""
+    """Work the numbers out; arguments as for :func:`smt_dist.report.write_selection_report`."""
     tables = _tables(selection, scores)
     marks = {module: _marks(selection, module, table.shape) for module, table in tables.items()}
     kinds = short_kinds(tables)

@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from smt_dist.distributed import agree, broadcast_first
+from smt_dist.distributed import broadcast_first, raise_on_any_rank
 from smt_dist.errors import SMTError, first_line
 from smt_dist.selection.scores import GradientAccumulator, WeightReader
 from smt_dist.sparse.blocks import BlockGrid
@@ -114,7 +114,7 @@ def custom_tables(
             if module in input_rms:
                 arguments["input_rms"] = input_rms[module]
             result = score.function(**{name: arguments[name] for name in score.takes})
-        tables[module] = broadcast_first(agree(partial(_checked, result, score, module, grid), "the score"))
+        tables[module] = broadcast_first(raise_on_any_rank(partial(_checked, result, score, module, grid), "the score"))
     return tables
 
 

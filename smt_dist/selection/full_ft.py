@@ -14,8 +14,8 @@ from smt_dist.config import SMTConfig
 from smt_dist.distributed import get_world_size
 from smt_dist.engines.base import Engine, Tuning
 from smt_dist.selection.block_scores import BlockScores
-from smt_dist.selection.probe import probe_modules
 from smt_dist.selection.scores import make_accumulator
+from smt_dist.selection.scoring_hooks import scoring_hooks
 from smt_dist.selection.steps import Batch, Observer, run_steps
 from smt_dist.selection.warmup import build_scores, plan_grids
 
@@ -51,7 +51,7 @@ def collect_scores_full_ft(
         parameter.requires_grad_(True)
     model.train()
     label = "warm-up (full fine-tuning)" if progress else None
-    with engine.full_finetuning(model, learning_rate, accumulation) as tuning, probe_modules(model, accumulator, grids):
+    with engine.full_finetuning(model, learning_rate, accumulation) as tuning, scoring_hooks(model, accumulator, grids):
         steps = run_steps(model, _summed(tuning), batches, config.warmup.steps, accumulator, label, observe)
     tables = {name: table / get_world_size() for name, table in accumulator.tables().items()}
     return build_scores(model, config, groups, grids, tables, steps)

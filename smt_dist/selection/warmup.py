@@ -1,7 +1,7 @@
 """The warm-up: score every block of the targets, over all ranks -> ``BlockScores``.
 
-In ``probe`` mode no weight moves, no weight gets a ``.grad`` and no optimizer exists. The targets' outputs pass
-through a small autograd function that hands (input, output gradient) to the accumulator, so a probe works
+In ``scoring`` mode no weight moves, no weight gets a ``.grad`` and no optimizer exists. The targets' outputs pass
+through a small autograd function that hands (input, output gradient) to the accumulator, so scoring works
 on any base that can compute gradients of its activations: plain, partitioned by ZeRO-3 or sharded by FSDP2.
 """
 
@@ -15,14 +15,14 @@ import torch
 from torch import nn
 
 from smt_dist.config import ACTIVATION, DATA_FREE_SCORES, SMTConfig
-from smt_dist.distributed import agree
+from smt_dist.distributed import raise_on_any_rank
 from smt_dist.engines.base import Tuning
 from smt_dist.errors import SMTError
 from smt_dist.selection.activations import block_rms, collect_input_rms
 from smt_dist.selection.block_scores import BlockScores
 from smt_dist.selection.custom_scores import ScoreFunction, custom_tables, load_score_function
-from smt_dist.selection.probe import probe_modules
 from smt_dist.selection.scores import GradientAccumulator, ScoreAccumulator, WeightReader, make_accumulator
+from smt_dist.selection.scoring_hooks import scoring_hooks
 from smt_dist.selection.steps import Batch, Observer, device_of, frozen, run_steps, seeded
 from smt_dist.selection.weight_scores import score_without_data
 from smt_dist.sparse.blocks import BlockGrid, resolve_block_size
@@ -50,7 +50,7 @@ def collect_scores(
 
     Args:
         model: a causal language model on its device; under ZeRO-3 with the engine's hooks
-            (:meth:`smt_dist.engines.base.Engine.probing`). Left as it was.
+            (:meth:`smt_dist.engines.base.Engine.scoring`). Left as it was.
         batches: this rank's keyword micro-batches, one a global step, or a list of them for one global step.
             All ranks need as many.
         config: its score, targets, steps and passes. More than one pass reads ``batches`` into a list.
@@ -70,7 +70,7 @@ def collect_scores(
     if chosen.score in DATA_FREE_SCORES:
         tables = score_without_data(chosen.score, grids, weights, chosen.seed, progress)
     elif chosen.is_custom:
-        function = agree(lambda: load_score_function(chosen.score), "the score function")
+        function = raise_on_any_rank(lambda: load_score_function(chosen.score), "the score function")
         tables, steps = _custom_scores(model, batches, config, grids, function, progress, observe)
     elif chosen.score == ACTIVATION:
         columns, steps = collect_input_rms(model, grids, batches, config.warmup.steps, progress, observe)
@@ -112,11 +112,11 @@ def _gradient_scores(
     steps = 0
     for index, part in enumerate(parts):
         accumulator = make(part)
-        with frozen(model), probe_modules(model, accumulator, part), seeded(config.selection.seed):
+        with frozen(model), scoring_hooks(model, accumulator, part), seeded(config.selection.seed):
             label = "warm-up" if len(parts) == 1 else f"warm-up, pass {index + 1} of {len(parts)}"
-            probing = Tuning(model, torch.Tensor.backward, lambda: None)
+            backward_only = Tuning(model, torch.Tensor.backward, lambda: None)
             label = label if progress else None
-            steps = run_steps(model, probing, batches, config.warmup.steps, accumulator, label, observe)
+            steps = run_steps(model, backward_only, batches, config.warmup.steps, accumulator, label, observe)
         tables.update(finish(accumulator, part))
     return tables, steps
 

@@ -236,11 +236,11 @@ def rearrange(values: torch.Tensor | None, source: BlockSelection, target: Block
     return result
 
 
-def without(touched: BlockSelection, active: BlockSelection) -> BlockSelection | None:
-    """The blocks of ``touched`` that aren't in ``active``; None if all are."""
+def without(ever_trained: BlockSelection, active: BlockSelection) -> BlockSelection | None:
+    """Select the blocks of ``ever_trained`` that aren't in ``active``; None if all are."""
     left = {
         module: [block for block in blocks if block not in set(active.blocks.get(module, ()))]
-        for module, blocks in touched.blocks.items()
+        for module, blocks in ever_trained.blocks.items()
     }
     left = {module: blocks for module, blocks in left.items() if blocks}
-    return touched.model_copy(update={"blocks": left}) if left else None
+    return ever_trained.model_copy(update={"blocks": left}) if left else None

@@ -118,8 +118,8 @@ def group_multipliers(model: nn.Module) -> list[float]:
     return sorted({model.smt.multiplier_of(name) for name in sparse_layers(model)})
 
 
-def touched_selection(model: nn.Module) -> BlockSelection:
-    """All blocks that differ from the base: the trainable ones, and those that re-selection has frozen."""
+def ever_trained_selection(model: nn.Module) -> BlockSelection:
+    """Select all blocks ever trained: the trainable ones, and those that re-selection has frozen."""
     active, frozen = model.smt.selection, frozen_layers(model)
     if not frozen:
         return active

@@ -94,7 +94,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def may_be_idle(module: str) -> bool:
     """Whether a module may get no token on some ranks, to go by its name: an expert, in a list inside a layer.
 
-    What ranks exchange while a backward runs must not wait for such a module's gradient.
+    What ranks all-reduce while a backward runs must not wait for such a module's gradient.
     """
     return sum(part.isdigit() for part in module.split(".")) > 1
 

@@ -1,8 +1,8 @@
 """``GuardCallback``: the guards of a long run on machines that fail.
 
-Before each optimizer step the ranks exchange a few integers, once: whether one of them was asked to end
+Before each optimizer step the ranks all-gather a few integers, once: whether one of them was asked to end
 (:mod:`~smt_dist.fault_tolerance.preemption`), and whether what should be equal is
-(:mod:`~smt_dist.fault_tolerance.drift`, :mod:`~smt_dist.fault_tolerance.data_order`).
+(:mod:`~smt_dist.fault_tolerance.replica_divergence`, :mod:`~smt_dist.fault_tolerance.data_order`).
 :mod:`~smt_dist.fault_tolerance.non_finite` looks at the step's numbers.
 """
 
@@ -15,27 +15,27 @@ import torch
 from accelerate.utils import DeepSpeedEngineWrapper
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from smt_dist.distributed import agree, assert_same_on_all_ranks
+from smt_dist.distributed import assert_same_on_all_ranks, raise_on_any_rank
 from smt_dist.engines.base import Engine, unwrapped
 from smt_dist.errors import SMTError
-from smt_dist.fault_tolerance.activity import enter_phase
+from smt_dist.fault_tolerance.activity import begin_activity
 from smt_dist.fault_tolerance.data_order import HashedSampler, dataset_digest, watch_order
-from smt_dist.fault_tolerance.drift import (
-    block_sums,
-    check_masters,
-    gather_integers,
-    mixed,
-    odd_ones,
-    refuse_different_blocks,
-    refuse_different_sums,
-)
 from smt_dist.fault_tolerance.preemption import Preempted
+from smt_dist.fault_tolerance.replica_divergence import (
+    block_checksums,
+    check_masters,
+    combined_checksum,
+    describe_odd_ranks,
+    gather_integers,
+    refuse_different_blocks,
+    refuse_different_checksums,
+)
 from smt_dist.fault_tolerance.supervision import preemption
 from smt_dist.sparse.surgery import sparse_layers
 
 
 class GuardCallback(TrainerCallback):
-    """Checks what the ranks must agree on: before the first step, before each step and before each save.
+    """Checks what must be equal on all ranks: before the first step, before each step and before each save.
 
     Args:
         trainer: whose model, optimizer and state are checked.
@@ -70,14 +70,14 @@ class GuardCallback(TrainerCallback):
                 raise Preempted(self.preempted)
 
     def before_step(self) -> None:
-        """Exchange what the ranks must agree on before the optimizer moves anything; collective.
+        """Compare what must be equal on all ranks before the optimizer moves anything; collective.
 
         Raises:
-            SMTError: on all ranks: they have drifted apart, or one rank's values aren't its masters'.
+            SMTError: on all ranks: replicas have diverged, or one rank's values aren't its masters'.
         """
         model, step = self.trainer.model, f"step {self.trainer.state.global_step + 1}"
-        enter_phase(f"training, {step}: optimizer step")
-        sums = block_sums(model)
+        begin_activity(f"training, {step}: optimizer step")
+        checksums = block_checksums(model)
         names = list(sparse_layers(model))
         damaged = self.engine.damaged_block(model, self.trainer.optimizer)
         signals = preemption()
@@ -85,7 +85,7 @@ class GuardCallback(TrainerCallback):
             signals.requested if signals is not None else 0,
             0 if damaged is None else 1 + names.index(damaged),
             self._order.digest if self._order is not None else 0,
-            mixed(sums),
+            combined_checksum(checksums),
         ]
         requests, damages, orders, blocks = zip(*gather_integers(own), strict=True)
         for rank, index in enumerate(damages):
@@ -94,9 +94,9 @@ class GuardCallback(TrainerCallback):
                     f"{step}: the block values of {names[index - 1]} on rank {rank} aren't those of their fp32 masters"
                 )
         if len(set(blocks)) > 1:
-            refuse_different_sums(model, sums, step)
+            refuse_different_checksums(model, checksums, step)
         if len(set(orders)) > 1:
-            raise SMTError(f"{step}: the ranks read the data in different orders: {odd_ones(orders)}")
+            raise SMTError(f"{step}: the ranks read the data in different orders: {describe_odd_ranks(orders)}")
         self.preempted = max(requests)
 
     def check_before_save(self) -> None:
@@ -106,12 +106,12 @@ class GuardCallback(TrainerCallback):
             SMTError: on all ranks: blocks differ between ranks or from their masters, or a number isn't finite.
         """
         model, optimizer, state = self.trainer.model, self.trainer.optimizer, self.trainer.state
-        enter_phase(f"saving step {state.global_step}")
+        begin_activity(f"saving step {state.global_step}")
         refuse_different_blocks(model, "not saved")
         masters = self.engine.read_blocks(model, optimizer)
         damaged = None if optimizer is None else self.engine.damaged_block(model, optimizer)
-        report = check_masters(model, damaged, masters, _local_state(optimizer))
-        agree(report, "checking what is to be saved")
+        raise_problem = check_masters(model, damaged, masters, _local_state(optimizer))
+        raise_on_any_rank(raise_problem, "checking what is to be saved")
         if self.trainer.lr_scheduler is not None:
             progress = f"{state.global_step} {self.trainer.lr_scheduler.state_dict().get('_last_lr')}"
             assert_same_on_all_ranks(progress.encode(), "the step count or the learning rate")

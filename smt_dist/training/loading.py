@@ -15,7 +15,7 @@ from transformers.integrations.deepspeed import (
     unset_hf_deepspeed_config,
 )
 
-from smt_dist.distributed import agree, get_world_size, main_process_first
+from smt_dist.distributed import get_world_size, main_process_first, raise_on_any_rank
 from smt_dist.engines.base import Engine
 from smt_dist.models.folder import check_model_folder, load_causal_lm, load_tokenizer
 from smt_dist.models.gguf import dequantize_gguf, find_gguf_file
@@ -44,10 +44,10 @@ def load_tokenizer_and_model(
         with _without_zero_init(args):
             source = str(main_process_first(lambda: _dequantize(run, args.base_dtype), "dequantising the GGUF file"))
     options = {} if run.attn_implementation is None else {"attn_implementation": run.attn_implementation}
-    config = agree(lambda: check_model_folder(source, run.trust_remote_code), "reading the model's config")
+    config = raise_on_any_rank(lambda: check_model_folder(source, run.trust_remote_code), "reading the model's config")
     sharding = engine.load_options(config, args.base_dtype)
     logger.info("engine %s, %d ranks", args.engine, get_world_size())
-    tokenizer = agree(lambda: load_tokenizer(source, run.trust_remote_code), "reading the tokenizer")
+    tokenizer = raise_on_any_rank(lambda: load_tokenizer(source, run.trust_remote_code), "reading the tokenizer")
     model = load_causal_lm(source, args.base_dtype, run.trust_remote_code, **options, **sharding)
     if not sharding and not is_deepspeed_zero3_enabled():
         model.to(args.device)

@@ -11,9 +11,9 @@ from smt_dist.checkpoint.adapter import Adapter, attach_adapter, verify_base_mod
 from smt_dist.config import SMTConfig
 from smt_dist.data.batches import TrainingData, warmup_batches
 from smt_dist.data.dataset import CausalLMCollator, build_dataset, get_pad_token_id, load_rows
-from smt_dist.distributed import agree, get_world_size, main_process_first
+from smt_dist.distributed import get_world_size, main_process_first, raise_on_any_rank
 from smt_dist.engines.base import Engine
-from smt_dist.fault_tolerance.activity import enter_phase
+from smt_dist.fault_tolerance.activity import begin_activity
 from smt_dist.models.chunked_loss import chunk_loss
 from smt_dist.selection.block_scores import BlockScores
 from smt_dist.selection.full_ft import collect_scores_full_ft
@@ -53,7 +53,7 @@ def load_data(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Training
 
     if run.dataset_name is not None:  # one process downloads, the others find it in the cache
         return main_process_first(build_all, "reading the data")
-    return agree(build_all, "reading the data")
+    return raise_on_any_rank(build_all, "reading the data")
 
 
 def collect(
@@ -75,7 +75,7 @@ def collect(
         return collect_scores(model, batches, config, progress)
     targets = {name for names in find_targets(model, config).values() for name in names}
     chunk_loss(model, args.loss_chunk_size, targets)
-    with engine.probing(model):
+    with engine.scoring(model):
         return collect_scores(model, batches, config, progress, observe)
 
 
@@ -89,7 +89,7 @@ def collect_and_select(
 ) -> tuple[BlockSelection, BlockScores]:
     """Run the warm-up and choose the blocks; ``observe`` looks on."""
     scores = collect(model, data, config, args, engine, observe)
-    enter_phase("selection")
+    begin_activity("selection")
     return select_blocks(scores, config), scores
 
 

@@ -1,10 +1,10 @@
-"""Re-selection: blocks of a model and of its checkpoint are exchanged between two phases of training.
+"""Re-selection: drop and grow blocks of a model and of its checkpoint between two rounds of training.
 
-A phase ends with a checkpoint, which is free of engine and world size. The engine is taken down, a probe scores all
-blocks of the targets by the gradients of the model as it is, with its blocks, and the checkpoint is written anew with
-the weakest trained blocks frozen and new ones, at zero and with zero moments, in their place. The next phase resumes
-from it like any run. So every engine takes part alike, and what was killed anywhere goes on from the last checkpoint:
-one that was saved before its exchange makes it then.
+A round ends with a checkpoint, which is free of engine and world size. The engine is taken down, all blocks of the
+targets are scored by the gradients of the model as it is, with its blocks, and the checkpoint is written anew with the
+weakest trained blocks frozen (dropped) and new ones (grown), at zero and with zero moments, in their place. The next
+round resumes from it like any run. So every engine takes part alike, and what was killed anywhere goes on from the last
+checkpoint: one that was saved before its re-selection makes it then.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from smt_dist.checkpoint.rotation import find_checkpoint
 from smt_dist.checkpoint.training_state import load_states, save_moments
 from smt_dist.config import ReselectConfig, SMTConfig
 from smt_dist.data.batches import TrainingData, warmup_batches
-from smt_dist.distributed import agree, assert_same_on_all_ranks, write_on_rank_zero
+from smt_dist.distributed import assert_same_on_all_ranks, raise_on_any_rank, write_on_rank_zero
 from smt_dist.engines.base import Moments
 from smt_dist.engines.sharded_optimizer import release_gradients
-from smt_dist.fault_tolerance.activity import enter_phase
+from smt_dist.fault_tolerance.activity import begin_activity
 from smt_dist.files import parse_json_object, read_text
-from smt_dist.selection.exchange import exchange
+from smt_dist.selection.drop_and_grow import drop_and_grow
 from smt_dist.selection.warmup import collect_scores
 from smt_dist.sparse.blocks import Block, BlockSelection, rearrange
 from smt_dist.sparse.fingerprint import base_fingerprint
@@ -50,37 +50,37 @@ from smt_dist.training.trainer import SMTTrainer
 logger = logging.getLogger(__name__)
 
 
-def reselect(trainer: SMTTrainer, plan: ReselectConfig, checkpoint: VerifiedFolder) -> VerifiedFolder:
-    """Exchange blocks of the model and of a checkpoint; collective. No engine is left afterwards.
+def reselect(trainer: SMTTrainer, settings: ReselectConfig, checkpoint: VerifiedFolder) -> VerifiedFolder:
+    """Drop and grow blocks of the model and of a checkpoint; collective. No engine is left afterwards.
 
     Returns:
         The checkpoint as it was written anew, in its place.
     """
     folder = checkpoint.folder
-    enter_phase(f"re-selection in {folder.name}")
+    begin_activity(f"re-selection in {folder.name}")
     take_down(trainer)
     model, args, engine = trainer.model, trainer.args, trainer.engine
-    adapter = agree(lambda: read_adapter(checkpoint), "reading the checkpoint")
+    adapter = raise_on_any_rank(lambda: read_adapter(checkpoint), "reading the checkpoint")
     step = _step_of(folder)
     config: SMTConfig = model.smt.config
     # The masters' values, whatever the engine left, or a new process didn't have.
     attach_adapter(model, adapter._replace(config=config), args.base_dtype, args.device)
     data = TrainingData(trainer.train_dataset, None, trainer.data_collator)
-    with engine.probing(model):
-        batches = warmup_batches(data, args.batch_order, plan.steps, offset=step)
-        scores = collect_scores(model, batches, probe_config(config, plan), progress=not args.disable_tqdm)
-    active = exchange(scores, adapter.trained, mean_strengths(adapter), config, plan.fraction)
+    with engine.scoring(model):
+        batches = warmup_batches(data, args.batch_order, settings.steps, offset=step)
+        scores = collect_scores(model, batches, scoring_config(config, settings), progress=not args.disable_tqdm)
+    active = drop_and_grow(scores, adapter.trained, delta_magnitudes(adapter), config, settings.fraction)
     assert_same_on_all_ranks(active.to_json().encode(), f"the blocks re-selected at step {step}")
-    touched = join(model, adapter.selection, active)
-    fingerprint = base_fingerprint(model, touched)
-    new = Adapter(adapter.config, touched, {}, fingerprint, ActiveBlocks(step=step, selection=active))
+    ever_trained = join(model, adapter.selection, active)
+    fingerprint = base_fingerprint(model, ever_trained)
+    new = Adapter(adapter.config, ever_trained, {}, fingerprint, ActiveBlocks(step=step, selection=active))
     write_on_rank_zero(lambda: _rewrite(folder, model, adapter, new), str(folder), "re-selection")
     rewritten = find_checkpoint(str(folder), args.output_dir)
-    written = agree(lambda: read_adapter(rewritten), "reading the checkpoint")
+    written = raise_on_any_rank(lambda: read_adapter(rewritten), "reading the checkpoint")
     attach_adapter(model, written._replace(config=config), args.base_dtype, args.device)
     kept = sum(len(set(blocks) & set(active.blocks.get(m, ()))) for m, blocks in adapter.trained.blocks.items())
     grown = len(active) - kept
-    logger.info("step %d: re-selected %d of %d blocks; %d touched so far", step, grown, len(active), len(touched))
+    logger.info("step %d: re-selected %d of %d blocks; %d ever trained", step, grown, len(active), len(ever_trained))
     return rewritten
 
 
@@ -94,24 +94,24 @@ def take_down(trainer: SMTTrainer) -> None:
     trainer.initial_deltas = None
 
 
-def probe_config(config: SMTConfig, plan: ReselectConfig) -> SMTConfig:
-    """The config of a probe."""
+def scoring_config(config: SMTConfig, settings: ReselectConfig) -> SMTConfig:
+    """Make the config by which the blocks of a re-selection are scored."""
     return config.model_copy(
         update={
-            "selection": config.selection.model_copy(update={"score": plan.score}),
-            "warmup": config.warmup.model_copy(update={"steps": plan.steps, "mode": "probe"}),
+            "selection": config.selection.model_copy(update={"score": settings.score}),
+            "warmup": config.warmup.model_copy(update={"steps": settings.steps, "mode": "scoring"}),
         }
     )
 
 
-def mean_strengths(adapter: Adapter) -> dict[str, dict[Block, float]]:
-    """Module -> trained block -> mean \\|delta\\| of its fp32 master: how far it went from the base."""
-    strengths = {}
+def delta_magnitudes(adapter: Adapter) -> dict[str, dict[Block, float]]:
+    """Compute module -> trained block -> mean \\|delta\\| of its fp32 master."""
+    magnitudes = {}
     deltas = trained_deltas(adapter)
     for module, blocks in adapter.trained.blocks.items():
         means = deltas[module].double().abs().unflatten(0, (len(blocks), -1)).mean(dim=(1, 2)).tolist()
-        strengths[module] = dict(zip(blocks, means, strict=True))
-    return strengths
+        magnitudes[module] = dict(zip(blocks, means, strict=True))
+    return magnitudes
 
 
 def join(model: nn.Module, first: BlockSelection, second: BlockSelection) -> BlockSelection:

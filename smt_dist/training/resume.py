@@ -18,12 +18,12 @@ from smt_dist.checkpoint.training_state import (
     ranks_saved,
     restore_schedule,
 )
-from smt_dist.distributed import agree, get_world_size
+from smt_dist.distributed import get_world_size, raise_on_any_rank
 from smt_dist.engines.base import BlockState, Engine
 from smt_dist.engines.elementwise import state_names
 from smt_dist.errors import SMTError
 from smt_dist.sparse.blocks import rearrange
-from smt_dist.sparse.surgery import frozen_layers, group_multipliers, touched_selection
+from smt_dist.sparse.surgery import ever_trained_selection, frozen_layers, group_multipliers
 from smt_dist.training.saving import global_batch_size
 
 logger = logging.getLogger(__name__)
@@ -39,8 +39,8 @@ def restore_training(trainer: Trainer, engine: Engine, checkpoint: VerifiedFolde
 
     def read() -> tuple[Iterator[BlockState], dict[str, int | float], int | None, list[float]]:
         adapter = read_adapter(checkpoint)
-        touched = touched_selection(trainer.model)
-        if (adapter.selection.blocks, adapter.selection.block_size) != (touched.blocks, touched.block_size):
+        ever_trained = ever_trained_selection(trainer.model)
+        if (adapter.selection.blocks, adapter.selection.block_size) != (ever_trained.blocks, ever_trained.block_size):
             raise SMTError(f"{folder}: its selection isn't the model's")
         verify_fingerprint(adapter, trainer.model.smt.base_fingerprint, str(folder))
         states, counters = load_states(folder, trained_deltas(adapter), _state_names(trainer))
@@ -49,7 +49,7 @@ def restore_training(trainer: Trainer, engine: Engine, checkpoint: VerifiedFolde
         restore_schedule(trainer.lr_scheduler, schedule, folder)
         return states, counters, saved_batch, schedule["_last_lr"]
 
-    states, counters, saved_batch, rates = agree(read, "reading the checkpoint")
+    states, counters, saved_batch, rates = raise_on_any_rank(read, "reading the checkpoint")
     if saved_batch not in (None, global_batch_size(trainer.args)):
         logger.warning(
             "%s was saved with %d rows a step, now it is %d: data and schedule go on elsewhere, as the steps done "
@@ -77,7 +77,7 @@ def restore_random_state(folder: Path, rank: int) -> None:
     Raises:
         SMTError: on all ranks: a file is malformed.
     """
-    agree(lambda: load_random_state(folder, rank), "the random state")
+    raise_on_any_rank(lambda: load_random_state(folder, rank), "the random state")
     if (saved := ranks_saved(folder)) < (ranks := get_world_size()):
         logger.warning(
             "%s has random states of %d ranks; the other %d start with new ones", folder, saved, ranks - saved
@@ -92,7 +92,7 @@ def restore_best_blocks(trainer: Trainer, engine: Engine) -> None:
     """
     folder, model = Path(trainer.state.best_model_checkpoint), trainer.model
     logger.info("loading the best blocks from %s (score %s)", folder, trainer.state.best_metric)
-    adapter = agree(lambda: read_adapter(folder), "reading the best checkpoint")
+    adapter = raise_on_any_rank(lambda: read_adapter(folder), "reading the best checkpoint")
     # Blocks that have grown since are zero in it, ones that were frozen since go back to what they were.
     active = model.smt.selection
     for name, layer in frozen_layers(model).items():

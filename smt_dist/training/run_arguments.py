@@ -39,8 +39,11 @@ class RunArguments:
         default=None, metadata={"help": "GGUF file (in the model folder, or a path): dequantised once and cached"}
     )
     attn_implementation: str | None = field(default=None, metadata={"help": "such as sdpa or flash_attention_2"})
-    picture: bool = field(
-        default=True, metadata={"help": "write selection.html and PNG files (needs plotly and matplotlib)"}
+    selection_report: bool = field(
+        default=True,
+        metadata={
+            "help": "write selection.html and PNG files (needs plotly and matplotlib); --picture is its former name"
+        },
     )
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with the model"})
     profile_memory: str | None = field(

@@ -11,7 +11,7 @@ from smt_dist.checkpoint.atomic import VerifiedFolder
 from smt_dist.checkpoint.moved_base import MOVED_BASE
 from smt_dist.checkpoint.rotation import find_checkpoint
 from smt_dist.config import SMTConfig
-from smt_dist.distributed import agree, assert_same_on_all_ranks, from_main_process
+from smt_dist.distributed import assert_same_on_all_ranks, from_main_process, raise_on_any_rank
 from smt_dist.errors import SMTError
 from smt_dist.files import shorten
 from smt_dist.sparse.blocks import BlockSelection
@@ -50,10 +50,10 @@ class RunPlan:
             RuntimeError: the ranks have read different selections.
         """
         checkpoint = find_checkpoint(resume, output_dir)
-        selection, adapter = agree(lambda: _find_selection(run, checkpoint), "the selection")
+        selection, adapter = raise_on_any_rank(lambda: _find_selection(run, checkpoint), "the selection")
         if selection is not None:
             assert_same_on_all_ranks(selection.to_json().encode(), "the block selection")
-        config = agree(lambda: _find_config(run, selection, adapter, checkpoint), "the SMT config")
+        config = raise_on_any_rank(lambda: _find_config(run, selection, adapter, checkpoint), "the SMT config")
         return cls(_on_moved_base(run, config, checkpoint), config, selection, adapter, checkpoint)
 
     @property
@@ -84,7 +84,7 @@ def _find_config(
         config = SMTConfig.from_json_file(checkpoint.folder / CONFIG_FILE)
         if given is None:
             return config
-        changed = given.first_difference(config.model_copy(update={"bad_numbers": given.bad_numbers}))
+        changed = given.first_difference(config.model_copy(update={"non_finite": given.non_finite}))
         if changed is not None:
             raise SMTError(
                 f"--smt_config: {_shown(run.smt_config)} isn't the config that {checkpoint} was trained with: "
@@ -98,7 +98,7 @@ def _find_config(
     if adapter is not None and given.warmup.mode != adapter.config.warmup.mode:
         raise SMTError(f"--smt_config: {_shown(run.smt_config)}: warmup.mode isn't that of {run.adapter}")
     if run.selection is not None and given.warmup.mode == "full_ft":
-        raise SMTError("--selection: no warm-up runs then, so warmup.mode can't be full_ft; set it to probe")
+        raise SMTError("--selection: no warm-up runs then, so warmup.mode can't be full_ft; set it to scoring")
     return given
 
 

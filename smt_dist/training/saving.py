@@ -16,7 +16,7 @@ from smt_dist.checkpoint.atomic import Save
 from smt_dist.checkpoint.rotation import checkpoint_folder, is_whole, prune_checkpoints, remove_leftovers
 from smt_dist.checkpoint.trainer_state import save_metrics, save_trainer_state
 from smt_dist.checkpoint.training_state import random_state, save_moments, save_random_states, save_schedule
-from smt_dist.distributed import agree, from_main_process, gather_objects, get_world_size
+from smt_dist.distributed import from_main_process, gather_objects, get_world_size, raise_on_any_rank
 from smt_dist.engines.base import Engine
 from smt_dist.errors import SMTError
 from smt_dist.files import save_tokenizer
@@ -166,7 +166,7 @@ class CheckpointWriter:
             except (OSError, SMTError) as error:
                 failure = error
         deque(tensors, maxlen=0)  # keeps none, not even while the next is read
-        agree(result, "saving")
+        raise_on_any_rank(result, "saving")
 
 
 def global_batch_size(args: SMTTrainingArguments) -> int:

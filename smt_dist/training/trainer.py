@@ -27,8 +27,8 @@ from smt_dist.engines import make_engine
 from smt_dist.engines.base import Engine, unwrapped
 from smt_dist.engines.sharded_optimizer import ShardedBlockOptimizer, release_gradients
 from smt_dist.errors import SMTError
-from smt_dist.fault_tolerance.activity import enter_phase
-from smt_dist.fault_tolerance.non_finite import BadNumbers, poisoned_if_bad
+from smt_dist.fault_tolerance.activity import begin_activity
+from smt_dist.fault_tolerance.non_finite import NonFiniteCallback, nan_gradients_if_non_finite
 from smt_dist.fault_tolerance.supervision import honour_collective_timeout
 from smt_dist.sparse.surgery import group_multipliers, sparse_layers
 from smt_dist.sparse.targets import may_be_idle
@@ -54,9 +54,9 @@ class SMTTrainer(Trainer):
 
     Attributes:
         engine: holds base, masters and state.
-        guard: what the ranks must agree on.
+        guard: checks what must be equal on all ranks.
         writer: of adapters and checkpoints.
-        bad_numbers: counts steps with NaN or infinity.
+        non_finite: counts steps with NaN or infinity.
         evaluation_mean: the loss over all trained tokens of the last evaluation.
         step_tokens: of a model that doesn't divide by the global step's tokens itself.
         initial_deltas: written when training begins, unless it resumes.
@@ -81,7 +81,7 @@ class SMTTrainer(Trainer):
         config = model.smt.config or SMTConfig()
         if config.reselect is not None and not self.reselects:
             raise SMTError(
-                "SMTTrainer: the model's config has reselect; use smt_dist.training.phases.trainer_class(model)"
+                "SMTTrainer: the model's config has reselect; use smt_dist.training.rounds.trainer_class(model)"
             )
         _refuse_dropped_multipliers(model, args)
         if not model.smt.is_compared:
@@ -97,8 +97,8 @@ class SMTTrainer(Trainer):
             self.is_distributed_loading_by_transformers = True
         self.guard = GuardCallback(self, self.engine)
         self.writer = CheckpointWriter(self, self.engine)
-        self.bad_numbers = BadNumbers(config.bad_numbers)
-        self.add_callback(self.bad_numbers)
+        self.non_finite = NonFiniteCallback(config.non_finite)
+        self.add_callback(self.non_finite)
         self.add_callback(self.guard)
         self.evaluation_mean = TokenMean()
         self.step_tokens: StepTokens | None = None
@@ -145,7 +145,7 @@ class SMTTrainer(Trainer):
         self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: VerifiedFolder | None
     ) -> tuple[nn.Module, Any]:
         # Without a checkpoint here, Trainer doesn't look for its own or DeepSpeed's files, which aren't written.
-        enter_phase("preparing to train")
+        begin_activity("preparing to train")
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._finish_preparing(resume_from_checkpoint)
         return prepared
@@ -228,7 +228,7 @@ class SMTTrainer(Trainer):
     ) -> dict[str, float]:
         """Evaluate, as ``Trainer.evaluate`` does."""
         # A rank that is lost or hangs here would be said to have been lost in a training step.
-        enter_phase(f"evaluation after step {self.state.global_step}")
+        begin_activity(f"evaluation after step {self.state.global_step}")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
     def evaluation_loop(
@@ -325,15 +325,15 @@ class SMTTrainer(Trainer):
         return optimizer
 
     def _watched_loss(self, compute: Any, model: nn.Module, inputs: Any, items: Any) -> tuple[torch.Tensor, Any]:
-        """Compute training loss and outputs; note the loss, and poison it if it isn't finite."""
+        """Compute training loss and outputs; note the loss, and see that nothing comes of one that isn't finite."""
         step = f"training, step {self.state.global_step + 1}"
-        enter_phase(f"{step}: forward")
+        begin_activity(f"{step}: forward")
         loss, outputs = compute(model, inputs, True, items)
         if self.step_tokens is not None:
             loss = self.step_tokens.share(loss, outputs, inputs, self.args.world_size)
-        self.bad_numbers.note_loss(loss)
-        enter_phase(f"{step}: backward")
-        return poisoned_if_bad(loss), outputs
+        self.non_finite.note_loss(loss)
+        begin_activity(f"{step}: backward")
+        return nan_gradients_if_non_finite(loss), outputs
 
 
 @contextmanager

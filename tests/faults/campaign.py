@@ -3,10 +3,10 @@
 python tests/faults/campaign.py --hours 1 --output outputs/campaign     (again: goes on where it ended)
 python tests/faults/campaign.py --output outputs/campaign --table       (what it has found so far)
 
-Each round takes an engine, a kind of fault, a rank, a phase and a moment in it, by a seeded draw; hurts a run of two
-ranks there; relaunches it; and compares the final blocks with an undisturbed run's, bit for bit. "Survived": all ranks
-ended in time and as promised, the newest checkpoint is good, and the relaunch ends with those blocks. Rounds go to
-campaign.jsonl; the folders of rounds that were lost or hung are kept.
+Each round takes an engine, a kind of fault, a rank, an activity and a moment in it, by a seeded draw; hurts a run of
+two ranks there; relaunches it; and compares the final blocks with an undisturbed run's, bit for bit. "Survived": all
+ranks ended in time and as promised, the newest checkpoint is good, and the relaunch ends with those blocks. Rounds go
+to campaign.jsonl; the folders of rounds that were lost or hung are kept.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from forks.job import FAULT, STARTED  # noqa: E402
 from programs import write_job_files  # noqa: E402
 from two_nodes import Nodes, two_nodes  # noqa: E402
 
-from faults.fleet import Fault, Fleet, phases_of  # noqa: E402
+from faults.fleet import Fault, Fleet, activities_of  # noqa: E402
 from faults.judge import (  # noqa: E402
+    ACTIVITIES,
     BLOCKS,
     ENGINES,
     KINDS,
-    PHASES,
     job_flags,
     judge_end,
     relaunch_and_judge,
@@ -44,7 +44,7 @@ from faults.judge import (  # noqa: E402
 
 LOG = "campaign.jsonl"
 WORDS = ("survived", "lost", "hung", "too late")
-MOST_DELAY = 0.4  # seconds from a phase's beginning
+MOST_DELAY = 0.4  # seconds from an activity's beginning
 CUT_EVERY = 12  # rounds: a link is cut in each of these
 
 
@@ -117,8 +117,8 @@ def draw(seed: int, index: int, engines: list[str], with_link: bool) -> tuple[st
         # Kills are what happens most.
         kind = chance.choice(["kill", "kill", "kill", "hang", *(k for k in KINDS if k not in ("kill", "link cut"))])
     ranks = (0, 1) if KINDS[kind].all_ranks else (chance.randrange(2),)
-    phase, delay = chance.choice(PHASES), chance.choice([0.0, chance.uniform(0, MOST_DELAY)])
-    return engine, kind, Fault(KINDS[kind].signal or 0, ranks, phase, delay, KINDS[kind].pause)
+    activity, delay = chance.choice(ACTIVITIES), chance.choice([0.0, chance.uniform(0, MOST_DELAY)])
+    return engine, kind, Fault(KINDS[kind].signal or 0, ranks, activity, delay, KINDS[kind].pause)
 
 
 def one_round(
@@ -138,7 +138,7 @@ def one_round(
         "engine": engine,
         "kind": kind,
         "ranks": fault.ranks,
-        "phase": next(iter(outcome.struck.values()), fault.phase),
+        "activity": next(iter(outcome.struck.values()), fault.activity),
         "delay": round(fault.delay, 3),
         "codes": outcome.codes,
         "ended_after": round(max(outcome.seconds.values()), 2),
@@ -149,17 +149,17 @@ def one_round(
 
 
 def cutter(nodes: Nodes, fault: Fault):
-    """Cuts the link when rank 0 is in the fault's phase, and says when."""
+    """Cuts the link when rank 0 is in the fault's activity, and says when."""
 
     def cut(folder: Path) -> None:
         deadline = time.monotonic() + STARTED
-        while not any(phase.startswith(fault.phase) for _, phase in phases_of(folder, 0)):
+        while not any(activity.startswith(fault.activity) for _, activity in activities_of(folder, 0)):
             if time.monotonic() > deadline:
                 return
             time.sleep(0.01)
         time.sleep(fault.delay)
         nodes.second.cut()
-        record = {"time": time.time(), "phase": phases_of(folder, 0)[-1][1], "signal": 0}
+        record = {"time": time.time(), "activity": activities_of(folder, 0)[-1][1], "signal": 0}
         (folder / FAULT.format(0)).write_text(json.dumps(record))
 
     return cut
@@ -171,20 +171,20 @@ def show(rounds: list[dict[str, Any]], spent: float, hours: float) -> None:
     so_far = ", ".join(f"{counts[word]} {word}" for word in WORDS)
     print(
         f"{spent / 60:6.1f} of {hours * 60:g} min, round {last['round']}: {last['engine']}, {last['kind']} of "
-        f"{last['ranks']} in {last['phase']}: {last['verdict']} {last['why']} ({last['ended_after']} s) | {so_far}",
+        f"{last['ranks']} in {last['activity']}: {last['verdict']} {last['why']} ({last['ended_after']} s) | {so_far}",
         flush=True,
     )
 
 
 def table(rounds: list[dict[str, Any]]) -> str:
-    """Markdown: faults by kind and phase."""
-    cells = Counter((found["kind"], plain(found["phase"]), found["verdict"]) for found in rounds)
-    lines = ["| fault | phase | injected | survived | lost | hung |", "|---|---|---|---|---|---|"]
+    """Markdown: faults by kind and activity."""
+    cells = Counter((found["kind"], plain(found["activity"]), found["verdict"]) for found in rounds)
+    lines = ["| fault | activity | injected | survived | lost | hung |", "|---|---|---|---|---|---|"]
     for kind in KINDS:
-        for phase in dict.fromkeys(map(plain, PHASES)):
-            counts = [cells[kind, phase, word] for word in WORDS[:3]]
+        for activity in dict.fromkeys(map(plain, ACTIVITIES)):
+            counts = [cells[kind, activity, word] for word in WORDS[:3]]
             if sum(counts):
-                lines.append(f"| {kind} | {phase} | {sum(counts)} | {' | '.join(map(str, counts))} |")
+                lines.append(f"| {kind} | {activity} | {sum(counts)} | {' | '.join(map(str, counts))} |")
     totals = Counter(found["verdict"] for found in rounds)
     counts = [totals[word] for word in WORDS[:3]]
     lines.append(f"| all | | {sum(counts)} | {' | '.join(map(str, counts))} |")
@@ -192,9 +192,9 @@ def table(rounds: list[dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"{hours:.2f} hours, {len(rounds)} rounds; {late} faults came after the run's end."])
 
 
-def plain(phase: str) -> str:
-    """A phase without its step."""
-    return re.sub(r",? ?(after )?step \d+", "", phase).strip()
+def plain(activity: str) -> str:
+    """An activity without its step."""
+    return re.sub(r",? ?(after )?step \d+", "", activity).strip()
 
 
 if __name__ == "__main__":

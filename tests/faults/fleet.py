@@ -11,7 +11,7 @@ from typing import Any
 
 import compiled_ops
 from forks.client import ForkServer
-from forks.job import OUTPUT, PHASES, Job
+from forks.job import ACTIVITIES, OUTPUT, Job
 from harness import rank_environment, this_server
 from programs import command_line
 from two_nodes import Node, free_port, this_machine
@@ -27,20 +27,20 @@ class Fault:
     Attributes:
         signal: its number.
         ranks: to whom.
-        phase: in which, by how its name begins.
+        activity: during which, by how its name begins.
         delay: seconds from there.
         pause: seconds after which a stopped rank is continued; None: never.
     """
 
     signal: int
     ranks: tuple[int, ...]
-    phase: str
+    activity: str
     delay: float = 0.0
     pause: float | None = None
 
     def told(self) -> dict[str, Any]:
         """What the ranks are told."""
-        return {"signal": self.signal, "phase": self.phase, "delay": self.delay, "pause": self.pause}
+        return {"signal": self.signal, "activity": self.activity, "delay": self.delay, "pause": self.pause}
 
 
 @dataclass
@@ -50,20 +50,20 @@ class Outcome:
     Attributes:
         codes: by rank: the exit code, minus the signal's number where it died of one; None: it hung or was stopped.
         seconds: by rank: from the first fault (from the start, without one) to its end.
-        struck: rank -> the phase in which the fault struck; empty if it came too late.
+        struck: rank -> the activity in which the fault struck; empty if it came too late.
         outputs: by rank.
-        phases: by rank: (time, phase).
+        activities: by rank: (time, activity).
     """
 
     codes: dict[int, int | None]
     seconds: dict[int, float]
     struck: dict[int, str]
     outputs: dict[int, str]
-    phases: dict[int, list[tuple[float, str]]] = field(repr=False)
+    activities: dict[int, list[tuple[float, str]]] = field(repr=False)
 
     def first_step(self) -> int:
         """The first training step that rank 0 began; 0 for none."""
-        steps = (phase for _, phase in self.phases[0] if phase.startswith("training, step "))
+        steps = (activity for _, activity in self.activities[0] if activity.startswith("training, step "))
         return int(next(steps, "training, step 0:").removeprefix("training, step ").partition(":")[0])
 
     def described(self) -> str:
@@ -139,14 +139,14 @@ class Fleet:
     def _outcome(self, folder: Path, found: list[dict[str, dict[int, Any]]], world_size: int) -> Outcome:
         ended = {rank: end for part in found for rank, end in part["ended"].items()}
         faults = {rank: fault for part in found for rank, fault in part["faults"].items()}
-        phases = {rank: phases_of(folder, rank) for rank in range(world_size)}
-        starts = [fault["time"] for fault in faults.values()] or [p[0][0] for p in phases.values() if p] or [0.0]
+        activities = {rank: activities_of(folder, rank) for rank in range(world_size)}
+        starts = [fault["time"] for fault in faults.values()] or [p[0][0] for p in activities.values() if p] or [0.0]
         return Outcome(
             codes={rank: ended[rank][0] for rank in range(world_size)},
             seconds={rank: ended[rank][1] - min(starts) for rank in range(world_size)},
-            struck={rank: fault["phase"] for rank, fault in faults.items()},
+            struck={rank: fault["activity"] for rank, fault in faults.items()},
             outputs={rank: (folder / OUTPUT.format(rank)).read_text(errors="replace") for rank in range(world_size)},
-            phases=phases,
+            activities=activities,
         )
 
     def _environment(self, rank: int, world_size: int, per_node: int, port: int, node: Node) -> dict[str, str]:
@@ -160,9 +160,9 @@ class Fleet:
         }
 
 
-def phases_of(folder: Path, rank: int) -> list[tuple[float, str]]:
+def activities_of(folder: Path, rank: int) -> list[tuple[float, str]]:
     """What a rank has begun so far, with the times."""
-    path = folder / PHASES.format(rank)
+    path = folder / ACTIVITIES.format(rank)
     lines = path.read_text().splitlines() if path.exists() else []
     return [tuple(json.loads(line)) for line in lines if line.endswith("]")]
 

@@ -17,7 +17,7 @@ HEARTBEAT_SECONDS = 10
 BLOCKS = "smt_blocks.safetensors"
 ENGINES = ("ddp", "fsdp2", "zero2", "zero3")
 BEFORE_TRAINING = ("load", "data", "warm-up", "selection", "attaching the blocks", "preparing to train")
-PHASES = (
+ACTIVITIES = (
     *BEFORE_TRAINING,
     *(f"training, step {step}: {part}" for step in (1, 3, 5) for part in ("forward", "backward", "optimizer step")),
     *(f"{what} step {step}" for step in (2, 4) for what in ("evaluation after", "saving")),
@@ -105,7 +105,7 @@ def judge_end(kind: str, fault: Fault, outcome: Outcome) -> Verdict:
 
 
 def _judge_dead(outcome: Outcome, others: dict[int, int | None], hurt: set[int]) -> Verdict:
-    done = outcome.phases[0][-1][1].startswith(f"evaluation after step {STEPS}")
+    done = outcome.activities[0][-1][1].startswith(f"evaluation after step {STEPS}")
     if not all(others.values()) and not done:  # after the last save nothing is left that a rank could be missed in
         return Verdict("lost", f"ranks ended with {others} although one was gone")
     silent = [rank for rank in others if not re.search(r"error: rank \d ends, in: .*rank \d", outcome.outputs[rank])]
@@ -117,7 +117,7 @@ def _judge_dead(outcome: Outcome, others: dict[int, int | None], hurt: set[int])
 def _judge_asked(fault: Fault, outcome: Outcome) -> Verdict:
     """After SIGTERM or SIGUSR1: all ranks end alike, with 0 if everything done is saved."""
     codes, nothing_saved = set(outcome.codes.values()), 128 + fault.signal
-    early = any(phase in BEFORE_TRAINING for phase in outcome.struck.values())
+    early = any(activity in BEFORE_TRAINING for activity in outcome.struck.values())
     # Between "preparing to train" and the first step the ranks agree; a signal may come on either side.
     allowed = ({nothing_saved}, {0}) if early else ({0},)
     return Verdict("survived") if codes in allowed else Verdict("lost", f"exit codes {outcome.codes}")
@@ -148,9 +148,9 @@ def judge_relaunch(before: Outcome, newest: int, relaunch: Outcome, output: Path
 
 def last_saved(outcome: Outcome) -> int:
     """The last step that rank 0 had saved when the run ended: it began something else afterwards."""
-    phases = [phase for _, phase in outcome.phases[0]]
-    done = [phase for phase, after in pairwise(phases) if after != phase]
-    steps = [int(phase.rpartition(" ")[2]) for phase in done if phase.startswith("saving step ")]
+    activities = [activity for _, activity in outcome.activities[0]]
+    done = [activity for activity, after in pairwise(activities) if after != activity]
+    steps = [int(activity.rpartition(" ")[2]) for activity in done if activity.startswith("saving step ")]
     return max(steps, default=0)
 
 

@@ -21,7 +21,7 @@ from faults.campaign import cutter
 from faults.fleet import Fault, Fleet, newest_checkpoint
 from faults.judge import BLOCKS, ENGINES, job_flags, judge_end, relaunch_and_judge, run_undisturbed
 
-# Engine, kind, phase, delay; drawn once, so that each engine and each kind has its turn.
+# Engine, kind, activity, delay; drawn once, so that each engine and each kind has its turn.
 SAMPLE = [
     ("ddp", "kill", "warm-up", 0.0),
     ("ddp", "hang", "training, step 5: backward", 0.05),
@@ -61,13 +61,13 @@ def undisturbed(request, fleet, files, tmp_path_factory) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize(
-    ("engine", "kind", "phase", "delay"), slow_rows_unless(SAMPLE, lambda *case: case in QUICK), ids=str
+    ("engine", "kind", "activity", "delay"), slow_rows_unless(SAMPLE, lambda *case: case in QUICK), ids=str
 )
 def test_hurt_run_ends_in_time_and_its_relaunch_ends_as_if_nothing_had_happened(
-    fleet, files, undisturbed, tmp_path, engine, kind, phase, delay
+    fleet, files, undisturbed, tmp_path, engine, kind, activity, delay
 ):
     """A rank that is left waiting, a checkpoint that is no good, or a step that is done twice or not at all."""
-    fault = Fault(SIGNALS[kind], (0, 1) if kind.endswith("all") else (1,), phase, delay)
+    fault = Fault(SIGNALS[kind], (0, 1) if kind.endswith("all") else (1,), activity, delay)
     # A rank that hangs is killed at last, when the others must have ended for long.
     outcome = fleet.run(job_flags(files, engine, tmp_path), tmp_path / "launch", fault, limit=15)
     assert judge_end(kind, fault, outcome).word == "survived", outcome.described()

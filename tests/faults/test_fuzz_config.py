@@ -42,7 +42,7 @@ WHOLE["groups"] = [
     {**CONFIG["groups"][0], "lr_multiplier": 1.0},
     {"name": "b", "target_modules": "mlp", "fraction": 0.1},
 ]
-WHOLE["warmup"] = {"steps": 2, "mode": "probe", "passes": 1}
+WHOLE["warmup"] = {"steps": 2, "mode": "scoring", "passes": 1}
 PLACES = list(paths(WHOLE))
 
 

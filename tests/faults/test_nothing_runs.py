@@ -75,7 +75,7 @@ def test_whole_run_opens_no_pickle_and_writes_no_secret_or_path(train, run, fold
         assert outcome.code == 0, outcome.err
         texts.append(outcome.out + outcome.err)
 
-    ended_well(train(**flags, output_dir=out, picture=True))
+    ended_well(train(**flags, output_dir=out, selection_report=True))
     for checkpoint in (out, out / "checkpoint-2", out / "checkpoint-4"):
         poison(checkpoint, mark)
     flags["max_steps"] = 6

@@ -9,7 +9,7 @@ from typing import Any
 STARTED = 300.0  # seconds for a run that nobody hurts, on a busy machine
 TIMEOUT = 150  # seconds for a worker, and for each of its collectives
 # Files of a job's folder, by rank.
-PHASES, FAULT, OUTPUT = "phases_{}.jsonl", "fault_{}.json", "output_{}.txt"
+ACTIVITIES, FAULT, OUTPUT = "activities_{}.jsonl", "fault_{}.json", "output_{}.txt"
 
 
 @dataclass

@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from programs import LAUNCH, load_program
 
-from forks.faults import watch_phases
+from forks.faults import watch_activities
 from forks.job import OUTPUT, TIMEOUT, Job
 from smt_dist.cli.program import run_program
 from smt_dist.fault_tolerance.process_end import let_threads_settle
@@ -61,7 +61,7 @@ def _redirect(job: Job, rank: int) -> None:
 def _train(job: Job, rank: int) -> None:
     """Run launch/train.py."""
     signal.signal(signal.SIGUSR2, lambda *_: time.sleep(3600))  # the main thread hangs, the others don't
-    watch_phases(job.folder, rank, job.faults.get(rank))
+    watch_activities(job.folder, rank, job.faults.get(rank))
     sys.argv = [str(LAUNCH / "train.py"), *job.flags]
     run_program(load_program("train.py").main)
 

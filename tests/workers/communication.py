@@ -84,7 +84,7 @@ def frozen_base(model: PreTrainedModel, args: SMTTrainingArguments) -> list[Coll
     model.requires_grad_(False).train()
     model.enable_input_require_grads()
     batches = warmup_batches(fixed_data(), args.batch_order, steps=1 + WARM_STEPS)
-    with make_engine(args.engine_options).probing(model):
+    with make_engine(args.engine_options).scoring(model):
         for micro_batches in batches:
             with CollectiveCounter() as counter:
                 model(**micro_batches[0], use_cache=False).loss.backward()

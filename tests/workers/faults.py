@@ -13,7 +13,7 @@ from damage import reseal
 from transformers import AutoConfig, TrainerCallback
 
 from smt_dist.checkpoint.rotation import last_checkpoint
-from smt_dist.distributed import agree, barrier, get_rank
+from smt_dist.distributed import barrier, get_rank, raise_on_any_rank
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
 from smt_dist.models.folder import check_model_folder, load_causal_lm
@@ -125,7 +125,7 @@ def _load(folder: Path, model: str, engine: str) -> str:
     with engine_arguments(engine, folder / engine, max_steps=1) as args:
         try:
             # Without this check ZeRO-3 hangs on another shape: rank 0 ends up in a collective of its own.
-            agree(lambda: check_model_folder(model), "reading the model's config")
+            raise_on_any_rank(lambda: check_model_folder(model), "reading the model's config")
             config = AutoConfig.from_pretrained(model)
             load_causal_lm(
                 model, args.base_dtype, **make_engine(args.engine_options).load_options(config, args.base_dtype)

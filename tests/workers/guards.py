@@ -1,4 +1,4 @@
-"""Bad numbers and drifting ranks, on purpose, under one engine after the other."""
+"""Non-finite values and diverging replicas, on purpose, under one engine after the other."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from smt_dist.training.trainer import SMTTrainer
 from workers.runs import engine_arguments, load_model, training_data
 from workers.training import BLOCKS, fixed_data, logged, make_trainer, release
 
-BAD_STEP = 2
+NON_FINITE_STEP = 2
 STEPS = 4
 OPTIONS = {"max_steps": STEPS, "train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 1}
 MODULE = list(BLOCKS)[1]
@@ -57,27 +57,27 @@ class _States(TrainerCallback):
         self.found.append({"tensors": masters | tensors, "counters": moments.counters})
 
 
-def _trainer(args: Any, model: str, data: TrainingData, bad_numbers: dict[str, Any]) -> SMTTrainer:
-    policy = SMTConfig.model_validate({"bad_numbers": bad_numbers}).bad_numbers
+def _trainer(args: Any, model: str, data: TrainingData, non_finite: dict[str, Any]) -> SMTTrainer:
+    policy = SMTConfig.model_validate({"non_finite": non_finite}).non_finite
     trainer = make_trainer(model, args, data)
-    trainer.bad_numbers.config = policy
+    trainer.non_finite.config = policy
     return trainer
 
 
-def bad_numbers(folder: Path, model: str, engines: list[str]) -> dict[str, dict[str, Any]]:
+def non_finite(folder: Path, model: str, engines: list[str]) -> dict[str, dict[str, Any]]:
     """Engine -> what came of a loss and of a gradient that aren't finite, under each policy."""
     return {
         engine: {
-            f"{where}-{policy}": _bad(folder / engine / where / policy, model, engine, where, {"policy": policy})
+            f"{where}-{policy}": _non_finite(folder / engine / where / policy, model, engine, where, {"policy": policy})
             for where in ("loss", "gradient")
             for policy in ("skip", "stop")
         }
-        | {"limit": _bad(folder / engine / "limit", model, engine, "every loss", {"policy": "skip", "limit": 2})}
+        | {"limit": _non_finite(folder / engine / "limit", model, engine, "every loss", {"policy": "skip", "limit": 2})}
         for engine in engines
     }
 
 
-def _bad(folder: Path, model: str, engine: str, where: str, policy: dict[str, Any]) -> dict[str, Any]:
+def _non_finite(folder: Path, model: str, engine: str, where: str, policy: dict[str, Any]) -> dict[str, Any]:
     with engine_arguments(engine, folder, accumulation=2, **OPTIONS) as args:
         trainer = _trainer(args, model, fixed_data(), policy)
         _spoil(trainer, where)
@@ -87,7 +87,7 @@ def _bad(folder: Path, model: str, engine: str, where: str, policy: dict[str, An
         result = {
             "said": said,
             "states": states.found,
-            "skipped": trainer.bad_numbers.skipped,
+            "skipped": trainer.non_finite.skipped,
             "losses": logged(trainer),
             "schedule": trainer.lr_scheduler.last_epoch,
             "checkpoints": sorted(path.name for path in folder.glob("checkpoint-*")),
@@ -101,7 +101,7 @@ def _spoil(trainer: SMTTrainer, where: str) -> None:
     if where == "gradient":
 
         def too_large(gradient: torch.Tensor) -> torch.Tensor:
-            return gradient * torch.inf if trainer.state.global_step == BAD_STEP - 1 else gradient
+            return gradient * torch.inf if trainer.state.global_step == NON_FINITE_STEP - 1 else gradient
 
         if get_rank() == 0:
             sparse_layers(trainer.model)[MODULE].delta.register_hook(too_large)
@@ -110,7 +110,7 @@ def _spoil(trainer: SMTTrainer, where: str) -> None:
 
     def spoil(module: torch.nn.Module, args: Any, outputs: Any) -> Any:  # noqa: ARG001
         count[0] += 1
-        if get_rank() == 1 and (where == "every loss" or count[0] == 2 * BAD_STEP):
+        if get_rank() == 1 and (where == "every loss" or count[0] == 2 * NON_FINITE_STEP):
             outputs.loss = outputs.loss * torch.nan
         return outputs
 
@@ -125,7 +125,7 @@ def _said(trainer: SMTTrainer) -> str:
     return "nothing"
 
 
-def drift(folder: Path, model: str, engines: list[str]) -> dict[str, dict[str, Any]]:
+def replica_divergence(folder: Path, model: str, engines: list[str]) -> dict[str, dict[str, Any]]:
     """Engine -> what came of one wrong element on rank 1."""
     found = {}
     for engine in engines:

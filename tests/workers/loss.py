@@ -36,7 +36,7 @@ def _compare(folder: Path, model_folder: str, engine: str, dtype: str, **options
                 model.disable_input_require_grads()
             model.requires_grad_(False).train()
             assert chunk_loss(model, entries) == (entries > 0)
-            with make_engine(args.engine_options).probing(model), CollectiveCounter() as counter:
+            with make_engine(args.engine_options).scoring(model), CollectiveCounter() as counter:
                 cases = {name: _loss(model, vocabulary, **case) for name, case in CASES.items()}
             gathers = [call.bytes for call in counter.collectives if call.kind == "all_gather"]
             found["chunked" if entries else "plain"] = {"cases": cases, "largest_gather": max(gathers, default=0)}

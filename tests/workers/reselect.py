@@ -1,4 +1,4 @@
-"""Trains with re-selection, looks at the state around each exchange, and resumes inside a phase and before one."""
+"""Trains with re-selection, looks at the state around each re-selection, and resumes inside a round and before one."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from transformers import TrainerCallback
 from smt_dist.checkpoint.atomic import VerifiedFolder
 from smt_dist.config import ReselectConfig, SMTConfig
 from smt_dist.distributed import barrier, get_rank, get_world_size
-from smt_dist.sparse.surgery import frozen_layers, sparse_layers, touched_selection
-from smt_dist.training import phases
+from smt_dist.sparse.surgery import ever_trained_selection, frozen_layers, sparse_layers
+from smt_dist.training import rounds
 from smt_dist.training.arguments import SMTTrainingArguments
-from smt_dist.training.phases import trainer_class
 from smt_dist.training.pipeline import attach_blocks
+from smt_dist.training.rounds import trainer_class
 from smt_dist.training.run_arguments import RunArguments
 from smt_dist.training.run_plan import RunPlan
 from smt_dist.training.trainer import SMTTrainer
@@ -25,17 +25,17 @@ from workers.runs import engine_arguments, load_model
 from workers.training import engine_type, fixed_config, fixed_data, fixed_selection, logged, release
 
 EVERY, FRACTION, STEPS = 2, 0.5, 6
-MIDDLE = 3  # a checkpoint inside the second phase
+MIDDLE = 3  # a checkpoint inside the second round
 
 
 def config() -> SMTConfig:
-    """7 and 5 blocks, of which 3 and 2 are exchanged at a time."""
-    plan = {"every": EVERY, "fraction": FRACTION, "steps": 2}
-    return fixed_config().model_copy(update={"reselect": ReselectConfig.model_validate(plan)})
+    """7 and 5 blocks, of which 3 and 2 drop at a time."""
+    settings = {"every": EVERY, "fraction": FRACTION, "steps": 2}
+    return fixed_config().model_copy(update={"reselect": ReselectConfig.model_validate(settings)})
 
 
 class _AtStart(TrainerCallback):
-    """Reads the state that the engine has when a phase begins, and how the model is made up then."""
+    """Reads the state that the engine has when a round begins, and how the model is made up then."""
 
     def __init__(self) -> None:
         self.trainer: SMTTrainer | None = None
@@ -52,7 +52,7 @@ def read_state(trainer: SMTTrainer) -> dict[str, Any]:
     moments = trainer.engine.read_moments(model, trainer.optimizer)
     return {
         "active": model.smt.selection.to_json(),
-        "touched": touched_selection(model).to_json(),
+        "ever_trained": ever_trained_selection(model).to_json(),
         "masters": dict(trainer.engine.read_blocks(model, trainer.optimizer)),
         "moments": {f"{module}:{key}": value for module, found in moments.tensors for key, value in found.items()},
         "counters": moments.counters,
@@ -62,27 +62,27 @@ def read_state(trainer: SMTTrainer) -> dict[str, Any]:
 
 
 def train(folder: Path, model: str, engines: list[str], killed: list[str]) -> dict[str, Any]:
-    """Each engine: a straight run and one that resumes it; for ``killed`` engines also one from before an exchange."""
+    """Each engine: a straight run and one that resumes it; for ``killed`` ones also one from before a re-selection."""
     return {engine: _train(folder / engine, model, engine, engine in killed) for engine in engines}
 
 
 def _train(folder: Path, model: str, engine: str, is_killed: bool) -> dict[str, Any]:
     kept = folder / "before"
 
-    def keeping(trainer: SMTTrainer, plan: Any, checkpoint: VerifiedFolder) -> VerifiedFolder:
+    def keeping(trainer: SMTTrainer, settings: Any, checkpoint: VerifiedFolder) -> VerifiedFolder:
         if get_rank() == 0:
             shutil.copytree(checkpoint, kept / checkpoint.folder.name)
         barrier()
-        return exchange(trainer, plan, checkpoint)
+        return reselect(trainer, settings, checkpoint)
 
-    exchange = phases.reselect
-    with mock.patch.object(phases, "reselect", keeping):
+    reselect = rounds.reselect
+    with mock.patch.object(rounds, "reselect", keeping):
         straight = _run(folder / "straight", model, engine, None)
     middle = _run(folder / "middle", model, engine, folder / "straight" / f"checkpoint-{MIDDLE}")
     found = {"straight": straight, "middle": middle, "kept": str(kept)}
     if not is_killed:
         return found
-    # As if killed after the checkpoint at the end of the first phase, and before its exchange.
+    # As if killed after the checkpoint at the end of the first round, and before its re-selection.
     killed = folder / "killed" / f"checkpoint-{EVERY}"
     if get_rank() == 0:
         shutil.copytree(kept / killed.name, killed)
@@ -101,7 +101,7 @@ def _run(output: Path, model: str, engine: str, resume: Path | None) -> dict[str
             "engine": engine_type(trainer),
             "losses": logged(trainer),
             "loss": result.training_loss,
-            "phases": watch.found,
+            "rounds": watch.found,
             "end": read_state(trainer),
             "trainable": sum(p.requires_grad for p in trainer.model.parameters()) - len(sparse_layers(trainer.model)),
             "output": str(output),

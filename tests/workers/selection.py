@@ -68,7 +68,7 @@ def _select(folder: Path, engine: str, model_folder: str) -> dict[str, Any]:
         found["micro_batches_without_labels"] = sum(
             trained_tokens(batch) == 0 for step in warmup_batches(data, args.batch_order, STEPS) for batch in step
         )
-        with make_engine(args.engine_options).probing(model):
+        with make_engine(args.engine_options).scoring(model):
             for score in SCORES:
                 for passes in PASSES[score]:
                     config = make_config(score, passes=passes)

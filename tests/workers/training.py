@@ -69,7 +69,7 @@ def make_trainer(
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     # The warm-up's own engine must leave nothing behind that the training engine stumbles over.
-    with make_engine(args.engine_options).probing(model):
+    with make_engine(args.engine_options).scoring(model):
         collect_scores(model, warmup_batches(data, args.batch_order, steps=1), fixed_config())
     attach_blocks(model, fixed_selection(), fixed_config(), args)
     return SMTTrainer(model, args, train_dataset=data.train, eval_dataset=data.evaluation, data_collator=data.collator)

@@ -15,12 +15,12 @@ from torch import nn
 from smt_dist.config import SMTConfig
 from smt_dist.data.batches import warmup_batches
 from smt_dist.distributed import (
-    agree,
     all_reduce_sum,
     assert_same_on_all_ranks,
     get_rank,
     get_world_size,
     main_process_first,
+    raise_on_any_rank,
 )
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
@@ -78,8 +78,8 @@ def routed_tables() -> dict[str, Any]:
     return {score: collect_scores(RoutedModel(), batches, routed_config(score)).tables for score in ROUTED_SCORES}
 
 
-def untouched_modules() -> list[str]:
-    """Experts that this rank's rows don't reach in any step."""
+def unreached_modules() -> list[str]:
+    """List the experts that this rank's rows don't reach in any step."""
     model = RoutedModel()
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != "head"]
     per_rank = 4 // get_world_size()
@@ -134,7 +134,7 @@ def _live_tensors() -> list[torch.Tensor]:
 
 
 def memory(folder: Path, engine: str, model: str) -> dict[str, Any]:
-    """What was alive during an elementwise probe of the MLPs: (hidden 64, intermediate 176) leave no doubt."""
+    """What was alive during elementwise scoring of the MLPs: (hidden 64, intermediate 176) leave no doubt."""
     data = standard_data()
     watched: list[_Watched] = []
 
@@ -148,7 +148,7 @@ def memory(folder: Path, engine: str, model: str) -> dict[str, Any]:
         base = load_model(model, args)
         with (
             mock.patch.object(warmup, "make_accumulator", make),
-            make_engine(args.engine_options).probing(base),
+            make_engine(args.engine_options).scoring(base),
         ):
             scores = collect_scores(base, warmup_batches(data, args.batch_order, 2), config)
         layers: dict[str, int] = {}
@@ -184,17 +184,17 @@ def faults() -> dict[str, str]:
             "NaN on one rank, elementwise": lambda: _not_a_number("abs_mean"),
             "NaN on one rank, streamed": lambda: _not_a_number("mean_abs"),
             "the last rank differs": lambda: assert_same_on_all_ranks(b"ab"[_is_last() :], "the selection"),
-            "the last rank fails": lambda: agree(_fail_on_last, "reading"),
+            "the last rank fails": lambda: raise_on_any_rank(_fail_on_last, "reading"),
             "rank 0 fails first": lambda: main_process_first(_fail_on_first, "converting"),
         }.items()
     }
 
 
-def agreement() -> dict[str, Any]:
+def without_faults() -> dict[str, Any]:
     """The same helpers where nothing is wrong, after all those faults: the group must still be in step."""
     assert_same_on_all_ranks(b"same", "the selection")
     return {
-        "agree": agree(lambda: get_rank() * 10, "reading"),
+        "raise_on_any_rank": raise_on_any_rank(lambda: get_rank() * 10, "reading"),
         "main_process_first": main_process_first(lambda: get_rank() + 1, "converting"),
         "sum": all_reduce_sum(torch.tensor([float(get_rank() + 1)])).item(),
     }
@@ -240,7 +240,7 @@ def _all_masked() -> None:
 def _not_a_number(score: str) -> None:
     model = RoutedModel()
     if _is_last():
-        # Before the backward of the module and of the probe on its output.
+        # Before the backward of the module and of the scoring hook on its output.
         model.layers[2]["shared"].register_full_backward_pre_hook(_spoil_gradient)
     # Row 2 has labels on every rank's copy, so that NaN doesn't come from a mean over nothing.
     _collect([[step[2]] for step in routed_rows()], score, model)
@@ -262,8 +262,8 @@ def _fail_on_first() -> None:
 
 def everything(folder: Path, model: str, engines: list[str]) -> dict[str, Any]:
     """All of this module, in one start of the processes."""
-    result: dict[str, Any] = {"untouched": untouched_modules(), "routed": routed_tables()}
+    result: dict[str, Any] = {"unreached": unreached_modules(), "routed": routed_tables()}
     if get_world_size() > 1:
-        result |= {"faults": faults(), "agreement": agreement()}
+        result |= {"faults": faults(), "without faults": without_faults()}
         result["memory"] = {engine: memory(folder, engine, model) for engine in engines}
     return result

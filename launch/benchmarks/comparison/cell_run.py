@@ -77,10 +77,10 @@ def train(request: Figures, paths: dict[str, str]) -> Figures:
         try:
             trained.trainer.train()
         except SMTError:  # SMT stops at NaN; the other methods' trainer goes on with it, and the loss will say so
-            if not trained.met_bad_numbers:
+            if not trained.met_non_finite_values:
                 raise
         figures |= {"step_seconds": timer.median() if timer.seconds else None, "peak_bytes": own_bytes("VmHWM")}
-    if not trained.met_bad_numbers:
+    if not trained.met_non_finite_values:
         loss = token_loss(trained.trainer.model, validation, tokenizer, request["eval_batch_size"])
         figures |= {"validation_loss": loss if math.isfinite(loss) else None, "batches": collator.digest}
     if figures["validation_loss"] is not None:

@@ -91,9 +91,9 @@ class Trained:
     selection_seconds: float = 0.0
 
     @property
-    def met_bad_numbers(self) -> bool:
+    def met_non_finite_values(self) -> bool:
         """Whether SMT's trainer has met NaN or infinity; the others don't look."""
-        return isinstance(self.trainer, SMTTrainer) and self.trainer.bad_numbers.skipped > 0
+        return isinstance(self.trainer, SMTTrainer) and self.trainer.non_finite.skipped > 0
 
     def save(self, folder: Path) -> None:
         """The adapter, or the whole model."""

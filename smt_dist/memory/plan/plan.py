@@ -17,12 +17,14 @@ from smt_dist.memory.plan.trace import EDGE, trace_training, trace_warmup
 from smt_dist.memory.plan.zero import FP32, ZeroModel, ZeroSettings
 from smt_dist.sparse.blocks import BlockSelection
 
-Report = Callable[[str], None]
+OnProgress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Phase:
-    """One phase of a run.
+    """Hold the planned peak of a part of a run.
+
+    :mod:`smt_dist.memory.record` measures the same parts, under the same names (``load``, ``warmup``, ``training``).
 
     Attributes:
         moment: at which its peak is.
@@ -92,27 +94,27 @@ class Plan:
         }
 
 
-def make_plan(request: Request, exact: bool = False, report: Report = lambda _: None) -> Plan:
+def make_plan(request: Request, exact: bool = False, on_progress: OnProgress = lambda _: None) -> Plan:
     """Plan a run.
 
     Args:
         request: the run.
         exact: trace every layer instead of two small depths. A selection's layers differ, so they always are.
-        report: is told which phase begins.
+        on_progress: called with each phase that begins.
 
     Raises:
         SMTError: the model can't be traced, or blocks, targets and model don't fit together.
     """
-    report("shape")
+    on_progress("shape")
     shape = measure_shape(request)
     exact = exact or not shape.uniform
     rank = lora_rank(shape) if request.method == "lora" else 0
     phases = {"load": Phase("reading the base", load_peak(request, shape))}
     worst = None
     if request.method == "smt" and request.selection is None:
-        report("warm-up")
+        on_progress("warm-up")
         phases["warmup"] = _phase(_warmup(request, shape, exact))
-    report("training")
+    on_progress("training")
     if request.method != "smt":
         trained = shape.parameters if request.method == "full" else rank * _sides(shape)
         phases["training"] = _phase(_training(request, shape, {}, trained, exact, rank))
@@ -123,7 +125,7 @@ def make_plan(request: Request, exact: bool = False, report: Report = lambda _: 
         trained = shape.blocks * shape.block_elements
         counts, _ = even_counts(shape)
         phases["training"] = _phase(_training(request, shape, counts, trained, exact))
-        report("worst case")
+        on_progress("worst case")
         worst = _phase(_worst(request, shape, trained, exact))
     return Plan(request, shape.parameters, trained, rank or None, phases, worst, host_bytes_per_node(request, shape))
 

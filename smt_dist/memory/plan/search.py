@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import count
 
 from smt_dist.errors import SMTError
-from smt_dist.memory.plan.plan import Plan, Report, make_plan
+from smt_dist.memory.plan.plan import OnProgress, Plan, make_plan
 from smt_dist.memory.plan.request import Request
 from smt_dist.memory.plan.spread import measure_shape
 
@@ -31,14 +31,14 @@ class Found:
     plans: dict[int, Plan]
 
 
-def search(request: Request, what: str, exact: bool = False, report: Report = lambda _: None) -> Found:
+def search(request: Request, what: str, exact: bool = False, on_progress: OnProgress = lambda _: None) -> Found:
     """Search along one value; what fits is taken to be monotone in it.
 
     Args:
         request: all other values; with ``device_memory``.
         what: one of :data:`SEARCHES`.
         exact: as for :func:`smt_dist.memory.plan.plan.make_plan`.
-        report: is told each value that is planned.
+        on_progress: called with each value that is planned.
 
     Raises:
         SMTError: no device memory is given, or the search doesn't suit the method.
@@ -51,7 +51,7 @@ def search(request: Request, what: str, exact: bool = False, report: Report = la
 
     def plan(value: int) -> Plan:
         if value not in plans:
-            report(f"{what} {value}")
+            on_progress(f"{what} {value}")
             plans[value] = make_plan(_changed(request, what, value), exact)
         return plans[value]
 

@@ -21,8 +21,8 @@ from smt_dist.memory.plan.request import Request
 from smt_dist.memory.plan.tracker import BACKWARD, FORWARD, RECOMPUTE, MemoryTracker
 from smt_dist.memory.plan.trained import Task, prepare
 from smt_dist.memory.plan.zero_linear import linear_of
-from smt_dist.selection.probe import probe_modules
 from smt_dist.selection.scores import ElementwiseAccumulator, make_accumulator
+from smt_dist.selection.scoring_hooks import scoring_hooks
 from smt_dist.selection.steps import frozen
 from smt_dist.selection.warmup import _split_layers, plan_grids
 from smt_dist.sparse.blocks import BlockGrid, BlockSelection
@@ -61,7 +61,7 @@ def trace_training(
 
 
 def trace_warmup(request: Request, layers: int) -> dict[str, Memory]:
-    """A step of the probe, when the accumulators hold all they ever hold, and the tables at the end."""
+    """Trace a step of scoring, with all that the accumulators ever hold, and the tables."""
     with _traced(request, layers) as (model, tracker):
         _, grids = plan_grids(model, request.smt)
         part = _split_layers(grids, request.smt.warmup.passes)[-1]
@@ -71,7 +71,7 @@ def trace_warmup(request: Request, layers: int) -> dict[str, Memory]:
         _fill(accumulator, part, request)
         tracker.register(tensors_of(accumulator), "statistics")
         watch_layers(model, tracker, layers)
-        with frozen(model), probe_modules(model, accumulator, part):
+        with frozen(model), scoring_hooks(model, accumulator, part):
             _forward_backward(model, tracker, request)
             tracker.moment("statistics")
             _end_micro_batch(accumulator)
@@ -108,10 +108,10 @@ def _forward_backward(model: nn.Module, tracker: MemoryTracker, request: Request
     # Full fine-tuning of fp32 weights computes in bf16: FSDP2 casts what it gathers, elsewhere autocast does it.
     mixed = request.base_dtype == torch.float32 and request.dtype == "bfloat16" and request.shards == 1
     tracker.moment("forward embedding")
-    with unpacked_rows(), tracker.stage(FORWARD), torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
+    with unpacked_rows(), tracker.in_pass(FORWARD), torch.autocast("cpu", torch.bfloat16) if mixed else nullcontext():
         loss = model(**batch, use_cache=False, num_items_in_batch=batch["labels"].numel()).loss
     tracker.moment("backward head")
-    with tracker.stage(BACKWARD):
+    with tracker.in_pass(BACKWARD):
         loss.backward()
 
 
@@ -130,18 +130,18 @@ def _place(index: int, layers: int, special: int) -> str:
 
 
 def _watch_layer(layer: nn.Module, tracker: MemoryTracker, place: str, last: bool) -> list[RemovableHandle]:
-    open_stages: list[ExitStack] = []
+    recomputing: list[ExitStack] = []
 
     def before(*_: Any) -> None:
-        if tracker.current_stage == BACKWARD:
-            open_stages.append(ExitStack())
-            open_stages[-1].enter_context(tracker.stage(RECOMPUTE))
+        if tracker.current_pass == BACKWARD:
+            recomputing.append(ExitStack())
+            recomputing[-1].enter_context(tracker.in_pass(RECOMPUTE))
         else:
             tracker.moment(f"forward {place}")
 
     def after(_layer: nn.Module, _args: Any, output: Any) -> None:
-        if open_stages:  # a recomputation that has all it needs stops early, by an exception
-            open_stages.pop().close()
+        if recomputing:  # a recomputation that has all it needs stops early, by an exception
+            recomputing.pop().close()
             return
         hidden = output[0] if isinstance(output, tuple) else output
         if hidden.requires_grad:

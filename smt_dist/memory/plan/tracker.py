@@ -33,8 +33,8 @@ class Record:
     """One storage."""
 
     bytes: int
-    stage: str
-    span: int  # of the stage in which it was made
+    made_in: str  # the pass: forward, recompute, backward or other
+    span: int  # of that pass
     category: str | None = None
     died: int | None = None  # the event at which it went
 
@@ -66,7 +66,7 @@ class MemoryTracker(TorchDispatchMode):
         self._copies = copies
         self._log = _Log()
         self._records: dict[int, tuple[weakref.ref, Record]] = {}
-        self._stage, self._span, self._spans = OTHER, 0, 0
+        self._pass, self._span, self._spans = OTHER, 0, 0
 
     # -- what the traced program says ----------------------------------------------------------------------------
 
@@ -81,21 +81,21 @@ class MemoryTracker(TorchDispatchMode):
         self._log.moments.append((len(self._log.events), name))
 
     @property
-    def current_stage(self) -> str:
-        """The innermost :meth:`stage`."""
-        return self._stage
+    def current_pass(self) -> str:
+        """Name the innermost :meth:`in_pass`."""
+        return self._pass
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """What is made inside was made in this stage."""
-        before = self._stage, self._span
+    def in_pass(self, name: str) -> Iterator[None]:
+        """Count what is made inside as made in this pass."""
+        before = self._pass, self._span
         self._spans += 1
-        self._stage, self._span = name, self._spans
+        self._pass, self._span = name, self._spans
         try:
             yield
         finally:
             self._log.span_ends[self._span] = len(self._log.events)
-            self._stage, self._span = before
+            self._pass, self._span = before
 
     # -- following -----------------------------------------------------------------------------------------------
 
@@ -147,7 +147,7 @@ class MemoryTracker(TorchDispatchMode):
     def _copy(self, args: tuple) -> None:
         """For a moment there is the whole once more; of a collective's tensors it is the largest."""
         size = max(value.nbytes for value in tree_leaves(args) if isinstance(value, torch.Tensor))
-        record = Record(size, self._stage, self._span, "communication")
+        record = Record(size, self._pass, self._span, "communication")
         self._log.events += [(record, size), (record, -size)]
 
     def _record_of(self, tensor: torch.Tensor) -> Record:
@@ -155,7 +155,7 @@ class MemoryTracker(TorchDispatchMode):
         found = self._records.get(storage._cdata)
         if found is not None:
             return found[1]
-        record = Record(storage.nbytes(), self._stage, self._span)
+        record = Record(storage.nbytes(), self._pass, self._span)
         key = storage._cdata
 
         def gone(_: weakref.ref) -> None:
@@ -224,7 +224,7 @@ class MemoryTracker(TorchDispatchMode):
             return record.category
         end = self._log.span_ends.get(record.span)
         outlived = end is not None and (record.died is None or record.died > end)
-        return "activations" if record.stage in (FORWARD, RECOMPUTE) and outlived else "temporary"
+        return "activations" if record.made_in in (FORWARD, RECOMPUTE) and outlived else "temporary"
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:

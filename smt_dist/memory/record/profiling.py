@@ -17,11 +17,11 @@ import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from smt_dist.config import SMTConfig
-from smt_dist.distributed import agree, get_rank, get_world_size, is_distributed
+from smt_dist.distributed import get_rank, get_world_size, is_distributed, raise_on_any_rank
 from smt_dist.errors import SMTError, first_line
 from smt_dist.memory.plan.plan import make_plan
 from smt_dist.memory.plan.request import Request
-from smt_dist.memory.record.pictures import require_matplotlib
+from smt_dist.memory.record.plots import require_matplotlib
 from smt_dist.memory.record.recorder import Recorder
 from smt_dist.memory.record.report import table, write_report
 from smt_dist.training.arguments import SMTTrainingArguments
@@ -30,7 +30,7 @@ FLAG = "--profile_memory"
 
 
 def prepare_profiling(folder: Path) -> None:
-    """Before the work: the pictures' library and the folder. Raises SMTError, naming the flag."""
+    """Check that matplotlib is there and make the folder. Raises SMTError, naming the flag."""
     require_matplotlib(FLAG)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,7 +59,7 @@ def publish(
             raise SMTError(f"{FLAG}: {folder}: can't be written ({error.strerror or error})") from None
         return table(report)
 
-    return agree(write, "the memory report")
+    return raise_on_any_rank(write, "the memory report")
 
 
 def requests_of_run(

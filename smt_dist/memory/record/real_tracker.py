@@ -77,7 +77,7 @@ class RealTracker(MemoryTracker):
 
     def _mark(self, func: torch._ops.OpOverload, args: tuple, kwargs: dict[str, Any]) -> None:
         gathers = "allgather" in func._schema.name.replace("_", "")
-        if self.gathers_in_place and gathers and self.current_stage != OTHER:
+        if self.gathers_in_place and gathers and self.current_pass != OTHER:
             self.register(args[0], "gathered_weights")
         super()._mark(func, args, kwargs)
 

@@ -1,4 +1,4 @@
-"""The report of a profiled run: one JSON, pictures, one page that needs nothing else, and a table to print."""
+"""The report of a profiled run: one JSON, plots, one page that needs nothing else, and a table to print."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment
 
 from smt_dist.memory.plan.categories import CATEGORIES, format_size
-from smt_dist.memory.record.pictures import bars_picture, timeline_picture
+from smt_dist.memory.record.plots import plot_peaks, plot_timeline
 
 JSON_FILE, PAGE, BARS = "memory.json", "memory.html", "plan_and_measured.png"
 
@@ -27,22 +27,22 @@ def write_report(folder: Path, report: Mapping[str, Any]) -> None:
     """
     (folder / JSON_FILE).write_text(json.dumps(report) + "\n")
     planned = {phase: value["peak"] for phase, value in report["planned"].items()}
-    pictures = {BARS: bars_picture(planned, {phase: rank["peak"] for phase, rank in fullest(report["ranks"]).items()})}
-    pictures |= {f"timeline_rank_{rank['rank']}.png": timeline_picture(rank) for rank in report["ranks"]}
-    for name, content in pictures.items():
+    plots = {BARS: plot_peaks(planned, {phase: rank["peak"] for phase, rank in fullest(report["ranks"]).items()})}
+    plots |= {f"timeline_rank_{rank['rank']}.png": plot_timeline(rank) for rank in report["ranks"]}
+    for name, content in plots.items():
         (folder / name).write_bytes(content)
-    (folder / PAGE).write_text(render_page(report, pictures))
+    (folder / PAGE).write_text(render_page(report, plots))
 
 
-def render_page(report: Mapping[str, Any], pictures: Mapping[str, bytes]) -> str:
-    """HTML; pictures are in it, text is escaped.
+def render_page(report: Mapping[str, Any], plots: Mapping[str, bytes]) -> str:
+    """Render the page: plots are in it, text is escaped.
 
     Args:
         report: as for :func:`write_report`.
-        pictures: name -> PNG.
+        plots: name -> PNG.
     """
     template = resources.files("smt_dist.memory.record").joinpath("report.html").read_text()
-    images = {name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in pictures.items()}
+    images = {name: "data:image/png;base64," + base64.b64encode(png).decode() for name, png in plots.items()}
     return (
         Environment(autoescape=True)
         .from_string(template)

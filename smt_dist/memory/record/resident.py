@@ -77,13 +77,13 @@ class ResidentSampler:
     Attributes:
         process: the number of the root process.
         seconds: between two samples.
-        report: is told each sample and the seconds since the start.
+        on_sample: called with the seconds since the start and each sample.
         samples: (seconds since the start, what all held then).
     """
 
     process: int
     seconds: float = 0.5
-    report: Callable[[float, Resident], None] = lambda _seconds, _resident: None
+    on_sample: Callable[[float, Resident], None] = lambda _seconds, _resident: None
     samples: list[tuple[float, Resident]] = field(default_factory=list)
 
     @property
@@ -112,6 +112,6 @@ class ResidentSampler:
             sample = sum(map(resident_of, descendants(self.process)), Resident())
             passed = time.monotonic() - started
             self.samples.append((passed, sample))
-            self.report(passed, sample)
+            self.on_sample(passed, sample)
             if self._ended.wait(self.seconds):
                 return

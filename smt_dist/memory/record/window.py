@@ -36,7 +36,7 @@ class Window:
         self._cpu = CpuAllocations() if statistics is None else None
         self._tracker = RealTracker(device_type, self._end_moment)
         self._handles: list[RemovableHandle] = []
-        self._stage = ExitStack()
+        self._pass = ExitStack()
         self._peaks: list[int] = []
         self._optimizer: torch.optim.Optimizer | None = None
 
@@ -104,7 +104,7 @@ class Window:
         """End the recording; the log is gone after it."""
         for handle in self._handles:
             handle.remove()
-        self._stage.close()
+        self._pass.close()
         self._end_moment()
         allocations = self._cpu.stop() if self._cpu is not None else []
         stretches = self._tracker.stretches()
@@ -120,6 +120,6 @@ class Window:
         if self._cuda is not None:
             self._peaks.append(self._cuda.peak())
 
-    def _enter(self, stage: str) -> None:
-        self._stage.close()
-        self._stage.enter_context(self._tracker.stage(stage))
+    def _enter(self, name: str) -> None:
+        self._pass.close()
+        self._pass.enter_context(self._tracker.in_pass(name))

@@ -1,4 +1,4 @@
-"""What a probe puts on its targets: an identity whose backward shows (input, output gradient) to the accumulator."""
+"""Hooks on the targets' outputs: an identity whose backward gives (input, output gradient) to the accumulator."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from smt_dist.sparse.targets import is_embedding
 
 
 @contextmanager
-def probe_modules(model: nn.Module, accumulator: ScoreAccumulator, modules: Iterable[str]) -> Iterator[None]:
+def scoring_hooks(model: nn.Module, accumulator: ScoreAccumulator, modules: Iterable[str]) -> Iterator[None]:
     """Feed ``accumulator`` from each forward and backward of ``modules`` inside the context."""
-    # Makes every probed output require a gradient, so that frozen layers below the lowest target cost nothing
+    # Makes every scored output require a gradient, so that frozen layers below the lowest target cost nothing
     # and no hook on the embedding is needed.
     anchor = torch.zeros((), requires_grad=True)
 
@@ -24,7 +24,7 @@ def probe_modules(model: nn.Module, accumulator: ScoreAccumulator, modules: Iter
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor | None:
             if not torch.is_grad_enabled():
                 return None
-            return _Probe.apply(output, _flat_input(module, args[0]), anchor, accumulator, name)
+            return _ScoreGradient.apply(output, _flat_input(module, args[0]), anchor, accumulator, name)
 
         return hook
 
@@ -44,8 +44,8 @@ def _flat_input(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return ids if module.padding_idx is None else ids.masked_fill(ids == module.padding_idx, -1)
 
 
-class _Probe(torch.autograd.Function):
-    """Identity on a target's output; its backward shows the output gradient to the accumulator."""
+class _ScoreGradient(torch.autograd.Function):
+    """Pass a target's output through; the backward gives its gradient to the accumulator."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""What the programs show and keep of a selection: its pictures, and the scores that it was chosen by."""
+"""What the programs keep of a selection: its report, and the scores it was chosen by."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from smt_dist.distributed import get_rank, write_on_rank_zero
 from smt_dist.errors import SMTError
-from smt_dist.report import write_pictures
+from smt_dist.report import write_selection_report
 from smt_dist.selection.block_scores import SCORES_FILE, BlockScores, belongs_to, load_scores, save_scores, scores_path
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.training.run_arguments import RunArguments
@@ -20,34 +20,37 @@ PAGE_FILE = "selection.html"
 
 
 def known_scores(run: RunArguments, output_dir: Path, selection: BlockSelection) -> BlockScores | None:
-    """The scores of a selection that was made earlier, for its picture: beside its file, or in its run's folder."""
-    if not run.picture:
+    """Read the scores of an earlier selection, for its report; None where there are none.
+
+    They lie beside the selection's file, or in its run's folder.
+    """
+    if not run.selection_report:
         return None
     folder = Path(run.adapter) if run.adapter is not None else output_dir
     path = scores_path(run.selection) if run.selection is not None else folder / SCORES_FILE
     try:
         scores = load_scores(path) if path.is_file() else None
-    except SMTError as error:  # a picture isn't worth a run
-        logger.warning("the picture goes without scores: %s", error)
+    except SMTError as error:  # a report isn't worth a run
+        logger.warning("the selection's report goes without scores: %s", error)
         return None
     return scores if scores is not None and belongs_to(scores, selection) else None
 
 
-def draw(
+def report_selection(
     run: RunArguments,
     page: Path,
     selection: BlockSelection,
     scores: BlockScores | None,
     log_history: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write the selection's picture, where it is wanted, on rank 0."""
-    if run.picture and get_rank() == 0:
+    """Write the selection's report, where it is wanted, on rank 0."""
+    if run.selection_report and get_rank() == 0:
         source = run.model_name_or_path or run.gguf_file or ""
-        write_pictures(page, selection, scores, log_history, {"model": Path(source).name})
+        write_selection_report(page, selection, scores, log_history, {"model": Path(source).name})
 
 
 def keep_scores(scores: BlockScores, path: Path) -> None:
-    """Write the scores, for the picture of a run that is resumed or that uses this selection; collective.
+    """Write the scores, for the report of a later run with this selection; collective.
 
     Raises:
         SMTError: they can't be written (a full disk); on all ranks.

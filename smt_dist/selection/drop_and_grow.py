@@ -1,4 +1,4 @@
-"""Which blocks a re-selection drops and which grow: scores and strengths -> ``BlockSelection``."""
+"""Which blocks a re-selection drops and which grow: scores and magnitudes -> ``BlockSelection``."""
 
 from __future__ import annotations
 
@@ -15,22 +15,23 @@ from smt_dist.sparse.blocks import Block, BlockSelection
 from smt_dist.sparse.layer_names import layer_key
 
 
-def exchange(
+def drop_and_grow(
     scores: BlockScores,
     active: BlockSelection,
-    strengths: Mapping[str, Mapping[Block, float]],
+    magnitudes: Mapping[str, Mapping[Block, float]],
     config: SMTConfig,
     fraction: float,
 ) -> BlockSelection:
-    """Drop each budget's weakest blocks and grow as many; budgets, strategy and bounds hold as in a selection.
+    """Drop each budget's weakest blocks and grow as many new ones.
 
-    Of equally weak blocks the last in (module order, row, col) goes first. A dropped block can't grow at once, one that
-    was frozen earlier can. Blocks of modules that aren't targets stay.
+    Budgets, strategy and bounds hold as in a selection. Of equally weak blocks the last in (module order, row, col)
+    goes first. A dropped block can't grow at once, one that was frozen earlier can. Blocks of modules that aren't
+    targets stay.
 
     Args:
         scores: of all targets.
         active: the blocks that are trained.
-        strengths: of each of them.
+        magnitudes: mean \\|delta\\| of each of them; the smallest are the weakest.
         config: budgets (where they contradict ``active``, its numbers hold), strategy and bounds.
         fraction: of each budget's trained blocks, rounded down.
     """
@@ -43,7 +44,7 @@ def exchange(
         own = [(module, block) for module in pool.modules for block in active.blocks.get(module, ())]
         if own:
             pools.append(pool._replace(blocks=len(own)))
-            ranked = sorted(own, key=lambda one: -strengths[one[0]][one[1]])
+            ranked = sorted(own, key=lambda one: -magnitudes[one[0]][one[1]])
             dropped = _weakest(ranked, math.floor(fraction * len(own) + 1e-9), pools[-1], scores, config.selection)
             for module, block in own:
                 tables[module][block] = NEVER if (module, block) in dropped else math.inf

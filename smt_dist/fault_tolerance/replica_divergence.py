@@ -1,4 +1,4 @@
-"""Ranks can't drift apart unseen: what should be equal on all of them is compared, and the first difference is named.
+"""Replica divergence: compare what must be equal on all ranks, name the first difference.
 
 Under ``ddp``, ``fsdp2`` and ZeRO-1 and 2 each rank computes with a copy of its own of every block: the copies are
 compared. Under ZeRO-3 nobody holds a copy; there, and in bf16 under ``ddp`` and ``fsdp2`` too, each rank compares the
@@ -23,29 +23,29 @@ _INTEGERS = {2: torch.int16, 4: torch.int32}
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's bits as integers: NaN equals NaN there, and 0.0 isn't -0.0."""
+    """View a tensor's bits as integers: NaN equals NaN there, and 0.0 isn't -0.0."""
     return tensor.detach().view(_INTEGERS[tensor.element_size()])
 
 
 def computing_blocks(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Name -> values of the blocks that compute: the trained ones, and those that re-selection has frozen."""
+    """Collect the block values by module: trained ones, and those that re-selection froze."""
     frozen = {f"{name} (frozen)": layer.delta for name, layer in frozen_layers(model).items()}
     return {name: layer.delta for name, layer in sparse_layers(model).items()} | frozen
 
 
-def block_sums(model: nn.Module) -> torch.Tensor:
-    """For each module the sum of its block values' bits, int64, on their device: one element more or less shows."""
+def block_checksums(model: nn.Module) -> torch.Tensor:
+    """Sum the bits of each module's block values, as int64 on their device."""
     return torch.stack([bits(values).sum(dtype=torch.int64) for values in computing_blocks(model).values()])
 
 
-def mixed(sums: torch.Tensor) -> int:
-    """All modules' sums as one int64, in which modules can't swap places unseen."""
-    weights = torch.arange(1, 2 * len(sums), 2, device=sums.device)
-    return int((sums * weights).sum())
+def combined_checksum(checksums: torch.Tensor) -> int:
+    """Combine all modules' checksums into one int64, to which their order matters."""
+    weights = torch.arange(1, 2 * len(checksums), 2, device=checksums.device)
+    return int((checksums * weights).sum())
 
 
 def gather_integers(own: list[int]) -> list[list[int]]:
-    """Every rank's numbers (int64), by rank; collective."""
+    """All-gather integers (int64), by rank; collective."""
     if not is_distributed():
         return [own]
     mine = torch.tensor(own, dtype=torch.int64, device=collective_device())
@@ -65,9 +65,12 @@ def refuse_different_blocks(model: nn.Module, when: str) -> None:
     _refuse_different(list(blocks), digests, when)
 
 
-def refuse_different_sums(model: nn.Module, sums: torch.Tensor, when: str) -> None:
-    """The same with :func:`block_sums`, where :func:`mixed` has shown a difference."""
-    _refuse_different(list(computing_blocks(model)), sums.tolist(), when)
+def refuse_different_checksums(model: nn.Module, checksums: torch.Tensor, when: str) -> None:
+    """Raise SMTError for the first module whose checksum differs; collective.
+
+    To be called where :func:`combined_checksum` differs.
+    """
+    _refuse_different(list(computing_blocks(model)), checksums.tolist(), when)
     raise SMTError(f"{when}: the ranks' blocks differ")  # two differences that cancel out between modules
 
 
@@ -78,11 +81,11 @@ def _refuse_different(modules: list[str], own: Iterable[str | int], when: str) -
     dist.all_gather_object(everyone, list(own))
     for module, values in zip(modules, zip(*everyone, strict=True), strict=True):
         if len(set(values)) > 1:
-            raise SMTError(f"{when}: the block values of {module} differ between ranks: {odd_ones(values)}")
+            raise SMTError(f"{when}: the block values of {module} differ between ranks: {describe_odd_ranks(values)}")
 
 
-def odd_ones(values: Iterable[str | int]) -> str:
-    """Which ranks have another value than most, in words."""
+def describe_odd_ranks(values: Iterable[str | int]) -> str:
+    """Describe which ranks have another value than most."""
     values = list(values)
     (common, count), *_ = Counter(values).most_common()
     odd = [rank for rank, value in enumerate(values) if value != common]
@@ -106,8 +109,8 @@ def check_masters(
         local_state: (name, tensor) of this rank's part of the optimizer's state.
 
     Returns:
-        To be called by :func:`smt_dist.distributed.agree`: raises SMTError for numbers that aren't finite and for
-        masters of which the values that compute aren't the rounding.
+        To be called by :func:`smt_dist.distributed.raise_on_any_rank`: raises SMTError for numbers that aren't finite
+        and for masters of which the values that compute aren't the rounding.
     """
     wrong = "the block values of {} aren't those of their fp32 masters"
     problem = None if damaged is None else wrong.format(damaged)
@@ -126,8 +129,8 @@ def check_masters(
         if not tensor.isfinite().all():
             problem = problem or f"the optimizer's {name} is not finite (NaN or infinity)"
 
-    def report() -> None:
+    def raise_problem() -> None:
         if problem is not None:
             raise SMTError(f"not saved: {problem}")
 
-    return report
+    return raise_problem

@@ -1,4 +1,4 @@
-"""Which blocks are exchanged: the weakest for the best of the rest, within budgets and bounds; and who is refused."""
+"""Which blocks drop and grow: the weakest for the best of the rest, within budgets and bounds; and who is refused."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from workers.training import BLOCK
 
 import smt_dist
 from smt_dist import BlockSelection, SMTConfig
-from smt_dist.selection.exchange import exchange
+from smt_dist.selection.drop_and_grow import drop_and_grow
 from smt_dist.sparse.blocks import BlockGrid
-from smt_dist.training.phases import first_steps_factor
+from smt_dist.training.rounds import first_steps_factor
 
 
 def reselect_config(*groups: dict, **selection) -> SMTConfig:
@@ -25,9 +25,9 @@ def test_the_weakest_go_and_the_best_of_the_rest_grow():
     """By hand: of 4 trained blocks the 2 weakest; a dropped block can't come back at once, however good its score."""
     scores = make_scores({"a": [[9, 1, 8, 2]], "b": [[7, 3, 6, 99]]})
     active = BlockSelection(block_size=(4, 4), blocks={"a": [(0, 0), (0, 1)], "b": [(0, 0), (0, 3)]})
-    strengths = {"a": {(0, 0): 0.4, (0, 1): 0.3}, "b": {(0, 0): 0.2, (0, 3): 0.1}}
+    magnitudes = {"a": {(0, 0): 0.4, (0, 1): 0.3}, "b": {(0, 0): 0.2, (0, 3): 0.1}}
     config = reselect_config({"blocks": 4}, strategy="no_restriction")
-    changed = exchange(scores, active, strengths, config, 0.5)
+    changed = drop_and_grow(scores, active, magnitudes, config, 0.5)
     assert changed.blocks == {"a": [(0, 0), (0, 1), (0, 2)], "b": [(0, 2)]}
 
 
@@ -35,16 +35,18 @@ def test_of_equally_weak_blocks_the_last_goes():
     """Blocks that never got a gradient are all at zero: any other rule would differ between ranks."""
     scores = make_scores({"a": [[0, 0, 5, 5]]})
     active = BlockSelection(block_size=(4, 4), blocks={"a": [(0, 0), (0, 1)]})
-    strengths = {"a": {(0, 0): 0.0, (0, 1): 0.0}}
-    assert exchange(scores, active, strengths, reselect_config({"blocks": 2}), 0.5).blocks == {"a": [(0, 0), (0, 2)]}
+    magnitudes = {"a": {(0, 0): 0.0, (0, 1): 0.0}}
+    assert drop_and_grow(scores, active, magnitudes, reselect_config({"blocks": 2}), 0.5).blocks == {
+        "a": [(0, 0), (0, 2)]
+    }
 
 
 def test_no_more_are_dropped_than_can_grow():
     """At a budget near all blocks, dropping more would train less than the budget."""
     scores = make_scores({"a": [[1, 2, 3, 4]]})
     active = BlockSelection(block_size=(4, 4), blocks={"a": [(0, 0), (0, 1), (0, 2)]})
-    strengths = {"a": {(0, 0): 3.0, (0, 1): 1.0, (0, 2): 2.0}}
-    assert exchange(scores, active, strengths, reselect_config({"blocks": 3}), 1.0).blocks == {
+    magnitudes = {"a": {(0, 0): 3.0, (0, 1): 1.0, (0, 2): 2.0}}
+    assert drop_and_grow(scores, active, magnitudes, reselect_config({"blocks": 3}), 1.0).blocks == {
         "a": [(0, 0), (0, 2), (0, 3)]
     }
 
@@ -59,12 +61,12 @@ def test_no_more_are_dropped_than_can_grow():
     ],
     ids=str,
 )
-def test_bounds_and_strategy_hold_after_an_exchange(selection, expected):
+def test_bounds_and_strategy_hold_after_drop_and_grow(selection, expected):
     """A floor that holds until step 100 only is none."""
     scores = make_scores({"layers.0.q": [[9, 8, 7]], "layers.1.q": [[3, 2, 1]]})
     active = BlockSelection(block_size=(4, 4), blocks={"layers.0.q": [(0, 0)], "layers.1.q": [(0, 0)]})
-    strengths = {"layers.0.q": {(0, 0): 2.0}, "layers.1.q": {(0, 0): 1.0}}
-    changed = exchange(scores, active, strengths, reselect_config({"blocks": 2}, **selection), 0.5)
+    magnitudes = {"layers.0.q": {(0, 0): 2.0}, "layers.1.q": {(0, 0): 1.0}}
+    changed = drop_and_grow(scores, active, magnitudes, reselect_config({"blocks": 2}, **selection), 0.5)
     assert {module: len(blocks) for module, blocks in changed.blocks.items()} == expected
 
 
@@ -83,8 +85,8 @@ def test_a_block_that_bounds_need_is_not_dropped(selection, gone):
     """Layer 0 has two blocks, and two are asked of each layer: without one, the run would end in the middle."""
     scores = make_scores({"layers.0.q": [[9, 8]], "layers.1.q": [[3, 2, 1]]})
     active = BlockSelection(block_size=(4, 4), blocks={"layers.0.q": [(0, 0), (0, 1)], "layers.1.q": [(0, 0), (0, 1)]})
-    strengths = {"layers.0.q": {(0, 0): 9.0, (0, 1): 1.0}, "layers.1.q": {(0, 0): 2.0, (0, 1): 3.0}}
-    changed = exchange(scores, active, strengths, reselect_config({"blocks": 4}, **selection), 0.25)
+    magnitudes = {"layers.0.q": {(0, 0): 9.0, (0, 1): 1.0}, "layers.1.q": {(0, 0): 2.0, (0, 1): 3.0}}
+    changed = drop_and_grow(scores, active, magnitudes, reselect_config({"blocks": 4}, **selection), 0.25)
     left = {(module, block) for module, blocks in changed.blocks.items() for block in blocks}
     assert left == {
         *(("layers.0.q", (0, col)) for col in (0, 1)), *(("layers.1.q", (0, col)) for col in (0, 1, 2))
@@ -95,8 +97,8 @@ def test_an_even_spread_drops_no_more_than_the_fraction():
     """A selection that isn't even, by hand or of an older version, becomes so as its weakest blocks go, not at once."""
     scores = make_scores({"a": [[9, 8, 7, 6]], "b": [[5, 4, 3, 2]]})
     active = BlockSelection(block_size=(4, 4), blocks={"a": [(0, 0), (0, 1), (0, 2), (0, 3)]})
-    strengths = {"a": {(0, col): 4.0 - col for col in range(4)}}
-    changed = exchange(scores, active, strengths, reselect_config({"blocks": 4}, strategy="even"), 0.25)
+    magnitudes = {"a": {(0, col): 4.0 - col for col in range(4)}}
+    changed = drop_and_grow(scores, active, magnitudes, reselect_config({"blocks": 4}, strategy="even"), 0.25)
     assert changed.blocks == {"a": [(0, 0), (0, 1), (0, 2)], "b": [(0, 0)]}
 
 
@@ -104,24 +106,24 @@ def test_blocks_outside_of_the_targets_stay():
     """A selection by hand may hold some; they have no score to be compared by."""
     scores = make_scores({"a": [[1, 2]]})
     active = BlockSelection(block_size=(4, 4), blocks={"other": [(0, 0)], "a": [(0, 0)]}, groups={"other": "h"})
-    strengths = {"other": {(0, 0): 0.0}, "a": {(0, 0): 1.0}}
-    changed = exchange(scores, active, strengths, reselect_config({"blocks": 1}), 1.0)
+    magnitudes = {"other": {(0, 0): 0.0}, "a": {(0, 0): 1.0}}
+    changed = drop_and_grow(scores, active, magnitudes, reselect_config({"blocks": 1}), 1.0)
     assert changed.blocks == {"a": [(0, 1)], "other": [(0, 0)]}
     assert changed.groups == {"a": "g", "other": "h"}
     alone = BlockSelection(block_size=(4, 4), blocks={"other": [(0, 0)]})
     with pytest.raises(smt_dist.SMTError, match="no trained block lies in a target"):
-        exchange(scores, alone, strengths, reselect_config({"blocks": 1}), 1.0)
+        drop_and_grow(scores, alone, magnitudes, reselect_config({"blocks": 1}), 1.0)
 
 
 def test_budgets_of_groups_stay_apart_unless_they_are_joint():
     """Each group gives as many as it gets; jointly the better one grows."""
     scores = make_scores({"a": [[1, 2, 3]], "b": [[70, 80, 90]]}, {"x": ["a"], "y": ["b"]})
     active = BlockSelection(block_size=(4, 4), blocks={"a": [(0, 0), (0, 1)], "b": [(0, 0)]})
-    strengths = {"a": {(0, 0): 2.0, (0, 1): 1.0}, "b": {(0, 0): 3.0}}
+    magnitudes = {"a": {(0, 0): 2.0, (0, 1): 1.0}, "b": {(0, 0): 3.0}}
     groups = ({"name": "x", "blocks": 2}, {"name": "y", "blocks": 1})
-    apart = exchange(scores, active, strengths, reselect_config(*groups), 0.5)
+    apart = drop_and_grow(scores, active, magnitudes, reselect_config(*groups), 0.5)
     assert apart.blocks == {"a": [(0, 0), (0, 2)], "b": [(0, 0)]}
-    joint = exchange(scores, active, strengths, reselect_config(*groups, budget="joint"), 0.5)
+    joint = drop_and_grow(scores, active, magnitudes, reselect_config(*groups, budget="joint"), 0.5)
     assert joint.blocks == {"a": [(0, 0)], "b": [(0, 0), (0, 2)]}
     assert joint.groups == {"a": "x", "b": "y"}
 
@@ -176,7 +178,7 @@ def test_a_wrong_plan_is_refused_by_its_field(plan, named):
     ids=str,
 )
 def test_flags_that_take_checkpoints_away_are_refused(train, folder, tmp_path, flags, named):
-    """Found before the first step, not at the first exchange."""
+    """Found before the first step, not at the first re-selection."""
     from programs import write_config
 
     config = write_config(tmp_path, reselect={"every": 2, "fraction": 0.5})

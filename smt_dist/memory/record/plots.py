@@ -1,4 +1,4 @@
-"""Pictures of a recording, as PNG: matplotlib, the extra ``plots``, imported where it is used."""
+"""Plots of a recording, as PNG: matplotlib, the extra ``plots``, imported where it is used."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB = 2**20
-# One colour a category, the same in all pictures.
+# One colour a category, the same in all plots.
 COLORS = dict(
     zip(
         CATEGORIES,
@@ -33,8 +33,8 @@ def require_matplotlib(flag: str) -> None:
         raise SMTError(f'{flag}: matplotlib is not installed; pip install "smt_dist[plots]"')
 
 
-def timeline_picture(recording: Mapping[str, Any]) -> bytes:
-    """What a rank held, stretch by stretch.
+def plot_timeline(recording: Mapping[str, Any]) -> bytes:
+    """Plot what a rank held, stretch by stretch.
 
     Args:
         recording: :meth:`Recording.to_json`.
@@ -52,8 +52,8 @@ def timeline_picture(recording: Mapping[str, Any]) -> bytes:
     return _png(figure)
 
 
-def bars_picture(planned: Mapping[str, Any], measured: Mapping[str, Any]) -> bytes:
-    """Each phase's peak by category, as planned and beside it as measured.
+def plot_peaks(planned: Mapping[str, Any], measured: Mapping[str, Any]) -> bytes:
+    """Plot each phase's peak by category, as planned and beside it as measured.
 
     Args:
         planned: phase -> bytes by category; phases may lack.

@@ -1,4 +1,4 @@
-"""``ReselectingTrainer``: training in phases, between two of which blocks are exchanged (``reselect.py``)."""
+"""``ReselectingTrainer``: training in rounds, with a re-selection between two of them (``reselect.py``)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers.trainer_utils import TrainOutput
 from smt_dist.checkpoint.atomic import VerifiedFolder
 from smt_dist.checkpoint.rotation import checkpoint_folder, find_checkpoint
 from smt_dist.config import ReselectConfig
-from smt_dist.distributed import agree
+from smt_dist.distributed import raise_on_any_rank
 from smt_dist.errors import SMTError
 from smt_dist.files import parse_json_object, read_text
 from smt_dist.training.reselect import reselect
@@ -27,11 +27,11 @@ logger = logging.getLogger(__name__)
 LARGE_BETA2 = 0.99
 
 
-class PhaseEnd(TrainerCallback):
-    """Ends a phase with a checkpoint every so many steps.
+class RoundEnd(TrainerCallback):
+    """End a round with a checkpoint every so many steps.
 
     Attributes:
-        ended: whether the phase ended here, and not the training.
+        ended: whether the round ended here, and not the training.
     """
 
     def __init__(self, every: int) -> None:
@@ -57,25 +57,25 @@ class PhaseEnd(TrainerCallback):
 
 
 class ReselectingTrainer(SMTTrainer):
-    """An :class:`SMTTrainer` that exchanges blocks where the model's config asks for it (``reselect``).
+    """An :class:`SMTTrainer` that re-selects blocks where the model's config asks for it (``reselect``).
 
     Attributes:
-        plan: when and how; None: it trains like any other.
+        settings: when and how; None: it trains like any other.
     """
 
     reselects = True
 
     def __init__(self, model: nn.Module, *args: Any, **kwargs: Any) -> None:
         super().__init__(model, *args, **kwargs)
-        self.plan = model.smt.config.reselect if model.smt.config is not None else None
-        self._phase_end = PhaseEnd(self.plan.every) if self.plan is not None else None
-        if self._phase_end is not None:
-            self.add_callback(self._phase_end)
+        self.settings = model.smt.config.reselect if model.smt.config is not None else None
+        self._round_end = RoundEnd(self.settings.every) if self.settings is not None else None
+        if self._round_end is not None:
+            self.add_callback(self._round_end)
 
     @property
-    def phase_ended(self) -> bool:
-        """Whether the last phase ended with a re-selection to be made, and not the training."""
-        return self._phase_end is not None and self._phase_end.ended
+    def round_ended(self) -> bool:
+        """Whether the last round ended with a re-selection to be made, and not the training."""
+        return self._round_end is not None and self._round_end.ended
 
     def train(
         self,
@@ -83,20 +83,20 @@ class ReselectingTrainer(SMTTrainer):
         trial: Any = None,
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
-        """Train, as :class:`SMTTrainer` does, in phases between which blocks are exchanged."""
+        """Train, as :class:`SMTTrainer` does, in rounds with a re-selection between them."""
         # Trainer has one engine and one optimizer a run, and the blocks that it began with.
         options = {"trial": trial, "ignore_keys_for_eval": ignore_keys_for_eval}
-        if self.plan is None:
+        if self.settings is None:
             return super().train(resume_from_checkpoint, **options)
-        return train_in_phases(self, self.plan, resume_from_checkpoint, options)
+        return train_in_rounds(self, self.settings, resume_from_checkpoint, options)
 
-    def train_phase(self, checkpoint: VerifiedFolder | None, options: dict[str, Any]) -> TrainOutput:
+    def train_round(self, checkpoint: VerifiedFolder | None, options: dict[str, Any]) -> TrainOutput:
         """Train to the end, or to the next re-selection."""
         return super().train(checkpoint, **options)
 
     def _load_best_model(self) -> None:
-        # At the end of a phase it would take back what the next one goes on from.
-        if not self.phase_ended:
+        # At the end of a round it would take back what the next one goes on from.
+        if not self.round_ended:
             super()._load_best_model()
 
 
@@ -107,14 +107,14 @@ def trainer_class(model: nn.Module) -> type[SMTTrainer]:
 
 
 def check_arguments(trainer: SMTTrainer) -> None:
-    """Raise SMTError for flags that would take a phase's checkpoint away."""
+    """Raise SMTError for flags that would take a round's checkpoint away."""
     args = trainer.args
     if args.save_only_model:
         raise SMTError("--save_only_model: re-selection (reselect) goes on from its checkpoints; leave it out")
     if args.save_strategy == "best":
         raise SMTError("--save_strategy best: re-selection (reselect) needs checkpoints of its own; use another")
     if (args.load_best_model_at_end or args.metric_for_best_model is not None) and args.save_total_limit == 1:
-        # Trainer would delete all but the best at the end of a phase.
+        # Trainer would delete all but the best at the end of a round.
         raise SMTError("--save_total_limit 1 with a best checkpoint: re-selection (reselect) needs at least 2")
     if args.adam_beta2 > LARGE_BETA2 and args.custom_optimizer is None:
         logger.warning(
@@ -131,8 +131,8 @@ def first_steps_factor(beta1: float, beta2: float) -> float:
     return max((1 - beta1**k) / math.sqrt(1 - beta2**k) for k in range(1, 1000))
 
 
-def train_in_phases(
-    trainer: ReselectingTrainer, plan: ReselectConfig, resume: str | bool | VerifiedFolder | None, options: Any
+def train_in_rounds(
+    trainer: ReselectingTrainer, settings: ReselectConfig, resume: str | bool | VerifiedFolder | None, options: Any
 ) -> TrainOutput:
     """Train with re-selection; as ``Trainer.train``, with its ``options``."""
     check_arguments(trainer)
@@ -140,31 +140,33 @@ def train_in_phases(
     checkpoint = find_checkpoint(resume or None, trainer.args.output_dir)
     if checkpoint is None and trainer.model.smt.reselected_at:
         trainer.model.smt.reselected_at = 0  # of another run, whose adapter this one continues
-    if checkpoint is not None and agree(lambda: _is_due(trainer, plan, checkpoint.folder), "the checkpoint"):
-        checkpoint = reselect(trainer, plan, checkpoint)
+    if checkpoint is not None and raise_on_any_rank(
+        lambda: _is_due(trainer, settings, checkpoint.folder), "the checkpoint"
+    ):
+        checkpoint = reselect(trainer, settings, checkpoint)
     while True:
-        outputs.append(trainer.train_phase(checkpoint, options))
-        # A run that was asked to end at the end of a phase makes the exchange when it goes on.
-        if not trainer.phase_ended or trainer.preempted:
+        outputs.append(trainer.train_round(checkpoint, options))
+        # A run that was asked to end at the end of a round re-selects when it goes on.
+        if not trainer.round_ended or trainer.preempted:
             return _joined(outputs)
         folder = checkpoint_folder(trainer.args.output_dir, trainer.state.global_step)
-        checkpoint = reselect(trainer, plan, find_checkpoint(str(folder), trainer.args.output_dir))
+        checkpoint = reselect(trainer, settings, find_checkpoint(str(folder), trainer.args.output_dir))
         if trainer.guard.asked_to_end():
             return _joined(outputs)
 
 
-def _is_due(trainer: SMTTrainer, plan: ReselectConfig, folder: Path) -> bool:
-    """Tell whether a checkpoint ended a phase whose exchange a killed run didn't make."""
+def _is_due(trainer: SMTTrainer, settings: ReselectConfig, folder: Path) -> bool:
+    """Tell whether a checkpoint ended a round whose re-selection a killed run didn't make."""
     path = folder / TRAINER_STATE_NAME
     state = parse_json_object(read_text(path), str(path))
     step = int(state["global_step"])
     last = trainer.args.max_steps if trainer.args.max_steps > 0 else int(state["max_steps"])
     done = trainer.model.smt.reselected_at
-    return 0 < step < last and step % plan.every == 0 and done != step
+    return 0 < step < last and step % settings.every == 0 and done != step
 
 
 def _joined(outputs: list[TrainOutput]) -> TrainOutput:
-    """Join the results of all phases: losses weighed by steps, rates by time."""
+    """Join the results of all rounds: losses weighed by steps, rates by time."""
     last = outputs[-1]
     if len(outputs) == 1:
         return last

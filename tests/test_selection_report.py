@@ -16,8 +16,8 @@ from selenium.webdriver.support.ui import WebDriverWait
 from tiers import slow
 
 from smt_dist import BlockScores, BlockSelection, SMTConfig, select_blocks
-from smt_dist.report import summary as picture_summary
-from smt_dist.report import write_pictures
+from smt_dist.report import summary as report_summary
+from smt_dist.report import write_selection_report
 from smt_dist.report.page import write_page
 from smt_dist.report.summary import MAX_CELLS, short_kinds, summarise
 from smt_dist.selection.block_scores import SCORES_FILE, belongs_to, load_scores, save_scores
@@ -92,7 +92,7 @@ def test_every_chosen_block_is_marked_in_the_browser(browser, tmp_path):
     """What a person sees is the selection, with its scores, shares and curve; nothing is fetched, nothing fails."""
     scores = make_scores()
     selection = choose(scores)
-    assert write_pictures(tmp_path / "selection.html", selection, scores, HISTORY, {"model": "tiny"})
+    assert write_selection_report(tmp_path / "selection.html", selection, scores, HISTORY, {"model": "tiny"})
     seen = look(browser, tmp_path / "selection.html")
     assert (seen["errors"], seen["requests"]) == ([], [])
     assert seen["marked"] == len(selection) == 22
@@ -141,7 +141,7 @@ def test_a_selection_without_scores_still_shows_its_blocks(browser, tmp_path):
 
 def test_a_page_of_too_many_blocks_takes_them_together_and_says_so(browser, tmp_path, monkeypatch):
     """A 70B has a million blocks: drawn one by one, no browser would open the page."""
-    monkeypatch.setattr(picture_summary, "MAX_CELLS", 40)
+    monkeypatch.setattr(report_summary, "MAX_CELLS", 40)
     scores = make_scores()
     selection = choose(scores)
     write_page(tmp_path / "selection.html", summarise(selection, scores, [], {}))
@@ -183,9 +183,9 @@ def test_taking_blocks_together_keeps_the_best_score_and_the_number_of_chosen():
     table[2, 4] = -torch.inf
     scores = BlockScores((SIDE, SIDE), {"m": table}, {"m": (24, 40)}, {"g": ["m"]}, 10**6, "l1", 1)
     selection = BlockSelection(block_size=(SIDE, SIDE), blocks={"m": [(0, 0), (1, 1), (2, 3)]})
-    tile = picture_summary._pool(summarise(selection, scores, [], {}).sheets["m"][0].scores, 2, np.fmax)
+    tile = report_summary._pool(summarise(selection, scores, [], {}).sheets["m"][0].scores, 2, np.fmax)
     np.testing.assert_array_equal(tile, [[6, 8, 9], [11, 13, np.nan]])
-    counts = picture_summary._pool(summarise(selection, scores, [], {}).sheets["m"][0].chosen, 2, np.add)
+    counts = report_summary._pool(summarise(selection, scores, [], {}).sheets["m"][0].chosen, 2, np.add)
     np.testing.assert_array_equal(counts, [[2, 0, 0], [0, 1, 0]])
 
 
@@ -218,7 +218,7 @@ def test_kinds_are_as_short_as_they_can_be_told_apart():
 def test_png_files_show_the_marks(tmp_path):
     """Looked at pixel by pixel: the maps' file has red marks, and both are large enough to print."""
     scores = make_scores()
-    assert write_pictures(tmp_path / "selection.html", choose(scores), scores, HISTORY)
+    assert write_selection_report(tmp_path / "selection.html", choose(scores), scores, HISTORY)
     for name in ("selection.png", "selection_blocks.png"):
         with Image.open(tmp_path / name) as image:
             assert min(image.size) > 600
@@ -229,7 +229,7 @@ def test_png_files_show_the_marks(tmp_path):
 
 @pytest.mark.parametrize("missing", ["plotly", "matplotlib"])
 def test_without_a_plotting_library_one_line_is_logged_and_nothing_fails(tmp_path, monkeypatch, caplog, missing):
-    """A training run may not end for a picture."""
+    """A training run may not end for a report."""
     for module in [name for name in __import__("sys").modules if name.startswith(("smt_dist.report.p", missing))]:
         monkeypatch.delitem(__import__("sys").modules, module)
     real = builtins.__import__
@@ -241,14 +241,14 @@ def test_without_a_plotting_library_one_line_is_logged_and_nothing_fails(tmp_pat
 
     monkeypatch.setattr(builtins, "__import__", importing)
     with caplog.at_level(logging.INFO, "smt_dist"):
-        assert not write_pictures(tmp_path / "selection.html", choose(make_scores()))
+        assert not write_selection_report(tmp_path / "selection.html", choose(make_scores()))
     said = [r.getMessage() for r in caplog.records if "smt_dist[plots]" in r.getMessage()]
     assert len(said) == 1
     assert missing in said[0]
     assert not list(tmp_path.iterdir())
 
 
-def test_a_picture_that_fails_is_named_and_no_more(tmp_path, monkeypatch, caplog):
+def test_a_report_that_fails_is_named_and_no_more(tmp_path, monkeypatch, caplog):
     """Whatever a plotting library does."""
 
     def broken(*_):
@@ -256,7 +256,7 @@ def test_a_picture_that_fails_is_named_and_no_more(tmp_path, monkeypatch, caplog
 
     monkeypatch.setattr("smt_dist.report.paper.overview", broken)
     with caplog.at_level(logging.WARNING, "smt_dist"):
-        assert not write_pictures(tmp_path / "selection.html", choose(make_scores()))
+        assert not write_selection_report(tmp_path / "selection.html", choose(make_scores()))
     assert "OverflowError: too wide" in caplog.text
 
 
@@ -275,33 +275,33 @@ def test_scores_survive_a_file(tmp_path):
 # -- the programs ------------------------------------------------------------------------------------------------
 
 
-def test_programs_write_the_picture_beside_what_they_make(train, tmp_path):
-    """The selection's picture and scores first; a run with that selection finds the scores and adds its curve."""
+def test_programs_write_the_report_beside_what_they_make(train, tmp_path):
+    """The selection's report and scores first; a run with that selection finds the scores and adds its curve."""
     chosen = tmp_path / "made" / "chosen.json"
-    made = train(program="select_blocks.py", picture=True, output=chosen, output_dir=tmp_path / "unused")
+    made = train(program="select_blocks.py", selection_report=True, output=chosen, output_dir=tmp_path / "unused")
     assert made.code == 0, made.err
     names = {"chosen.json", "chosen.html", "chosen.png", "chosen_blocks.png", "chosen_scores.safetensors"}
     assert {path.name for path in (tmp_path / "made").iterdir()} == names
     assert "Learning curve" not in (tmp_path / "made" / "chosen.html").read_text()
 
-    trained = train(picture=True, selection=chosen, max_steps=2)
+    trained = train(selection_report=True, selection=chosen, max_steps=2)
     assert trained.code == 0, trained.err
     page = (tmp_path / "out" / "selection.html").read_text()
     assert "Learning curve" in page
     assert "abs_mean, 2 warm-up steps" in page
-    without = train(picture=False, output_dir=tmp_path / "bare", max_steps=1)
+    without = train(selection_report=False, output_dir=tmp_path / "bare", max_steps=1)
     assert without.code == 0, without.err
     assert not list((tmp_path / "bare").glob("selection*"))
 
 
-@pytest.mark.parametrize("picture", [pytest.param(True, marks=slow), False])
-def test_damaged_scores_cost_no_more_than_the_picture(train, tmp_path, caplog, picture):
-    """They are there for the picture alone: a run that has been saved well would never be resumed."""
+@pytest.mark.parametrize("is_wanted", [pytest.param(True, marks=slow), False])
+def test_damaged_scores_cost_no_more_than_the_report(train, tmp_path, caplog, is_wanted):
+    """They are there for the report alone: a run that has been saved well would never be resumed."""
     assert train(save_strategy="steps", save_steps=1, max_steps=1).code == 0
     (tmp_path / "out" / SCORES_FILE).write_bytes(b"damaged")
-    again = train(picture=picture, max_steps=2, resume_from_checkpoint="auto")
+    again = train(selection_report=is_wanted, max_steps=2, resume_from_checkpoint="auto")
     assert again.code == 0, again.err
-    assert ("the picture goes without scores" in caplog.text) == picture
+    assert ("report goes without scores" in caplog.text) == is_wanted
 
 
 def test_scores_of_another_selection_are_not_shown():
