@@ -356,7 +356,7 @@ class SMTConfig(_Strict):
         return json.dumps(self.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
 
     def first_difference(self, other: SMTConfig) -> str | None:
-        """Describe the first field that differs from ``other``, with both values; None if all are equal."""
+        """Describe the first field that differs from ``other``, and both values; None if equal."""
         ours, theirs = (dict(_fields(config.model_dump(mode="json"))) for config in (self, other))
         for name in {**ours, **theirs}:
             if ours.get(name) != theirs.get(name):

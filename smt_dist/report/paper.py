@@ -92,7 +92,7 @@ def _name_layers(axis: Axes, summary: Summary) -> None:
 
 
 def kinds_of_weight(axis: Axes, summary: Summary) -> None:
-    """Draw each kind's number of chosen blocks, with its share of all chosen and of its own blocks."""
+    """Draw each kind's number of chosen blocks, and their share of all chosen and of the kind."""
     names, total = list(summary.chosen_by_kind), sum(summary.chosen_by_kind.values())
     axis.barh(range(len(names)), list(summary.chosen_by_kind.values()))
     for row, (kind, count) in enumerate(summary.chosen_by_kind.items()):

@@ -93,7 +93,7 @@ class Summary:
         ]
 
     def shown(self, scores: np.ndarray) -> np.ndarray:
-        """Return scores as shown; a zero has no logarithm and is shown as the smallest positive score."""
+        """Return scores as shown; on a logarithmic scale, zeros become the smallest positive score."""
         if not self.logarithmic:
             return scores
         positive = scores[scores > 0]
@@ -203,7 +203,10 @@ def short_kinds(modules: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _kind(module: str) -> str:
-    """Return ``self_attn.q_proj`` of ``model.layers.3.self_attn.q_proj``; further numbers become ``*``."""
+    """Return a module's name inside its layer, with ``*`` for numbers.
+
+    Example: ``self_attn.q_proj`` of ``model.layers.3.self_attn.q_proj``.
+    """
     inside = module.removeprefix(layer_key(module)).lstrip(".")
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", inside or module)
 
