@@ -38,7 +38,7 @@ def _one_line(message: str) -> str:
 
 
 class RankError(SMTError):
-    """Report an :class:`SMTError` that other ranks may not have; so each rank prints its own."""
+    """Report an :class:`SMTError` that other ranks may not have, so each rank prints its own."""
 
 
 def require_peft(flag: str) -> None:

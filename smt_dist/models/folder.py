@@ -49,7 +49,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
         if not (folder / SINGLE_FILE).exists():
             raise SMTError(
                 f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}; pickled weights (pytorch_model.bin) aren't "
-                "read, as they could run code: convert them to safetensors first, on a machine where code may run"
+                "read, as they could run code: convert them to safetensors first, in an isolated environment"
             )
         return dict.fromkeys(read_header(folder / SINGLE_FILE)[0], folder / SINGLE_FILE)
     files = parse_json_object(read_text(index), str(index)).get("weight_map")

@@ -85,7 +85,7 @@ def _weakest(
     dropped: set[tuple[str, Block]] = set()
     for module, block in reversed(ranked):
         where = place[module]
-        needed = left[where] <= most  # dropping this block leaves one less to choose from
+        needed = left[where] <= most  # then dropping this block leaves one block less to choose from
         if len(dropped) < count and left[where] > least[where] and (not needed or room > pool.blocks):
             dropped.add((module, block))
             left[where] -= 1

@@ -85,7 +85,9 @@ def collect_scores(
 
         tables, steps = _gradient_scores(model, batches, config, grids, make, finish, progress, observe)
     if config.selection.needs_batches and 0 < steps < config.warmup.steps:
-        logger.warning("warm-up: the batches gave %d global steps of warmup.steps=%d", steps, config.warmup.steps)
+        logger.warning(
+            "warm-up: the batches ended after %d of warmup.steps=%d global steps", steps, config.warmup.steps
+        )
     return build_scores(model, config, groups, grids, tables, steps)
 
 

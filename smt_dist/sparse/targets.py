@@ -173,7 +173,7 @@ def why_no_blocks(module: nn.Module) -> str:
     """Return why blocks of ``module`` can't be trained, as text to follow its name in a message."""
     kind = type(module).__name__
     if isinstance(module, nn.Embedding):
-        return f"is a {kind}, which changes the rows it looks up (scale, norm or position); blocks can't follow that"
+        return f"is a {kind}, which changes the rows that it looks up (scale, norm or position), unsupported for blocks"
     return f"is a {kind}, neither a linear layer with a weight of (out, in) nor an embedding"
 
 
