@@ -1,4 +1,4 @@
-"""Blocks that are no longer trained and go on computing: what re-selection leaves of the ones that it drops."""
+"""Define layers with frozen blocks, which re-selection dropped and which still compute."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from smt_dist.sparse.linear import SparseLinear
 
 
 class FrozenBlocks(SparseLayer):
-    """A base plus blocks that no engine, optimizer or gradient knows of.
+    """Add frozen blocks to a base layer, without a parameter, gradient or optimizer state.
 
     Attributes:
-        master: fp32 values ``[blocks * block_rows, block_cols]`` on the CPU: what adapters and checkpoints hold.
-        delta: their rounding, which computes; a buffer that no state dict holds.
+        master: fp32 values ``[blocks * block_rows, block_cols]`` on the CPU, which adapters and checkpoints save.
+        delta: ``master`` in the compute dtype, used by the forward; a non-persistent buffer.
     """
 
     master: torch.Tensor
 
     def freeze(self, master: torch.Tensor) -> None:
-        """Take these values, and be no parameter from here on."""
+        """Set the blocks to ``master``, and make ``delta`` a buffer instead of a parameter."""
         dtype, device = self.delta.dtype, self.delta.device
         if isinstance(self.delta, nn.Parameter):
             del self.delta
@@ -32,11 +32,11 @@ class FrozenBlocks(SparseLayer):
 
 
 class FrozenLinear(FrozenBlocks, SparseLinear):
-    """Frozen blocks of a linear layer."""
+    """Add frozen blocks to a linear layer."""
 
 
 class FrozenEmbedding(FrozenBlocks, SparseEmbedding):
-    """Frozen blocks of an embedding."""
+    """Add frozen blocks to an embedding."""
 
 
 def make_frozen(
@@ -47,7 +47,16 @@ def make_frozen(
     dtype: torch.dtype,
     device: torch.device,
 ) -> FrozenBlocks:
-    """The layer for ``base``; ``master`` as in :class:`FrozenBlocks`."""
+    """Make the frozen layer for ``base``, a linear layer or an embedding.
+
+    Args:
+        base: the layer that the blocks are added to.
+        grid: of its weight.
+        blocks: the (row, col) of each block.
+        master: their values, see :class:`FrozenBlocks`.
+        dtype: of ``delta``.
+        device: of ``delta``.
+    """
     kind = FrozenEmbedding if isinstance(base, nn.Embedding) else FrozenLinear
     layer = kind(base, grid, blocks, dtype, device)
     layer.freeze(master)
