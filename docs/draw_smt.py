@@ -31,6 +31,7 @@ RIGHT = 534  # width of the right half
 LLAMA_2_7B, LLAMA_2_7B_TRAINED = 6_738_415_616, 56_557_568  # configs/smt.json, as configs/README.md counts it
 STATE_BYTES = 12  # of a trained parameter: fp32 master and two moments
 
+CORNERS = list(product(range(SIDE), repeat=2))  # row and column of each block of a weight
 Scores = dict[tuple[int, str], list[list[float]]]
 
 
@@ -57,10 +58,8 @@ def make_scores() -> Scores:
 
 def select(scores: Scores) -> set[Block]:
     """Select the best block of each weight, then the next best of all, as the strategy ``even`` does."""
-    ranked = sorted(
-        (Block(score, *weight, row, col) for weight, table in scores.items()
-         for row, line in enumerate(table) for col, score in enumerate(line)), reverse=True,
-    )  # fmt: skip
+    places = [(*weight, row, col) for weight in scores for row, col in CORNERS]
+    ranked = sorted((Block(scores[place[:2]][place[2]][place[3]], *place) for place in places), reverse=True)
     best = {(block.layer, block.kind): block for block in reversed(ranked)}
     rest = [block for block in ranked if block not in best.values()]
     return {*best.values(), *rest[: BUDGET - len(best)]}
@@ -74,7 +73,8 @@ def draw() -> str:
 
 def card() -> Iterator[str]:
     """Draw the light card behind everything, with the headings and the arrow between both halves."""
-    yield f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="{FONT}" role="img">'
+    size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
+    yield f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="{FONT}" role="img">'
     yield f"<title>{ALT}</title>"
     yield f'<rect x=".5" y=".5" width="{WIDTH - 1}" height="{HEIGHT - 1}" rx="14" fill="{PAPER}" stroke="{BORDER}"/>'
     yield text(36, 50, strong("Weights are cut into blocks"), 22)
@@ -98,26 +98,32 @@ def weights(left: int, top: int) -> Iterator[str]:
         yield text(x + side / 2, top - 10, kind, 16, MUTED, "middle")
         for layer in range(LAYERS):
             y = top + layer * (side + 14)
-            for row, col in product(range(SIDE), repeat=2):
+            for row, col in CORNERS:
                 shade = FROZEN[sum(scores[layer, kind][row][col] > bound for bound in bounds)]
                 color = SELECTED if (layer, kind, row, col) in selected else shade
                 places.setdefault(color, []).append((x + col * CELL, y + row * CELL))
     for layer in range(LAYERS):
         yield text(left - 12, top + layer * (side + 14) + side / 2 + 5, f"layer {layer}", 16, MUTED, "end")
-    y = top + LAYERS * (side + 14) + 18
-    for index, color in enumerate((*FROZEN, SELECTED)):
-        places[color].append((36 + index * 15 + (227 if color == SELECTED else 0), y - 11))
-    yield text(90, y, "frozen blocks, by score", 16, MUTED) + text(326, y, "selected blocks", 16, MUTED)
     for color, corners in places.items():
         yield squares(corners, CELL - 1, color)
+    yield from legend(36, top + LAYERS * (side + 14) + 18)
+
+
+def legend(left: int, base_line: int) -> Iterator[str]:
+    """Explain the colors of the blocks."""
+    for index, color in enumerate(FROZEN):
+        yield squares([(left + index * 15, base_line - 11)], CELL - 1, color)
+    yield text(left + 54, base_line, "frozen blocks, by score", 16, MUTED)
+    yield squares([(left + 272, base_line - 11)], CELL - 1, SELECTED)
+    yield text(left + 290, base_line, "selected blocks", 16, MUTED)
 
 
 def base(left: int, top: int) -> Iterator[str]:
     """Draw the frozen base: what it takes, and what it doesn't."""
     yield rect(left, top, RIGHT, 64, SHADE, 8)
     for index, color in enumerate(FROZEN):
-        corners = product(range(4), repeat=2)
-        own = [(left + 14 + c * 10, top + 13 + r * 10) for r, c in corners if (r * 3 + c * c * 5 + r * c) % 3 == index]
+        places = [(row, col) for row, col in product(range(4), repeat=2) if (2 * col * col + row * col) % 3 == index]
+        own = [(left + 14 + col * 10, top + 13 + row * 10) for row, col in places]
         yield squares(own, 9, color)
     yield text(left + 68, top + 27, strong("Frozen base W") + ", 2 bytes a parameter", 16)
     yield text(left + 68, top + 50, "no gradients, no optimizer state; whole or sharded", 16, MUTED)
