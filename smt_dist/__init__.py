@@ -1,20 +1,20 @@
-"""Sparse Matrix Tuning (arXiv 2405.15525) for models that outgrow one device.
+"""Fine-tune language models by Sparse Matrix Tuning (arXiv 2405.15525), also across devices.
 
-What this module exports is the stable face. Behind it lie rooms that import downwards only:
+The names exported here are the stable API. Behind it lie subpackages, each of which imports only those below it:
 
 ====================  ==============================================================================
 ``cli``               programs and console commands
-``memory.record``     a rank's memory as a run uses it
-``memory.plan``       a rank's memory, worked out before a launch
-``training``          the job: arguments, loading, warm-up, trainer, resume
+``memory.record``     record a rank's memory in a run
+``memory.plan``       plan a rank's memory before a launch
+``training``          training jobs: arguments, loading, warm-up, trainer, resume
 ``report``            a page and plots of a selection
-``selection``         batches become scores of blocks, scores become the blocks to train
-``checkpoint``        what lies on disk: adapters, checkpoints, merged models
-``fault_tolerance``   lost ranks, signals, ranks that differ, non-finite numbers
-``engines``           who holds base, masters and optimizer state: ddp, FSDP2, DeepSpeed ZeRO
-``sparse``            what a block is, and a model that carries blocks
-``models``            reading a base, and changing how it computes
-``data``              rows of a file become token sequences and batches
+``selection``         score blocks on batches and select the blocks to train
+``checkpoint``        files on disk: adapters, checkpoints, merged models
+``fault_tolerance``   lost ranks, signals, replica divergence, non-finite values
+``engines``           sharding of base, masters and optimizer state: ddp, FSDP2, DeepSpeed ZeRO
+``sparse``            blocks, and layers and models that contain them
+``models``            read a base, and change how it computes
+``data``              turn rows of a file into token sequences and batches
 ====================  ==============================================================================
 """
 
@@ -59,7 +59,7 @@ __all__ = [
     "write_values",
 ]
 
-# Imported when a name is asked for: --help of a command, and whoever needs the errors only, doesn't wait for torch.
+# Imported on first use, so that --help of a command, and code that needs only the errors, doesn't wait for torch.
 _HOMES = {
     "smt_dist.checkpoint.adapter": ("Adapter", "load_adapter", "read_adapter", "save_adapter"),
     "smt_dist.config": ("SMTConfig",),

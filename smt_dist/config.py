@@ -1,4 +1,4 @@
-"""``SMTConfig``: the ``--smt_config`` JSON as a pydantic model. A wrong value is refused with its name."""
+"""Define ``SMTConfig``, the pydantic model of the ``--smt_config`` JSON."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from pydantic import (
 from smt_dist.errors import SMTError
 from smt_dist.files import parse_json, read_text, shorten
 
-# By what they need: gradients, forwards only, or no batch at all.
+# Grouped by what they need: gradients, forwards only, or no batch.
 GRADIENT_SCORES = (
     *("abs_mean", "mean_abs", "l1", "l2"),
     *("abs_mean_per_step", "mean_abs_per_step", "l1_per_step", "l2_per_step"),
@@ -42,18 +42,19 @@ MAX_SEED = 2**32 - 1  # numpy's and transformers' limit
 
 
 class _Strict(BaseModel):
-    # A field with a former name is written by that name, so that every version reads the files.
+    # A field with a former name is saved under that name, so that every version can read the files.
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, serialize_by_alias=True)
 
 
 class GroupConfig(_Strict):
-    """One set of target weights with a budget of its own.
+    """Describe one group of target weights and its budget.
 
     Attributes:
         name: shown in logs and files; unique in the config.
         target_modules: ``"attention"`` (query, key and value projections, fused ones included), ``"mlp"``,
             a module name such as ``"o_proj"``, a regular expression that matches whole module names, or a
-            list of such entries, each of which must match. A name matches a module's last parts.
+            list of such entries, each of which must match a module. A name matches the last parts of a module's
+            full name.
         fraction: the budget as a share of the model's 2-D parameters, embeddings and head included, tied
             ones counted once (as the SMT authors count). Default 0.0084.
         blocks: the budget as a number of blocks, instead of ``fraction``.
@@ -70,7 +71,7 @@ class GroupConfig(_Strict):
     @classmethod
     def _targets_not_empty(cls, value: str | list[str]) -> str | list[str]:
         if not value or not all(value):
-            raise ValueError("names no module")
+            raise ValueError("must name at least one module")
         return value
 
     @model_validator(mode="before")
@@ -84,7 +85,7 @@ class GroupConfig(_Strict):
         return data
 
     def budget(self, parameters_2d: int, block_elements: int) -> int:
-        """The number of blocks to select, rounded down.
+        """Return the number of blocks to select, rounded down.
 
         Args:
             parameters_2d: elements of all 2-D parameters of the model.
@@ -96,7 +97,7 @@ class GroupConfig(_Strict):
         if self.blocks is not None:
             return self.blocks
         assert self.fraction is not None
-        # The tiny term keeps a fraction such as 3 / 10 of 10 blocks from losing one to rounding.
+        # Without the small term, rounding would take one block off a fraction such as 3 / 10 of 10 blocks.
         count = math.floor(self.fraction * parameters_2d / block_elements + 1e-9)
         if count < 1:
             raise SMTError(
@@ -107,31 +108,31 @@ class GroupConfig(_Strict):
 
 
 def _round_up(value: float) -> float:
-    """To two significant digits, so that a limit that is shown is one that works."""
+    """Round up to two significant digits, so that the limit in a message is one that works."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 1)
     return float(f"{math.ceil(value / unit) * unit:.2g}")
 
 
 class SelectionConfig(_Strict):
-    """How blocks are ranked.
+    """Choose how blocks are ranked and selected.
 
     Attributes:
-        score: one of :data:`SCORES`, or the dotted name of a function of yours
-            (:mod:`smt_dist.selection.custom_scores`). Of the gradient ``G`` summed over the warm-up: ``mean_abs``,
-            ``abs_mean``, ``l1``, ``l2``; the mean over steps of the score of each step's gradient: the same names with
-            ``_per_step``; the mean of ``|G * weight|``: ``grad_x_weight``; of the layers' inputs: ``activation``; of
-            the weight alone: ``magnitude``; of nothing: ``random`` and ``diagonal``.
-        strategy: ``even`` takes as many blocks from every weight, or all that it has, and the rest where the next
-            best ones are. ``no_restriction`` takes the budget's best blocks over all its weights (the paper's).
-            ``norm_dist`` takes the same number from every weight, and fails where one has less; the rest goes to the
-            first weights.
-        budget: ``separate``: each group spends its own. ``joint``: the groups' budgets are added up, and spent by the
-            strategy on the weights of all groups.
-        floor: the least number of blocks of each layer that has targets, within each budget. ``no_restriction`` only,
-            which is the default where a floor or a ceiling is given.
-        ceiling: the most of each layer, likewise.
-        bounds_per: what ``floor`` and ``ceiling`` count: the blocks of a decoder ``layer`` (the modules whose names
-            agree up to the first number; any other module is a layer by itself), or of a ``weight``.
+        score: one of :data:`SCORES`, or the dotted name of your own function
+            (:mod:`smt_dist.selection.custom_scores`). From the gradient ``G`` summed over the warm-up: ``mean_abs``,
+            ``abs_mean``, ``l1``, ``l2``. The mean over steps of the score of each step's gradient: the same names with
+            ``_per_step``. The mean of ``|G * weight|``: ``grad_x_weight``. From the layers' inputs: ``activation``.
+            From the weight alone: ``magnitude``. From neither data nor weights: ``random`` and ``diagonal``.
+        strategy: ``even`` takes equally many blocks from every weight, or all of a smaller one, and the rest by
+            score. ``no_restriction`` takes the budget's best blocks over all its weights (as the paper does).
+            ``norm_dist`` takes equally many from every weight and the rest from the first weights; it fails if a
+            weight has too few.
+        budget: ``separate``: each group has its own budget. ``joint``: the groups' budgets are added up, and the
+            strategy applies to the weights of all groups together.
+        floor: the least number of blocks of each layer that has targets, within each budget. It needs the strategy
+            ``no_restriction``, which is the default if a floor or a ceiling is given.
+        ceiling: the largest number of blocks of each layer, likewise.
+        bounds_per: what ``floor`` and ``ceiling`` apply to: a decoder ``layer`` (the modules whose names are equal up
+            to the first number; any other module is a layer by itself), or a ``weight``.
         seed: seeds random choices (the ``random`` score, dropout while scoring).
     """
 
@@ -153,7 +154,7 @@ class SelectionConfig(_Strict):
     @model_validator(mode="before")
     @classmethod
     def _bounds_choose_among_all(cls, values: Any) -> Any:
-        """``floor`` and ``ceiling`` alone mean the strategy that has them."""
+        """Make ``no_restriction`` the default strategy if ``floor`` or ``ceiling`` is given."""
         if not isinstance(values, dict) or (values.get("floor") is None and values.get("ceiling") is None):
             return values
         return {"strategy": "no_restriction", **values}
@@ -171,23 +172,23 @@ class SelectionConfig(_Strict):
 
     @property
     def is_custom(self) -> bool:
-        """Whether ``score`` is a function's dotted name."""
+        """Return whether ``score`` is a function's dotted name."""
         return self.score not in SCORES
 
     @property
     def needs_batches(self) -> bool:
-        """Whether the score needs any data; a function of the user's is taken to."""
+        """Return whether the score needs batches; True for every custom function."""
         return self.score not in DATA_FREE_SCORES
 
 
 class WarmupConfig(_Strict):
-    """Score the blocks before the selection (this isn't the learning-rate schedule's warm-up).
+    """Choose how blocks are scored before the selection; this isn't the learning-rate warm-up.
 
     Attributes:
-        steps: global steps whose gradients are scored.
-        mode: ``scoring`` (or by its former name, which files hold: ``probe``) moves no weight; ``full_ft`` runs real
+        steps: global steps to score.
+        mode: ``scoring`` (saved in files under its former name, ``probe``) changes no weight; ``full_ft`` runs real
             full fine-tuning, as the authors do.
-        passes: how many times the batches are run, each time for another part of the layers: the accumulator
+        passes: how many times the batches are run, each time for another part of the layers. The accumulator
             of the elementwise scores shrinks by this factor and the time grows by it. ``scoring`` only.
     """
 
@@ -207,21 +208,21 @@ class WarmupConfig(_Strict):
     @model_validator(mode="after")
     def _passes_need_still_weights(self) -> WarmupConfig:
         if self.mode == "full_ft" and self.passes > 1:
-            raise ValueError("'passes' above 1 needs mode 'scoring': under 'full_ft' the weights move between passes")
+            raise ValueError("'passes' above 1 needs mode 'scoring': 'full_ft' changes the weights between passes")
         return self
 
 
 class ReselectConfig(_Strict):
-    """Drop and grow while training: freeze the weakest blocks, and grow as many new ones.
+    """Drop and grow while training: freeze the weakest blocks and train as many new ones.
 
-    In the spirit of RigL (arXiv 1911.11134) and SpIEL (arXiv 2401.16405). Weak is a small mean \\|delta\\|; what grows
-    has the best gradient score among all blocks that aren't trained, of the model as it is then.
+    The method follows RigL (arXiv 1911.11134) and SpIEL (arXiv 2401.16405). The weakest blocks have the smallest mean
+    \\|delta\\|. The new ones have the best gradient score, in the current model, of all blocks that aren't trained.
 
     Attributes:
         every: optimizer steps between two re-selections; none happens at the last step.
-        fraction: of the trained blocks of each budget, rounded down, to drop and grow.
+        fraction: share of each budget's trained blocks to drop and grow, rounded down.
         steps: global steps whose gradients are scored.
-        score: by which blocks grow, one of :data:`GRADIENT_SCORES`.
+        score: ranks the blocks to grow; one of :data:`GRADIENT_SCORES`.
     """
 
     every: int = Field(ge=1, strict=True)
@@ -238,11 +239,11 @@ class ReselectConfig(_Strict):
 
 
 class NonFiniteConfig(_Strict):
-    """Choose what happens after a step with NaN or infinity; nothing of it is ever applied.
+    """Choose what happens after a step with NaN or infinity; its update is never applied.
 
     Attributes:
         policy: ``stop`` ends the run with an error; ``skip`` goes on with the next step's data.
-        limit: ``skip``: as many such steps in a row are skipped; one more ends the run.
+        limit: with ``skip``, the most such steps in a row that are skipped; one more ends the run.
     """
 
     policy: Literal["stop", "skip"] = "stop"
@@ -250,14 +251,14 @@ class NonFiniteConfig(_Strict):
 
 
 class SMTConfig(_Strict):
-    """Everything that defines an SMT run apart from model, data and training arguments.
+    """Configure an SMT run, except for model, data and training arguments.
 
     Attributes:
         block_size: side of the square blocks, ``[rows, columns]``, or ``"auto"``: the largest size up to 256
             that divides both sides of every target.
         groups: the target weights and their budgets.
-        selection: how blocks are ranked.
-        warmup: how the blocks are scored before the selection.
+        selection: how blocks are ranked and selected.
+        warmup: how blocks are scored before the selection.
         reselect: drop and grow blocks while training; None: never.
         form: where blocks lie. ``in_place``: inside the base's weight, which then computes them; only their gradients
             cost anything. ``additive``: beside it, for weights that can't be written. ``auto``: in place under ``ddp``
@@ -265,8 +266,9 @@ class SMTConfig(_Strict):
             from launch to launch.
         untie: allow a target whose weight is tied to another (an output head tied to the embedding). The
             tie is cut when the blocks are merged.
-        non_finite: what happens after NaN or infinity in training; files hold it by its former name, ``bad_numbers``.
-            It may differ from launch to launch. In the warm-up they always end the run.
+        non_finite: what happens after NaN or infinity in training; saved in files under its former name,
+            ``bad_numbers``. It can differ between launches of one run. In the warm-up, NaN or infinity always ends
+            the run.
     """
 
     block_size: int | tuple[int, int] | Literal["auto"] = 256
@@ -321,16 +323,19 @@ class SMTConfig(_Strict):
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> SMTConfig:
-        """Read a config file.
+        """Load a config file.
 
         Raises:
-            SMTError: the file is missing or no JSON, or a value is wrong; names the file and the field.
+            SMTError: the file is missing or isn't JSON, or a value is wrong; names the file and the field.
         """
         return cls.from_json(read_text(path), str(path))
 
     @classmethod
     def from_flag(cls, value: str | dict[str, Any]) -> SMTConfig:
-        """Read what ``--smt_config`` is given: a file, or the JSON itself, as a recipe's mapping becomes.
+        """Load the value of ``--smt_config``.
+
+        Args:
+            value: the path of a file, JSON text, or a mapping (from a recipe).
 
         Raises:
             SMTError: as :meth:`from_json_file`.
@@ -340,15 +345,23 @@ class SMTConfig(_Strict):
 
     @classmethod
     def from_json(cls, text: str, source: str = "smt config") -> SMTConfig:
-        """Parse a config; ``source`` names it in errors. Raises SMTError as :meth:`from_json_file`."""
+        """Parse a config.
+
+        Args:
+            text: JSON.
+            source: its name in messages.
+
+        Raises:
+            SMTError: ``text`` isn't JSON, or a value is wrong; names the source and the field.
+        """
         return parse_model(cls, text, source)
 
     def to_json(self) -> str:
-        """The config as JSON text, without the budget that wasn't given."""
+        """Return the config as JSON text, without fields that are None."""
         return json.dumps(self.model_dump(mode="json", exclude_none=True), indent=2) + "\n"
 
     def first_difference(self, other: SMTConfig) -> str | None:
-        """Which field's value isn't ``other``'s, and both; None where all are equal."""
+        """Describe the first field that differs from ``other``, and both values; None if equal."""
         ours, theirs = (dict(_fields(config.model_dump(mode="json"))) for config in (self, other))
         for name in {**ours, **theirs}:
             if ours.get(name) != theirs.get(name):
@@ -357,7 +370,7 @@ class SMTConfig(_Strict):
 
 
 def _fields(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of all that isn't a section or a list; an empty one counts as a value."""
+    """Yield (path, value) of every leaf; an empty section or list is a leaf."""
     if isinstance(value, dict) and value:
         for name, one in value.items():
             yield from _fields(one, f"{path}.{name}".lstrip("."))
@@ -372,7 +385,8 @@ def parse_model(model: type[Any], text: str, source: str) -> Any:
     """Parse JSON ``text`` as the pydantic ``model``.
 
     Raises:
-        SMTError: one line with the source, the first wrong field, its value and what is accepted.
+        SMTError: ``text`` isn't JSON or doesn't fit the model; one line with the source, the first wrong field, its
+            value and what is accepted.
     """
     content = parse_json(text, source)
     try:
@@ -382,9 +396,9 @@ def parse_model(model: type[Any], text: str, source: str) -> Any:
 
 
 def describe(error: ValidationError) -> str:
-    """The first complaint of a pydantic error in one line: field, reason, value."""
+    """Describe the first problem of a pydantic error in one line: field, reason, value."""
     first = error.errors(include_url=False)[0]
-    # A key may hold line breaks; repr escapes them.
+    # A key can contain line breaks, which repr escapes.
     place = ".".join(shorten(repr(str(part))[1:-1]) for part in first["loc"]) or "top level"
     reason = first["msg"].removeprefix("Value error, ")
     value = first["input"]

@@ -1,4 +1,4 @@
-"""The few collective helpers that everything else shares; each works on one process without a process group."""
+"""Provide shared collective helpers, which also work in one process without a process group."""
 
 from __future__ import annotations
 
@@ -17,38 +17,42 @@ T = TypeVar("T")
 
 
 def is_distributed() -> bool:
-    """Whether a process group of more than one rank exists."""
+    """Return whether a process group of more than one rank exists."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def get_rank() -> int:
-    """This process's rank; before the process group exists, what the launcher said (0 without a launcher)."""
+    """Return this process's rank; without a process group, the environment's ``RANK`` or 0."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_rank()
     return int(os.environ.get("RANK", "0"))
 
 
 def get_world_size() -> int:
-    """The number of ranks of the process group (1 without one)."""
+    """Return the number of ranks of the process group (1 without one)."""
     return dist.get_world_size() if is_distributed() else 1
 
 
 def collective_device() -> torch.device:
-    """Where small tensors must lie to be reduced: the process group's backend decides."""
+    """Return the device that tensors need for collectives with the process group's backend."""
     if is_distributed() and dist.get_backend() == "nccl":
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """Sum ``tensor`` over all ranks, in place; every rank ends with the same bits."""
+    """Sum ``tensor`` over all ranks, in place; the result is bitwise equal on every rank."""
     if is_distributed():
         dist.all_reduce(tensor)
     return tensor
 
 
 def broadcast_first(tensor: torch.Tensor) -> torch.Tensor:
-    """Rank 0's ``tensor``, which all ranks have of the same shape and dtype on the CPU; a new tensor there."""
+    """Return rank 0's ``tensor`` on every rank, as a new CPU tensor; collective.
+
+    Args:
+        tensor: on the CPU, of the same shape and dtype on all ranks.
+    """
     if not is_distributed():
         return tensor
     moved = tensor.to(collective_device(), copy=True)
@@ -57,7 +61,11 @@ def broadcast_first(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def reduce_scatter_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's rows of the sum of ``tensor`` over all ranks; dimension 0 must be a multiple of the world size."""
+    """Sum ``tensor`` over all ranks and return this rank's rows.
+
+    Args:
+        tensor: its dimension 0 must be a multiple of the world size.
+    """
     shard = tensor.new_empty(tensor.shape[0] // dist.get_world_size(), *tensor.shape[1:])
     # torch 2.13 deprecates the old name.
     reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
@@ -66,7 +74,13 @@ def reduce_scatter_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_gather_rows(output: torch.Tensor, shard: torch.Tensor, group: dist.ProcessGroup | None = None) -> None:
-    """The ranks' ``shard``, one after the other, in ``output``; the shard may be a view of its own place there."""
+    """Gather the ranks' shards, one after the other, into ``output``.
+
+    Args:
+        output: as many elements as all shards.
+        shard: this rank's; can be a view of its own part of ``output``.
+        group: the process group; None: all ranks.
+    """
     # torch 2.13 deprecates the old name.
     all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     all_gather(output, shard, group=group)
@@ -81,15 +95,18 @@ def barrier() -> None:
 def raise_on_any_rank(action: Callable[[], T], what: str) -> T:
     """Run ``action`` on every rank, and raise on every rank if it raised on one; collective.
 
-    ``action`` must not contain collectives. Without this, a rank that finds its input bad exits while the
-    others wait in the next collective until the time-out.
+    Without this, a rank that finds wrong input exits, while the others wait in the next collective until the time-out.
 
     Args:
-        action: reads or checks something local; its result is returned.
-        what: what the ranks were doing, for the message of those that themselves had no error.
+        action: reads or checks something local; must not contain collectives.
+        what: what the ranks were doing, for the message on ranks without an error of their own.
+
+    Returns:
+        The result of ``action`` on this rank.
 
     Raises:
-        SMTError: the first failing rank's message, on all ranks.
+        SMTError: ``action`` raised it on a rank; a rank without an error of its own raises the first failing rank's
+            message.
     """
     result, error = None, None
     try:
@@ -108,7 +125,7 @@ def raise_on_any_rank(action: Callable[[], T], what: str) -> T:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Every rank's value (what pickle can hold, as it travels between this run's processes), on every rank."""
+    """Return every rank's value on every rank, sent by pickle between this run's processes."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * dist.get_world_size()
@@ -117,34 +134,34 @@ def gather_objects(value: T) -> list[T]:
 
 
 def from_main_process(action: Callable[[], T], what: str) -> T:
-    """Run ``action`` on rank 0 alone and give every rank its result.
+    """Run ``action`` on rank 0 only and return its result on every rank; collective.
 
     Raises:
-        SMTError: rank 0's, on all ranks.
+        SMTError: ``action`` raised it; on all ranks.
     """
     result = raise_on_any_rank(lambda: action() if get_rank() == 0 else None, what)
     return gather_objects(result)[0]
 
 
 def main_process_first(action: Callable[[], T], what: str) -> T:
-    """Run ``action`` on rank 0, then on the others: what rank 0 wrote to a cache, the others find there.
+    """Run ``action`` on rank 0 first, then on the other ranks, which can use rank 0's cache.
 
     Raises:
-        SMTError: the first failing rank's message, on all ranks.
+        SMTError: ``action`` raised it on a rank; on all ranks.
     """
     if get_rank() == 0:
         result = raise_on_any_rank(action, what)
         raise_on_any_rank(lambda: None, what)
         return result
-    raise_on_any_rank(lambda: None, what)  # waits for rank 0, and raises what it raised
+    raise_on_any_rank(lambda: None, what)  # waits for rank 0, and raises its error
     return raise_on_any_rank(action, what)
 
 
 def assert_same_on_all_ranks(content: bytes, what: str) -> None:
-    """Compare a SHA-256 of ``content`` over all ranks.
+    """Compare a SHA-256 of ``content`` over all ranks; collective.
 
     Raises:
-        RuntimeError: on every rank, if any rank has other content: a defect, or ranks given different files.
+        RuntimeError: the content differs between ranks (a defect, or ranks that read different files); on every rank.
     """
     if not is_distributed():
         return
@@ -156,15 +173,15 @@ def assert_same_on_all_ranks(content: bytes, what: str) -> None:
 
 
 def write_on_rank_zero(write: Callable[[], object], source: str, doing: str) -> None:
-    """Run ``write`` on rank 0, and go on when it is done there; collective.
+    """Run ``write`` on rank 0 while the other ranks wait; collective.
 
     Args:
-        write: may write files, and raise SMTError.
-        source: what is written, for the message.
-        doing: what all ranks wait for.
+        write: writes files; can raise SMTError.
+        source: the name of what is written, for the message.
+        doing: what the other ranks wait for, for their message.
 
     Raises:
-        SMTError: it can't be written (a full disk); on all ranks.
+        SMTError: ``write`` raised it, or a file can't be written (a full disk); on all ranks.
     """
 
     def attempt() -> None:

@@ -1,19 +1,20 @@
-"""The one exception that means "the input is wrong", as opposed to "the program is wrong"."""
+"""Define ``SMTError``, the exception for wrong input as opposed to a defect of the program."""
 
 from __future__ import annotations
 
 from importlib.util import find_spec
 
 MAX_REASON = 300  # characters of another library's message
-MAX_MESSAGE = 2000  # characters; paths may be long
+MAX_MESSAGE = 2000  # characters; paths can be long
 
 
 class SMTError(ValueError):
-    """Something that the user gave (a config, flag, data row, model, adapter or selection file) can't be used.
+    """Report user input that can't be used.
 
-    The message is one line that names the field or file and says what would be accepted. Command-line
-    programs print it without a traceback and exit with code 2. What it quotes from a file can't break the line, nor
-    reach a terminal as a control sequence: characters that can't be printed are escaped.
+    Such input is a config, flag, data row, model, adapter or selection file. The message is one line that names the
+    field or file and says what would be accepted. Command-line programs print it without a traceback and exit with
+    code 2. Characters that can't be printed are escaped, so text quoted from a file can't break the line or send a
+    control sequence to a terminal.
     """
 
     def __init__(self, message: str) -> None:
@@ -21,32 +22,32 @@ class SMTError(ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """What another library's exception says, in one line; its type where it says nothing."""
+    """Return the first line of another library's exception, or its type if the message is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_REASON]
 
 
 def whole_message(error: BaseException) -> str:
-    """What another library's exception says over several lines, in one."""
+    """Return another library's message as one line, or the exception's type if it is empty."""
     return " ".join(str(error).split())[:MAX_REASON] or type(error).__name__
 
 
 def _one_line(message: str) -> str:
-    """Escape what can't be printed, keep the rest; cut where it gets long."""
+    """Escape characters that can't be printed, and cut a long message."""
     cut = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}..."
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in cut)
 
 
 class RankError(SMTError):
-    """An :class:`SMTError` that perhaps only this rank has seen: each rank that has it prints it."""
+    """Report an :class:`SMTError` that other ranks may not have, so each rank prints its own."""
 
 
 def require_peft(flag: str) -> None:
-    """Raise SMTError where PEFT isn't installed; ``flag`` is what asks for it."""
+    """Raise SMTError if PEFT isn't installed; ``flag`` is the flag that needs it."""
     _require("peft", "PEFT", "benchmark", flag)
 
 
 def require_reasoning_gym(flag: str) -> None:
-    """Raise SMTError where reasoning-gym isn't installed; ``flag`` is what asks for it."""
+    """Raise SMTError if reasoning-gym isn't installed; ``flag`` is the flag that needs it."""
     _require("reasoning_gym", "reasoning-gym", "quickstart", flag)
 
 

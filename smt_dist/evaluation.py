@@ -1,4 +1,4 @@
-"""Greedy answers to ``instruction`` rows, and exact-answer scores as LLM-Adapters defines them."""
+"""Generate greedy answers to ``instruction`` rows, and score them as LLM-Adapters does."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from smt_dist.errors import SMTError
 
 AnswerKind = Literal["boolean", "answer", "option", "solution", "ending", "number", "letter"]
 
-NUMBER_TOLERANCE = 1e-3  # absolute, LLM-Adapters' own
-# A minus directly after a digit, a letter or a bracket subtracts: "10-3" ends with 3, not with -3.
+NUMBER_TOLERANCE = 1e-3  # absolute, as in LLM-Adapters
+# A minus directly after a digit, a letter or a bracket is a subtraction: "10-3" ends with 3, not with -3.
 _NUMBER = re.compile(r"(?:(?<![\w)\]])-)?(?:\d+(?:\.\d+)?|\.\d+)(?:[eE][+-]?\d+)?")
 _THOUSANDS_COMMA = re.compile(r"(?<=\d),(?=\d{3}(?!\d))")
 _CHOICE = re.compile(r"(answer|option|solution|ending)\s?([1-9])(?!\d)", re.IGNORECASE)
@@ -34,7 +34,7 @@ _LETTER_PATTERNS = (  # the first that matches decides, by its last match
 
 @dataclass(frozen=True)
 class EvaluationItem:
-    """One question: ``row`` is what :func:`smt_dist.data.prompts.format_prompt` reads."""
+    """Hold one question: ``row`` is input for :func:`smt_dist.data.prompts.format_prompt`."""
 
     row: dict[str, Any]
     answer: str
@@ -43,7 +43,7 @@ class EvaluationItem:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What the model said to one item; ``parsed`` is None if no answer of the right kind is in it."""
+    """Hold the model's answer to one item; ``parsed`` is None if it has no answer of that kind."""
 
     instruction: str
     answer: str
@@ -54,7 +54,7 @@ class Prediction:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Scores over ``n`` items; an unparsed item counts as wrong. ``accuracy`` is a share (0 .. 1)."""
+    """Hold the scores over ``n`` items; ``accuracy`` is 0 to 1, and unparsed items are wrong."""
 
     prompt_style: PromptStyle
     accuracy: float
@@ -64,12 +64,15 @@ class EvaluationResult:
     predictions: list[Prediction]
 
     def to_dict(self) -> dict[str, Any]:
-        """The same as plain lists and dicts, ready for JSON."""
+        """Return the result as plain lists and dicts, ready for JSON."""
         return asdict(self)
 
 
 def infer_answer_kind(answer: str) -> AnswerKind | None:
-    """The kind of a reference answer: true/false, answerN and its like, a number or a letter A-E; None if unknown."""
+    """Return the kind of a reference answer; None if unknown.
+
+    Kinds are true/false, answerN (or optionN, solutionN, endingN), a letter A-E and a number.
+    """
     if answer in ("true", "false"):
         return "boolean"
     if choice := re.fullmatch(r"(answer|option|solution|ending)[1-9]", answer):
@@ -82,10 +85,13 @@ def infer_answer_kind(answer: str) -> AnswerKind | None:
 
 
 def parse_prediction(text: str, kind: AnswerKind) -> str | None:
-    """Find the answer of this kind in a generation, in the form that reference answers have; None if there is none.
+    """Find the answer of this kind in a generation, in the form of reference answers.
 
     As in LLM-Adapters, the *last* number counts, and the *first* true/false, answerN, optionN, solutionN or endingN.
     A letter is looked for after "answer is", then in parentheses, then on its own.
+
+    Returns:
+        The answer, or None if there is none.
     """
     if kind == "number":
         numbers = _NUMBER.findall(_plain_number_text(text))
@@ -100,7 +106,7 @@ def parse_prediction(text: str, kind: AnswerKind) -> str | None:
 
 
 def is_correct(parsed: str | None, answer: str, kind: AnswerKind) -> bool:
-    """Whether a parsed prediction equals the reference; numbers may differ by :data:`NUMBER_TOLERANCE`."""
+    """Return whether a prediction equals the reference, numbers within :data:`NUMBER_TOLERANCE`."""
     if parsed is None:
         return False
     if kind != "number":
@@ -110,10 +116,14 @@ def is_correct(parsed: str | None, answer: str, kind: AnswerKind) -> bool:
 
 
 def make_items(rows: Rows, max_items: int | None = None) -> list[EvaluationItem]:
-    """Check the rows (``instruction``, perhaps ``input``, and ``answer``) and take the first ``max_items``.
+    """Check the rows and make the first ``max_items`` of them into items.
+
+    Args:
+        rows: with ``instruction``, optional ``input``, and ``answer``.
+        max_items: None: all rows.
 
     Raises:
-        SMTError: naming the first row with a missing or mistyped field, or an answer of no known kind.
+        SMTError: a field is missing or mistyped, or an answer is of no known kind; names the first such row.
     """
     items = []
     for index in range(len(rows) if max_items is None else min(max_items, len(rows))):
@@ -141,10 +151,13 @@ def generate(
     show_progress: bool = False,
     description: str = "Generating",
 ) -> list[str]:
-    """Greedy continuations, decoded without special tokens, in the order of ``prompts``.
+    """Generate greedy continuations of token-id prompts.
 
-    Prompts run in batches of similar length, the longest first (where memory runs out, it does so at once), padded
-    on the left. A sequence ends at the tokenizer's EOS, at the model's own end tokens, or after ``max_new_tokens``.
+    Prompts run in batches of similar length, padded on the left. The longest come first, so that a lack of memory
+    shows at once. A sequence ends at the tokenizer's EOS, at the model's own end tokens, or after ``max_new_tokens``.
+
+    Returns:
+        The texts without special tokens, in the order of ``prompts``.
 
     Raises:
         SMTError: a prompt and ``max_new_tokens`` don't fit in the model's positions.
@@ -180,7 +193,7 @@ def evaluate(
     """Answer every item and score the answers.
 
     Raises:
-        SMTError: "chat" without a chat template, or an item too long for the model.
+        SMTError: there are no items, the style is "chat" without a chat template, or an item is too long for the model.
     """
     if not items:
         raise SMTError("there are no items to evaluate")
@@ -240,7 +253,7 @@ def _check_lengths(model: PreTrainedModel, prompts: list[list[int]], max_new_tok
 def _greedy_settings(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int
 ) -> GenerationConfig:
-    # A model's own generation_config may sample or penalise repetition; scores must be of the plain argmax.
+    # The model's own generation_config can sample or penalise repetition; scores need the plain argmax.
     own_ends = model.generation_config.eos_token_id if model.generation_config else None
     own_ends = own_ends if isinstance(own_ends, list) else [own_ends] if own_ends is not None else []
     return GenerationConfig(

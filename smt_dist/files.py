@@ -1,4 +1,4 @@
-"""Reading and writing files: one clear line where one can't be read, and never half a file."""
+"""Read and write files, with one-line errors and atomic replacement."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from safetensors import SafetensorError, safe_open
 from smt_dist.errors import SMTError, first_line
 
 FLOAT32_BYTES = 4
-# Of one JSON file: 20 million blocks, or a million logged steps. Parsed, it takes ten times as much.
+# The largest JSON file: 20 million blocks, or a million logged steps. Parsed, it takes ten times as much memory.
 MAX_JSON_BYTES = 256 * 1024**2
 MAX_SHOWN = 80  # characters of a wrong value in a message
 
 
 def read_text(path: str | Path) -> str:
-    """A file's text.
+    """Read a file's text.
 
     Raises:
         SMTError: it can't be read, isn't a regular file of at most :data:`MAX_JSON_BYTES`, or isn't UTF-8; names it.
     """
     try:
         status = os.stat(path)
-        # Reading a pipe or a device may never end.
+        # Reading a pipe or a device might never end.
         if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
             raise SMTError(f"{path}: not a regular file")
         if status.st_size > MAX_JSON_BYTES:
@@ -45,11 +45,11 @@ def read_text(path: str | Path) -> str:
 
 
 def parse_json(text: str, source: str) -> Any:
-    """Parse JSON, whatever it holds.
+    """Parse JSON of any type.
 
     Raises:
-        SMTError: ``text`` is no JSON, nests too deeply, holds a number of thousands of digits, or the same key twice in
-            an object, of which readers silently take one; names the source.
+        SMTError: ``text`` isn't JSON, nests too deeply, or holds a number of thousands of digits or an object with
+            the same key twice (readers silently take one of the two); names the source.
     """
     try:
         return json.loads(text, object_pairs_hook=refuse_double_keys)
@@ -61,7 +61,7 @@ def parse_json_object(text: str, source: str) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        SMTError: as :func:`parse_json`, or it is no object.
+        SMTError: as :func:`parse_json`, or the JSON isn't an object.
     """
     content = parse_json(text, source)
     if not isinstance(content, dict):
@@ -70,34 +70,41 @@ def parse_json_object(text: str, source: str) -> dict[str, Any]:
 
 
 def refuse_double_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """For ``json.loads``: a ValueError where an object has a key twice."""
+    """Build a dict for ``json.loads``'s ``object_pairs_hook``.
+
+    Raises:
+        ValueError: an object has the same key twice.
+    """
     content: dict[str, Any] = {}
     for key, value in pairs:
         if key in content:
-            raise ValueError(f"the key {shorten(repr(key))} stands twice in one object")
+            raise ValueError(f"the key {shorten(repr(key))} appears twice in one object")
         content[key] = value
     return content
 
 
 def shorten(text: str) -> str:
-    """At most :data:`MAX_SHOWN` characters of what is shown of a wrong value."""
+    """Cut the text of a wrong value to :data:`MAX_SHOWN` characters for a message."""
     return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 class TensorKind(NamedTuple):
-    """What a safetensors file says of a tensor: its shape, and its dtype by the format's name (``F32``)."""
+    """Describe a tensor of a safetensors file: its shape and its dtype's name (``F32``)."""
 
     shape: tuple[int, ...]
     dtype: str
 
 
 def read_header(path: Path) -> tuple[dict[str, TensorKind], dict[str, str]]:
-    """Shapes and dtypes of a safetensors file's tensors, and its metadata; no tensor is made.
+    """Read the tensors' shapes and dtypes and the metadata of a safetensors file, but no tensor.
 
     The library checks that the header fits the file's length.
 
+    Returns:
+        Name -> shape and dtype; and the metadata.
+
     Raises:
-        SMTError: it is missing or damaged; names the file.
+        SMTError: the file is missing or damaged; names it.
     """
     with _open_tensors(path) as file:
         slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -107,16 +114,16 @@ def read_header(path: Path) -> tuple[dict[str, TensorKind], dict[str, str]]:
 def check_tensors(
     path: Path, found: Mapping[str, TensorKind], wanted: Mapping[str, tuple[int, ...]], whose: str
 ) -> None:
-    """Compare a header with the fp32 tensors that are expected.
+    """Compare a header with the expected fp32 tensors.
 
     Args:
         path: of the file.
-        found: see :func:`read_header`.
+        found: from :func:`read_header`.
         wanted: name -> shape.
-        whose: what the names are expected to be those of.
+        whose: describes the expected tensors in the message.
 
     Raises:
-        SMTError: the first tensor that is missing, extra, or of another shape or dtype.
+        SMTError: a tensor is missing, extra, or of another shape or dtype; names the first one.
     """
     if different := sorted(found.keys() ^ wanted.keys()):
         what = "is missing" if different[0] in wanted else "doesn't belong here"
@@ -127,10 +134,13 @@ def check_tensors(
 
 
 def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """All tensors (on the CPU, views of the mapped file) and the metadata of a safetensors file.
+    """Load all tensors and the metadata of a safetensors file.
+
+    Returns:
+        Name -> tensor, on the CPU, a view of the memory-mapped file; and the metadata.
 
     Raises:
-        SMTError: it is missing or damaged; names the file.
+        SMTError: the file is missing or damaged; names it.
     """
     with _open_tensors(path) as file:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -138,7 +148,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 @contextmanager
 def _open_tensors(path: Path) -> Iterator[Any]:
-    if path.exists() and not path.is_file():  # opening a pipe would wait for somebody who writes into it
+    if path.exists() and not path.is_file():  # opening a pipe would wait for a writer
         raise SMTError(f"{path}: not a regular file")
     try:
         with safe_open(path, framework="pt") as file:
@@ -155,19 +165,19 @@ def write_tensors(
     tensors: Iterable[tuple[str, torch.Tensor]],
     metadata: dict[str, str],
 ) -> None:
-    """Write fp32 tensors as a safetensors file, one at a time: only one is ever needed in memory.
+    """Write fp32 tensors to a safetensors file, with only one of them in memory at a time.
 
-    The safetensors library wants all of them at once. The format: the header's length (8 bytes, little endian), the
-    header (JSON, padded with spaces to 8 bytes), the tensors (https://github.com/huggingface/safetensors#format).
+    The safetensors library needs all of them at once. The format is the header's length (8 bytes, little endian), the
+    header (JSON, padded with spaces to 8 bytes) and the tensors (https://github.com/huggingface/safetensors#format).
 
     Args:
         path: the file.
         shapes: name -> shape, in the order of ``tensors``.
         tensors: (name, tensor of that shape); written as fp32.
-        metadata: what goes into the header beside the tensors.
+        metadata: the header's metadata.
 
     Raises:
-        RuntimeError: a tensor is missing, extra, out of order, or not of its shape, as a partitioned one wouldn't be.
+        RuntimeError: a tensor is missing, extra, out of order, or of another shape (such as a partitioned one).
     """
     header: dict[str, Any] = {"__metadata__": metadata}
     end = 0
@@ -184,13 +194,20 @@ def write_tensors(
             if found != name or tuple(tensor.shape) != tuple(shape):
                 raise RuntimeError(f"{found}: the tensor is {tuple(tensor.shape)}, expected {name} of {tuple(shape)}")
             file.write(tensor.detach().to("cpu", torch.float32).contiguous().numpy().data)
-            del tensor  # before the next one is made
+            del tensor  # free it before the next one is made
         for found, _ in given:
             raise RuntimeError(f"{found}: one tensor too many")
 
 
 def replace_file(path: Path, write: Callable[[Path], object]) -> None:
-    """Write beside ``path``, sync, rename: a reader sees the old file or the new one, never half of it."""
+    """Replace a file atomically: write a temporary file beside it, sync, rename.
+
+    A reader sees the old file or the new file, never a part of it.
+
+    Args:
+        path: the file.
+        write: writes the content to the path passed to it.
+    """
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         write(beside)
@@ -202,10 +219,10 @@ def replace_file(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def save_tokenizer(tokenizer: Any, folder: Path) -> None:
-    """Its ``save_pretrained``.
+    """Save a tokenizer with ``save_pretrained``.
 
     Raises:
-        OSError: a file can't be written; the tokenizers library has only bare exceptions for that.
+        OSError: a file can't be written; the tokenizers library raises a bare Exception for that.
     """
     try:
         tokenizer.save_pretrained(folder)

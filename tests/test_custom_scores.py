@@ -75,11 +75,11 @@ def test_the_gradient_is_the_one_that_the_built_in_scores_see():
             r"custom_functions.transposed, layers.0.shared: the result has shape \(4, 5\), expected \(4, 4",
         ),
         ("not_a_number", r"custom_functions.not_a_number, layers.0.shared: the score of block \(3, 0\) is not finite"),
-        ("no_tensor", r"custom_functions.no_tensor, layers.0.shared: the result is no tensor"),
-        ("wants_more", r"custom_functions.wants_more wants an argument 'hessian'; there are module, grid, weight"),
+        ("no_tensor", r"custom_functions.no_tensor, layers.0.shared: the result is not a tensor"),
+        ("wants_more", r"custom_functions.wants_more requires an argument 'hessian'; use only module, grid, weight"),
         ("absent", r"custom_functions.absent can't be imported"),
         ("nowhere.at_all", r"nowhere.at_all can't be imported"),
-        ("not_a_function", r"custom_functions.not_a_function is no function"),
+        ("not_a_function", r"custom_functions.not_a_function is not a function"),
     ],
 )
 def test_a_wrong_function_ends_in_one_line_that_names_it_and_the_module(function, named):
@@ -124,7 +124,7 @@ def test_tokens_in_an_order_of_their_own_are_refused_where_there_is_padding():
     (batch, _), mask = make_batches(), torch.ones(2, 9, dtype=torch.int64)
     collect_scores(Masked(), [{**batch, "attention_mask": mask}], config)
     mask[0, -1] = 0
-    with pytest.raises(SMTError, match=r"layers\.0\.experts\.\d sees tokens in an order of its own"):
+    with pytest.raises(SMTError, match=r"layers\.0\.experts\.\d gets tokens in another order than the batch"):
         collect_scores(Masked(), [{**batch, "attention_mask": mask}], config)
 
 
@@ -140,7 +140,7 @@ def test_padding_of_packed_rows_is_the_segment_without_labels():
 
 def test_a_builtin_that_does_not_name_its_arguments_is_refused():
     """Python can't say what it takes; a traceback wouldn't either."""
-    with pytest.raises(SMTError, match=r"math\.hypot doesn't say which arguments"):
+    with pytest.raises(SMTError, match=r"math\.hypot has no readable signature"):
         collect_scores(RoutedModel(), make_batches(), make_config("math.hypot"))
 
 

@@ -209,7 +209,7 @@ def test_data_without_any_label_is_refused():
     ("template", "message"),
     [
         (None, "has no chat template"),
-        ("{{ raise_exception('no system') }}", "row 1: .*refuses it: no system"),
+        ("{{ raise_exception('no system') }}", "row 1: .*rejects these messages: no system"),
     ],
 )
 def test_unusable_chat_template_is_an_input_error(template, message):

@@ -186,7 +186,7 @@ def test_a_recipe_that_is_wrong_is_refused_in_one_line_that_names_file_and_key(t
         ("", "not valid JSON"),
         ("[]", "expected a JSON object"),
         ("{}", "holds no flags"),
-        ('{"seed": 1, "seed": 2}', "'seed' stands twice"),
+        ('{"seed": 1, "seed": 2}', "'seed' appears twice"),
         ('{"seed": 1.5}', "seed: invalid int value: '1.5'"),
         ('{"sed": 1}', "did you mean seed?"),
         ('{"seed": ' + "9" * 5000 + "}", "not valid JSON"),

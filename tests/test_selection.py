@@ -99,7 +99,7 @@ def test_even_gives_the_rest_to_the_best_and_what_a_weight_lacks_to_the_others(b
 def test_norm_dist_refuses_a_share_that_a_weight_does_not_have():
     """Giving its share to others would be another strategy under the same name."""
     scores = make_scores({"a": [[1, 3], [1, 2]], "b": [[90]]})
-    with pytest.raises(SMTError, match=r"groups\[g\].*norm_dist wants 2 blocks of b, which has 1"):
+    with pytest.raises(SMTError, match=r"groups\[g\].*norm_dist needs 2 blocks of b, which has 1"):
         select_blocks(scores, make_config({"blocks": 4}, strategy="norm_dist"))
 
 

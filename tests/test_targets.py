@@ -129,7 +129,7 @@ def test_a_target_that_matches_nothing_is_refused_with_what_there_is(target):
 @pytest.mark.parametrize("target", ["(q_proj", "[", "*_proj", "q_proj|("])
 def test_a_broken_pattern_is_refused_by_name(target):
     """`re.error` alone doesn't say which field holds the pattern."""
-    with pytest.raises(SMTError, match=r"target_modules.*no regular expression"):
+    with pytest.raises(SMTError, match=r"target_modules.*not a regular expression"):
         targets_of(make_model("llama"), target)
 
 

@@ -1,1 +1,1 @@
-"""Data: rows of a file become token sequences and batches."""
+"""Turn rows of a file into token sequences and batches."""

@@ -1,4 +1,4 @@
-"""The rows of a run, and the batches that a warm-up or a re-selection scores."""
+"""Hold a run's tokenised rows, and yield the batches that a warm-up or re-selection scores."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from smt_dist.distributed import get_rank, get_world_size
 
 @dataclass
 class TrainingData:
-    """Tokenised rows and what turns them into batches."""
+    """Hold the tokenised rows and the collator that makes them batches."""
 
     train: datasets.Dataset
     evaluation: datasets.Dataset | None
@@ -23,7 +23,7 @@ class TrainingData:
 
 
 class BatchOrder(NamedTuple):
-    """Which rows a global step takes, for any number of ranks.
+    """Describe the size and order of global batches, for any number of ranks.
 
     Attributes:
         per_device: rows of one rank's micro-batch.
@@ -39,10 +39,10 @@ class BatchOrder(NamedTuple):
 def warmup_batches(
     data: TrainingData, order: BatchOrder, steps: int, offset: int = 0
 ) -> Iterator[list[dict[str, torch.Tensor]]]:
-    """This rank's micro-batches of each global step, in an order that depends on the seed only.
+    """Yield this rank's micro-batches of each global step, in an order given by the seed alone.
 
-    A global step's rows are the same for every world size and engine with the same global batch; rows are drawn
-    anew, in another order, each time the data is used up. ``offset`` is added to the seed.
+    A global step's rows are the same for every world size and engine with the same global batch. Each time the data is
+    used up, it is shuffled again, into another order. ``offset`` is added to the seed.
     """
     rank = get_rank()
     micro_batch = order.per_device * get_world_size()

@@ -1,4 +1,4 @@
-"""From data rows to padded batches: labels, truncation, packing and collation."""
+"""Build padded batches from data rows: labels, truncation, packing and collation."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ IGNORED = -100  # the label that torch's cross-entropy skips
 
 @dataclass(frozen=True)
 class DataReport:
-    """What became of the rows; :meth:`summary` is the line that rank 0 logs.
+    """Count what happened to the rows; rank 0 logs :meth:`summary`.
 
     Attributes:
         rows: rows read.
         truncated: rows longer than ``max_seq_length`` tokens.
-        dropped: rows left without any label to train (as a rule: truncation took the whole answer).
-        sequences: rows of the data set that was built; fewer than ``rows - dropped`` when packed.
+        dropped: rows without any label to train (usually because truncation removed the whole answer).
+        sequences: rows of the resulting data set; fewer than ``rows - dropped`` when packed.
         tokens: tokens in these sequences, without padding.
-        trained_tokens: those of them that carry a label.
+        trained_tokens: tokens with a label.
     """
 
     rows: int
@@ -44,6 +44,7 @@ class DataReport:
     trained_tokens: int
 
     def summary(self, max_seq_length: int) -> str:
+        """Return the counts as one line of text."""
         return (
             f"{self.rows} rows -> {self.sequences} sequences, {self.tokens} tokens "
             f"({self.trained_tokens} trained); {self.truncated} rows ({self.truncated / self.rows:.1%}) "
@@ -57,18 +58,21 @@ def load_rows(
     dataset_config: str | None = None,
     split: str = "train",
 ) -> Rows:
-    """Read the rows of a file, or else of a hub data set.
+    """Load the rows of a file or of a hub data set.
 
     Raises:
         SMTError: not exactly one of ``train_file`` and ``dataset_name`` is given, or it can't be read.
     """
     if (train_file is None) == (dataset_name is None):
-        raise SMTError("give either a data file or a data set's hub name, not both and not neither")
+        raise SMTError("give either a data file or a data set's hub name: exactly one of the two")
     return read_rows(train_file) if train_file is not None else load_hub_rows(dataset_name, dataset_config, split)
 
 
 def get_pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The pad token's id, or the EOS token's: a new token would resize the embeddings of a frozen model."""
+    """Return the id of the pad token, or of EOS if there is none.
+
+    Adding a pad token would resize the embeddings of a frozen model.
+    """
     return require_eos_token(tokenizer) if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
@@ -82,15 +86,18 @@ def build_dataset(
 ) -> tuple[datasets.Dataset, DataReport]:
     """Tokenise ``rows``, in order, into sequences of at most ``max_seq_length`` tokens.
 
-    The columns are ``input_ids`` and ``labels`` (the ids where trained, -100 elsewhere and on each example's
-    first token, which nothing predicts), with ``attention_mask``, or when packed with ``position_ids`` that
-    restart at every example: transformers then keeps packed examples from attending to one another, if the
-    model went through :func:`smt_dist.models.packing.prepare_model_for_packing`.
+    The columns are ``input_ids`` and ``labels`` (the id of a trained token, -100 elsewhere and at each example's
+    first token, which isn't predicted), and ``attention_mask``, or when packed ``position_ids`` that restart at
+    every example. transformers then keeps packed examples from attending to one another, if the model was
+    prepared by :func:`smt_dist.models.packing.prepare_model_for_packing`.
 
-    Everything happens in memory, so ranks can't race for a cache file.
+    Everything is kept in memory, so ranks can't race for a cache file.
+
+    Returns:
+        The data set and the counts.
 
     Raises:
-        SMTError: naming the row that is malformed, or when no row has a label to train.
+        SMTError: a row is malformed (names it), or no row has a label to train.
     """
     if max_seq_length < 2:
         raise SMTError(f"max_seq_length must be at least 2 tokens, not {max_seq_length}")
@@ -124,7 +131,7 @@ def build_dataset(
 def _tokenize(
     rows: Rows, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, prompt_style: PromptStyle
 ) -> datasets.Dataset:
-    """One example a row: ``input_ids``, ``labels``, whether it was cut, and how many labels it has."""
+    """Tokenise each row to ``input_ids``, ``labels``, ``truncated`` and ``trained_tokens``."""
     require_eos_token(tokenizer)
     encode = {
         "instruction": lambda index: encode_instruction(rows[index], tokenizer, prompt_style),
@@ -149,22 +156,22 @@ def _tokenize(
             input_columns="index",
             remove_columns="index",
             keep_in_memory=True,
-            # Without a name of its own, `datasets` would pickle and hash the tokenizer.
+            # Without a given fingerprint, `datasets` would pickle and hash the tokenizer.
             new_fingerprint="smt-dist-tokenized",
             desc=f"Tokenising {rows.source}",
         )
 
 
 def pack_lengths(lengths: list[int], capacity: int, open_bins: int = 64) -> list[list[int]]:
-    """First-fit: put each example, in order, into the first of the open sequences that has room for it.
+    """Pack examples by first-fit: each goes, in order, into the first open sequence with room.
 
     Args:
         lengths: tokens of each example, none above ``capacity``.
-        capacity: tokens a sequence holds.
-        open_bins: the oldest sequence is closed when more than this many are open, so the time stays linear.
+        capacity: tokens of a sequence.
+        open_bins: the oldest sequence is closed when more than this many are open, so that the time is linear.
 
     Returns:
-        For every sequence the indices of its examples, ascending.
+        For every sequence, the indices of its examples, ascending.
     """
     bins: list[list[int]] = []
     room: dict[int, int] = {}  # open sequence -> tokens left, oldest first
@@ -182,10 +189,10 @@ def pack_lengths(lengths: list[int], capacity: int, open_bins: int = 64) -> list
 
 
 def trained_tokens(batch: Mapping[str, Any], loss_shifts_labels: bool = True) -> torch.Tensor:
-    """Count the labels of a batch that a loss is computed on, as Trainer does.
+    """Count the labels of a batch that the loss is computed on, as Trainer does.
 
     Args:
-        batch: with ``labels``, or ``shift_labels`` that are compared with the logits as they lie.
+        batch: with ``labels``, or with ``shift_labels``, which are already shifted to the logits' positions.
         loss_shifts_labels: whether the model predicts each label from the tokens before it, and so never the first.
 
     Returns:
@@ -199,9 +206,9 @@ def trained_tokens(batch: Mapping[str, Any], loss_shifts_labels: bool = True) ->
 
 @dataclass(frozen=True)
 class CausalLMCollator:
-    """Pads examples of :func:`build_dataset` on the right, into ``[batch, length]`` int64 tensors.
+    """Pad examples of :func:`build_dataset` on the right, to ``[batch, length]`` int64 tensors.
 
-    In a packed batch the padding is one more segment: its positions restart at 0, so nothing attends to it.
+    In a packed batch the padding is one more segment: its positions restart at 0, so no example attends to it.
 
     Attributes:
         pad_token_id: see :func:`get_pad_token_id`.
@@ -230,7 +237,7 @@ class CausalLMCollator:
 
 
 def pack(dataset: datasets.Dataset, bins: list[list[int]]) -> datasets.Dataset:
-    """Join each bin's examples (:func:`pack_lengths`); positions restart at every example."""
+    """Join the examples of each bin of :func:`pack_lengths`; positions restart at every example."""
     ids, labels = dataset["input_ids"][:], dataset["labels"][:]
     return datasets.Dataset.from_dict(
         {

@@ -1,4 +1,4 @@
-"""Turns one data row into token ids and a mask of the tokens to train: prompts, chat turns, plain text.
+"""Turn prompts, chat turns and plain text into token ids and a mask of trained tokens.
 
 Training and evaluation share :func:`format_prompt` and :func:`encode_prompt`, for equal tokens in both.
 """
@@ -31,7 +31,7 @@ PLAIN_PROMPT_WITH_INPUT = (
 
 
 def format_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prompt_style: PromptStyle) -> str:
-    """The prompt of an ``instruction`` row, up to where the answer begins.
+    """Return the prompt of an ``instruction`` row, up to where the answer begins.
 
     Raises:
         SMTError: ``prompt_style`` is unknown, or "chat" while the tokenizer has no usable chat template.
@@ -47,37 +47,44 @@ def format_prompt(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, promp
 
 
 def encode_prompt(prompt: str, tokenizer: PreTrainedTokenizerBase, prompt_style: PromptStyle) -> list[int]:
-    """Token ids of a prompt from :func:`format_prompt`, with BOS if the tokenizer uses one, without EOS."""
-    # A chat template writes its own special tokens.
+    """Tokenise a formatted prompt, with BOS if the tokenizer uses one, and without EOS."""
+    # A chat template adds its own special tokens.
     return _encode(prompt, tokenizer, add_special_tokens=prompt_style == "plain")
 
 
 def require_eos_token(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The id of the end-of-sequence token; raises :class:`SMTError` if the tokenizer has none."""
+    """Return the id of the end-of-sequence token.
+
+    Raises:
+        SMTError: the tokenizer has none.
+    """
     if tokenizer.eos_token_id is None:
-        raise SMTError(f"tokenizer '{tokenizer.name_or_path}' has no end-of-sequence token: answers couldn't end")
+        raise SMTError(f"tokenizer '{tokenizer.name_or_path}' has no end-of-sequence token, so answers couldn't end")
     return tokenizer.eos_token_id
 
 
 def encode_instruction(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prompt_style: PromptStyle) -> Encoded:
-    """An ``instruction`` row: the prompt, not trained, then the output and EOS, trained."""
-    # Tokenised apart: in evaluation the prompt comes alone, and must give the same tokens.
+    """Encode an ``instruction`` row: the prompt isn't trained, the output and EOS are."""
+    # Tokenised separately, because evaluation tokenises the prompt alone and must get the same tokens.
     prompt = encode_prompt(format_prompt(row, tokenizer, prompt_style), tokenizer, prompt_style)
     output = [*_encode(row["output"], tokenizer, add_special_tokens=False), require_eos_token(tokenizer)]
     return prompt + output, [False] * len(prompt) + [True] * len(output)
 
 
 def encode_text(text: str, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Plain text and EOS, all of it trained."""
+    """Encode plain text and EOS; all tokens are trained."""
     ids = [*_encode(text, tokenizer, add_special_tokens=True), require_eos_token(tokenizer)]
     return ids, [True] * len(ids)
 
 
 def encode_messages(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """A ``messages`` row as the chat template writes it; the assistant's words and ends of turn are trained.
+    """Encode a ``messages`` row by the chat template.
+
+    The assistant's words and its ends of turn are trained.
 
     Raises:
-        SMTError: naming the row, if the template refuses it or hides where the assistant's turns are.
+        SMTError: the template rejects the messages, or the assistant's turns can't be found in its output; names the
+            row.
     """
     messages = rows[index]["messages"]
     try:
@@ -102,10 +109,10 @@ def encode_messages(rows: Rows, index: int, tokenizer: PreTrainedTokenizerBase) 
 def _find_assistant_spans(
     messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[tuple[int, int]]]:
-    """The rendered conversation, and the [start, end) characters of each assistant turn in it.
+    """Render the conversation and find the [start, end) characters of each assistant turn.
 
     Raises:
-        SMTError: a turn's start or end can't be told for certain: better no training than on the user's words.
+        SMTError: a turn's start or end isn't certain; a guess could train on the user's words.
     """
     text = _render_chat(messages, tokenizer)
     spans = []
@@ -117,7 +124,7 @@ def _find_assistant_spans(
         end = _find_turn_end(text, start, messages[: number + 1], tokenizer)
         if not cursor <= start < end:
             raise SMTError(f"the chat template's output doesn't show where message {number + 1} begins and ends")
-        # Generation stops at EOS: a line break that the template puts after it is never the model's to write.
+        # Generation stops at EOS, so a line break that the template adds after it isn't trained.
         eos = tokenizer.eos_token
         last_eos = text.rfind(eos, start, end) if eos else -1
         cursor = end if last_eos < 0 else last_eos + len(eos)
@@ -126,7 +133,7 @@ def _find_assistant_spans(
 
 
 def _find_turn_start(text: str, earlier: list[dict[str, str]], content: str, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where the generation prompt ends, or where ``content`` begins if the template has none; -1 if unclear."""
+    """Return where the generation prompt ends, or ``content`` begins without one; -1 if unclear."""
     if not earlier:
         return text.find(content)
     prompted = _render_chat(earlier, tokenizer, add_generation_prompt=True)
@@ -137,10 +144,10 @@ def _find_turn_start(text: str, earlier: list[dict[str, str]], content: str, tok
 
 
 def _find_turn_end(text: str, start: int, through: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> int:
-    """Where the conversation ``through`` this turn ends; -1 if unclear.
+    """Return where the conversation ``through`` this turn ends; -1 if unclear.
 
-    A template may render a turn differently once others follow (it drops the reasoning, say): then the turn has to
-    be its content, at ``start``, and what follows the content where the turn is the last.
+    A template can render a turn differently if others follow (without its reasoning, for example). Then the turn must
+    be its content, at ``start``, and the text that follows the content when this turn is the last.
     """
     rendered = _render_chat(through, tokenizer)
     if text.startswith(rendered):
@@ -169,12 +176,12 @@ def _apply_template(messages: list[dict[str, str]], tokenizer: PreTrainedTokeniz
     try:
         return tokenizer.apply_chat_template(messages, chat_template=template, **options)
     except jinja2.TemplateError as error:
-        raise SMTError(f"the chat template refuses it: {' '.join(str(error).split())}") from error
+        raise SMTError(f"the chat template rejects these messages: {' '.join(str(error).split())}") from error
 
 
 def _encode(text: str, tokenizer: PreTrainedTokenizerBase, *, add_special_tokens: bool) -> list[int]:
     ids = tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
-    # Some tokenizers are configured to append EOS; callers add it where they want it.
+    # Some tokenizers are configured to append EOS; the callers add it where it belongs.
     if add_special_tokens and ids and ids[-1] == tokenizer.eos_token_id:
         ids = ids[:-1]
     return ids

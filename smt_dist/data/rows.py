@@ -1,4 +1,4 @@
-"""Reads data rows from JSON, JSONL or the hub, and says precisely which row is wrong and why."""
+"""Load data rows from JSON, JSONL or the hub, and check them, with errors that name the row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FORMATS_HELP = "'instruction' and 'output' (and perhaps 'input'), or 'messages',
 
 @dataclass(frozen=True)
 class Rows(Sequence):
-    """Rows of a data source, each with the place where the user can find it.
+    """Hold the rows of a data source, each with its number there.
 
     Attributes:
         rows: one JSON object a row, in the order of the source.
@@ -38,11 +38,11 @@ class Rows(Sequence):
         return len(self.rows)
 
     def error(self, index: int, problem: str) -> SMTError:
-        """The exception for row ``index`` (0-based): one line that names source and row."""
+        """Return the exception for row ``index`` (0-based), one line that names source and row."""
         return SMTError(f"{self.source}, {self.unit} {self.numbers[index]}: {problem}")
 
     def require_text(self, index: int, field: str, *, optional: bool = False) -> str:
-        """The string in ``field`` of row ``index``; "" for an optional field that is absent or null.
+        """Return the string in ``field`` of row ``index``; "" if it is optional and absent or null.
 
         Raises:
             SMTError: the field is missing or isn't a string.
@@ -55,14 +55,14 @@ class Rows(Sequence):
         if not isinstance(value, str):
             raise self.error(index, f"field '{field}' must be a string, not {type(value).__name__}")
         if not _is_text(value):
-            raise self.error(index, f"field '{field}' holds half a character (a lone surrogate)")
+            raise self.error(index, f"field '{field}' holds a lone surrogate (half a character)")
         return value
 
 
 def read_rows(path: str | Path) -> Rows:
-    """Read a JSON list of objects, or JSON lines (one object a line; blank lines are skipped).
+    """Load a JSON list of objects, or JSON lines (one object per line; blank lines are skipped).
 
-    Which of the two it is follows from the content, as many JSONL files are named ``.json``.
+    The content decides between the two, because many JSONL files are named ``.json``.
 
     Raises:
         SMTError: the file is missing, empty, not UTF-8, not JSON, or a row isn't an object.
@@ -75,7 +75,7 @@ def read_rows(path: str | Path) -> Rows:
         values = _parse(text, str(path))
         rows = Rows(values, str(path), range(1, len(values) + 1), "row")
     else:
-        # Not splitlines(): JSON allows U+2028 and its like inside a string.
+        # Not splitlines(): it also splits at U+2028 and others, which JSON allows inside a string.
         lines = [(n, line) for n, line in enumerate(text.split("\n"), start=1) if line.strip()]
         values = [_parse(line, f"{path}, line {number}") for number, line in lines]
         rows = Rows(values, str(path), [number for number, _ in lines], "line")
@@ -88,15 +88,15 @@ def read_rows(path: str | Path) -> Rows:
 
 
 def load_hub_rows(name: str, config: str | None = None, split: str = "train") -> Rows:
-    """Read a data set of the Hugging Face hub (or any folder that ``datasets.load_dataset`` understands).
+    """Load a data set of the Hugging Face hub.
 
-    The first process to do this fills the hub's cache: wrap it in
-    :func:`smt_dist.distributed.main_process_first`.
+    ``name`` can also be a folder that ``datasets.load_dataset`` accepts. The first process fills the hub's cache: call
+    this function in :func:`smt_dist.distributed.main_process_first`.
 
     Raises:
         SMTError: the data set, its config or its split can't be loaded, or has no rows.
     """
-    import datasets  # takes a second to import, and most runs read a file
+    import datasets  # slow to import, and most runs read a file
 
     source = f"data set '{name}'" + (f" ({config})" if config else "") + f", split '{split}'"
     try:
@@ -111,14 +111,14 @@ def load_hub_rows(name: str, config: str | None = None, split: str = "train") ->
 
 
 def check_rows(rows: Rows) -> RowFormat:
-    """Find the format that all rows share, and check every field that training reads.
+    """Return the format that all rows share, and check every field that training reads.
 
-    A row with ``instruction`` may carry a ``text`` too (Stanford Alpaca's prompt and output in one):
-    it counts as ``instruction``.
+    A row with ``instruction`` can have a ``text`` too (Stanford Alpaca's prompt and output in one): it counts as
+    ``instruction``.
 
     Raises:
-        SMTError: naming the first row without a format, with two, with another than the first row's, or with
-            a missing or mistyped field.
+        SMTError: a row has no format, two formats, another one than the first row, or a missing or mistyped field;
+            names the first such row.
     """
     first = _row_format(rows, 0)
     for index in range(len(rows)):
@@ -137,7 +137,7 @@ def check_rows(rows: Rows) -> RowFormat:
 
 
 def _row_format(rows: Rows, index: int) -> RowFormat:
-    # A null counts as absent: merged data sets fill each other's columns with nulls.
+    # A null counts as absent: merging data sets fills missing columns with nulls.
     found = [name for name in ("instruction", "messages", "text") if rows[index].get(name) is not None]
     if not found:
         raise rows.error(index, f"has no field that says its format: expected {FORMATS_HELP}")
@@ -157,11 +157,11 @@ def _check_messages(rows: Rows, index: int) -> None:
             if not isinstance(message.get(field), str):
                 raise rows.error(index, f"message {number}: field '{field}' is missing or not a string")
             if not _is_text(message[field]):
-                raise rows.error(index, f"message {number}: field '{field}' holds half a character (a lone surrogate)")
+                raise rows.error(index, f"message {number}: field '{field}' holds a lone surrogate (half a character)")
 
 
 def _is_text(value: str) -> bool:
-    """JSON can hold halves of UTF-16 pairs, which no tokenizer takes."""
+    """Return whether a string has no lone surrogate, which JSON can hold and tokenizers reject."""
     try:
         value.encode()
     except UnicodeEncodeError:

@@ -1,1 +1,1 @@
-"""Models: how a base is read from disk, and how it computes its loss and its products."""
+"""Load base models, and change how they compute losses and matrix products."""

@@ -1,8 +1,9 @@
-"""The loss over chunks of the vocabulary: logits are never whole, and a head that FSDP2 shards is never gathered whole.
+"""Compute the loss over chunks of the vocabulary, without the whole logits.
 
-A causal language model's loss needs, of each token's logits, a maximum, a sum of exponentials and the label's own. All
-three, and the gradient of the hidden state, can be carried from chunk to chunk, rescaled whenever the maximum rises
-(the online softmax of arXiv 1805.02867). The head is frozen, so it gets no gradient, and the backward needs it no more.
+A head that FSDP2 shards is never gathered whole either. A causal language model's loss needs, of each token's logits,
+their maximum, their sum of exponentials and the label's logit. These three and the gradient of the hidden state are
+carried from chunk to chunk, and rescaled whenever the maximum rises (the online softmax of arXiv 1805.02867). The head
+is frozen and gets no gradient, so the backward doesn't need it again.
 """
 
 from __future__ import annotations
@@ -31,19 +32,19 @@ CHUNK = 4096
 
 
 def chunk_loss(model: PreTrainedModel, entries: int = CHUNK, targets: Collection[str] = ()) -> bool:
-    """Let ``model`` work its loss out over chunks of the vocabulary whenever it is given labels.
+    """Make ``model`` compute its loss over chunks of the vocabulary when it gets labels.
 
-    Its output then has no logits. Without labels it is the model it was. Done twice, it is done once.
+    Its output then has no logits. Without labels the model computes as before. A second call changes nothing.
 
     Args:
         model: a causal language model; whole, sharded by FSDP2 or partitioned by ZeRO-3. While its head is trained
-            (requires a gradient), the loss is worked out as before.
-        entries: of the vocabulary in one chunk; 0 leaves the model alone.
-        targets: modules in which blocks are or may be; a head among them needs its gradient, and is left alone.
+            (requires a gradient), the loss is computed as before.
+        entries: vocabulary entries of one chunk; 0: don't change the model.
+        targets: modules that have blocks or can get them; a head among them needs its gradient and isn't changed.
 
     Returns:
-        Whether the loss is chunked. Where it isn't, the log says why: a head with a bias or blocks, or a model that
-        does anything between its head and its loss (logits that are capped or scaled, a loss of its own).
+        Whether the loss is chunked. If not, the log says why: a head with a bias or blocks, or a model that
+        changes its logits before the loss (caps or scales them) or has its own loss.
     """
     if entries == 0:
         return False
@@ -72,14 +73,14 @@ class _Question(NamedTuple):
 
 
 class ChunkedLossHead(nn.Module):
-    """Stands where the head stood: gives the loss instead of logits where the model was given labels.
+    """Replace a model's head; return the loss instead of logits if the model got labels.
 
     Args:
         head: a linear layer without a bias, its weight ``[vocabulary, hidden]``.
-        entries: of the vocabulary in one chunk.
+        entries: vocabulary entries of one chunk.
 
     Attributes:
-        answered: whether what it gave last is the loss.
+        answered: whether the last output is the loss.
     """
 
     def __init__(self, head: nn.Module, entries: int) -> None:
@@ -91,12 +92,12 @@ class ChunkedLossHead(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """The head's, for code that asks for its dtype."""
-        # Not self.head.weight: whoever asks for that in a forward, ZeRO-3 gathers it for in every forward from then on.
+        """Return the head's weight, for code that reads its dtype."""
+        # Not self.head.weight: after that attribute is read in a forward, ZeRO-3 gathers it in every later forward.
         return next(self.head.parameters())
 
     def begin(self, _model: nn.Module, _args: tuple, options: dict[str, Any]) -> None:
-        """A forward pre-hook of the model: keeps the labels for the head."""
+        """Keep the labels for the head, as a forward pre-hook of the model."""
         labels = options.get("labels")
         special = options.get("shift_labels") is not None or options.get("ignore_index", IGNORED) != IGNORED
         if labels is None or special or not _keeps_all(options.get("logits_to_keep", 0)):
@@ -104,17 +105,24 @@ class ChunkedLossHead(nn.Module):
         self._question = _Question(labels, options.get("num_items_in_batch"))
 
     def end(self, _model: nn.Module, _args: tuple, output: Any) -> Any:
-        """A forward hook of the model: what lies where logits lay is no logits."""
+        """Remove the loss from the output's ``logits``, as a forward hook of the model."""
         if self.answered and output is not None and "logits" in output:
             output["logits"] = None
         self._question, self.answered = None, False
         return output
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
-        """``[batch, tokens, hidden]`` -> the loss, a scalar in fp32; without labels ``[batch, tokens, vocabulary]``."""
+        """Compute the loss, or the logits without labels.
+
+        Args:
+            hidden: ``[batch, tokens, hidden]``.
+
+        Returns:
+            The loss, an fp32 scalar; or ``[batch, tokens, vocabulary]``.
+        """
         question = self._question
         weight = self.weight
-        trained = weight.requires_grad and torch.is_grad_enabled()  # it needs a gradient of its own
+        trained = weight.requires_grad and torch.is_grad_enabled()  # then the weight needs a gradient
         if question is None or trained or question.labels.shape != hidden.shape[:-1]:
             return self.head(hidden)
         self.answered = True
@@ -134,14 +142,14 @@ def _gathered_by_zero(weight: torch.Tensor) -> Iterator[torch.Tensor]:
     if not hasattr(weight, "ds_id"):
         yield weight
         return
-    import deepspeed  # takes seconds, and only ZeRO-3 needs it
+    import deepspeed  # slow to import, and only ZeRO-3 needs it
 
     with deepspeed.zero.GatheredParameters([weight]):
         yield weight
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """Cross entropy of ``hidden @ weight^T``; the gradient of ``hidden`` is worked out with it."""
+    """Compute the cross entropy of ``hidden @ weight^T``, and ``hidden``'s gradient with it."""
 
     @staticmethod
     def forward(
@@ -163,10 +171,10 @@ class _ChunkedLoss(torch.autograd.Function):
 
 
 class _Chunk(NamedTuple):
-    """Some rows of a head's weight.
+    """Hold some rows of a head's weight, equally many of each owner.
 
-    A row is that of entry ``owner * per_owner + first + row``: each rank that holds ``per_owner`` consecutive
-    entries gives as many rows.
+    An owner is a rank that holds ``per_owner`` consecutive vocabulary entries. Its row ``row`` in the chunk is that of
+    entry ``owner * per_owner + first + row``.
     """
 
     weight: torch.Tensor  # [owners * rows, hidden]
@@ -176,13 +184,13 @@ class _Chunk(NamedTuple):
     vocabulary: int
 
     def find(self, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """For each target whether its row is here, and which it is (0 if it isn't)."""
+        """Return for each target whether its row is in the chunk, and which row it is (0 if not)."""
         row = targets % self.per_owner - self.first
         here = (targets >= 0) & (row >= 0) & (row < self.rows)
         return here, torch.where(here, targets // self.per_owner * self.rows + row, 0)
 
     def padding(self) -> torch.Tensor | None:
-        """Which rows belong to no entry: the last owners may have fewer; None if all do."""
+        """Return a mask of the rows without an entry (the last owners can have fewer); None if none."""
         owners = len(self.weight) // self.rows
         if owners * self.per_owner == self.vocabulary and self.first + self.rows <= self.per_owner:
             return None
@@ -192,7 +200,7 @@ class _Chunk(NamedTuple):
 
 
 def _chunks(weight: torch.Tensor, entries: int) -> Iterator[_Chunk]:
-    """A whole weight's rows as views; a sharded one's gathered, a chunk at a time, from all ranks that share it."""
+    """Yield a weight's rows in chunks: views of a whole weight, or gathered from a sharded one."""
     vocabulary = weight.shape[0]
     if not isinstance(weight, DTensor):
         for first in range(0, vocabulary, entries):
@@ -212,11 +220,11 @@ def _chunks(weight: torch.Tensor, entries: int) -> Iterator[_Chunk]:
 
 
 class _Online:
-    """What is carried from chunk to chunk, all in fp32 but the labels' rows.
+    """Hold the state that is carried from chunk to chunk, in fp32 except for the labels' rows.
 
     Attributes:
         maximum: of each token's logits, ``[tokens]``.
-        total: sum of exponentials of logits less the maximum, ``[tokens]``.
+        total: sum of exponentials of logits minus the maximum, ``[tokens]``.
         picked: the label's logit, ``[tokens]``.
     """
 
@@ -232,7 +240,7 @@ class _Online:
         return _Online(maximum, hidden if with_gradient else None)
 
     def add(self, hidden: torch.Tensor, targets: torch.Tensor, chunk: _Chunk) -> None:
-        """Take one chunk in. Logits are computed in the weight's dtype, as the head computes them."""
+        """Add one chunk; logits are computed in the weight's dtype, as by the head."""
         weight = chunk.weight.to(hidden.device)
         logits = (hidden.to(weight.dtype) @ weight.t()).float()
         if (padding := chunk.padding()) is not None:
@@ -249,31 +257,37 @@ class _Online:
             self._label_row = torch.where(here[:, None], weight[row], self._label_row)
 
     def gradient(self, scale: torch.Tensor) -> torch.Tensor:
-        """Of the sum of the tokens' losses, each times its ``scale``; ``[tokens, hidden]``. Ends the state."""
+        """Return the gradient ``[tokens, hidden]`` of the sum of each token's loss times its scale.
+
+        The state is overwritten and can't be used afterwards.
+        """
         return self._weighted.div_(self.total[:, None]).sub_(self._label_row).mul_(scale[:, None])
 
 
-# -- whether a model's loss is nothing but the cross entropy of what its head gives -----------------------------------
+# -- whether a model's loss is the plain cross entropy of its head's output -------------------------------------------
 
 
 def _why_not(model: PreTrainedModel, head: nn.Module | None, targets: Collection[str]) -> str | None:
     if not isinstance(head, nn.Linear) or head.bias is not None or not head.weight.is_floating_point():
-        return f"the head is no plain linear layer without a bias ({type(head).__name__})"
+        return f"the head isn't a plain linear layer without a bias ({type(head).__name__})"
     names = [name for name, module in model.named_modules() if module is head]
     if len(names) != 1 or any(target == names[0] or target.startswith(f"{names[0]}.") for target in targets):
-        return f"{', '.join(names)} may get blocks"
+        return f"{', '.join(names)} can get blocks"
     try:
         plain = _uses_plain_loss(model, names[0])
     except Exception as error:
-        return f"{type(model).__name__} can't be tried out ({first_line(error)})"
-    return None if plain else f"{type(model).__name__} changes its logits before the loss, or has a loss of its own"
+        return f"{type(model).__name__} can't be tested ({first_line(error)})"
+    return None if plain else f"{type(model).__name__} changes its logits before the loss, or has its own loss"
 
 
 def _uses_plain_loss(model: PreTrainedModel, head_name: str) -> bool:
-    """Run the model's own forward on a stand-in: what its head gives must reach the usual loss untouched."""
+    """Return whether the head's output reaches the usual loss unchanged.
+
+    The model's own forward is run on a stand-in on the meta device, without layers.
+    """
     config = copy.deepcopy(model.config)
     config.get_text_config(decoder=True).num_hidden_layers = 1
-    config.output_router_logits = False  # what is added to the loss later is no matter
+    config.output_router_logits = False  # a term that is added to the loss later doesn't matter here
     with torch.device("meta"):
         stand_in = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
     if stand_in.loss_function.__name__ != "ForCausalLMLoss":
@@ -292,14 +306,14 @@ def _uses_plain_loss(model: PreTrainedModel, head_name: str) -> bool:
 
 
 class _Nothing(nn.Module):
-    """In place of a model's layers."""
+    """Replace a model's layers, and return zeros."""
 
     def forward(self, *_: Any, **__: Any) -> MoeModelOutputWithPast:
         return MoeModelOutputWithPast(last_hidden_state=torch.zeros(1, 2, 1))
 
 
 class _Gives(nn.Module):
-    """In place of a head."""
+    """Replace a head, and return a given tensor."""
 
     def __init__(self, value: torch.Tensor) -> None:
         super().__init__()

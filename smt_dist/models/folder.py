@@ -1,4 +1,4 @@
-"""Reads a base and its tokenizer as data: checked before anything is allocated, never unpickled, never run."""
+"""Load a base and its tokenizer as data: checked before allocation, never unpickled or run."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-# What makes a model large; no weight can be shorter than these say.
+# The config keys that make a model large: each is at most the number of elements of the largest weight.
 _SIZES = (
     *("hidden_size", "intermediate_size", "vocab_size", "num_attention_heads", "num_key_value_heads", "head_dim"),
     *("n_embd", "n_inner", "n_head", "d_model", "d_ff", "ffn_dim", "num_heads"),
@@ -39,7 +39,7 @@ _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
 def weight_files(folder: Path) -> dict[str, Path]:
-    """The name of each tensor of a model folder -> its safetensors file.
+    """Return tensor name -> safetensors file of a model folder.
 
     Raises:
         SMTError: there are no safetensors files, the index is damaged, or it names a file that isn't in the folder.
@@ -49,7 +49,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
         if not (folder / SINGLE_FILE).exists():
             raise SMTError(
                 f"{folder}: has neither {SINGLE_FILE} nor {INDEX_FILE}; pickled weights (pytorch_model.bin) aren't "
-                "read, as they could run code: convert them to safetensors first, where nothing is at stake"
+                "read, as they could run code: convert them to safetensors first, in an isolated environment"
             )
         return dict.fromkeys(read_header(folder / SINGLE_FILE)[0], folder / SINGLE_FILE)
     files = parse_json_object(read_text(index), str(index)).get("weight_map")
@@ -57,7 +57,7 @@ def weight_files(folder: Path) -> dict[str, Path]:
         raise SMTError(f"{index}: damaged weights or index (it has no weight_map)")
     for name, file in files.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise SMTError(f"{index}: {shorten(name)}: {shorten(repr(file))} is no safetensors file of this folder")
+            raise SMTError(f"{index}: {shorten(name)}: {shorten(repr(file))} is not a safetensors file of this folder")
     for file in sorted(set(files.values())):
         if not (folder / file).is_file():
             raise SMTError(f"{folder / file}: No such file; {INDEX_FILE} names it")
@@ -65,14 +65,20 @@ def weight_files(folder: Path) -> dict[str, Path]:
 
 
 def check_model_folder(source: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """What can be known of a base before it is loaded; ranks that load together should fail here, together.
+    """Check a base before it is loaded.
+
+    Ranks that load together should run this first, so that all of them fail together.
+
+    Args:
+        source: folder or hub name.
+        trust_remote_code: whether the config's own code may run.
 
     Returns:
         The model's config.
 
     Raises:
-        SMTError: no such folder, no model's config, or the folder's weights are damaged or far smaller than the config
-            says.
+        SMTError: there is no such folder or no model config, or the folder's weights are damaged or don't fit the
+            config.
     """
     if not Path(source).is_dir() and (not _HUB_NAME.fullmatch(source) or source.startswith(".")):
         raise SMTError(f"{source}: no such folder")
@@ -85,19 +91,19 @@ def check_model_folder(source: str, trust_remote_code: bool = False) -> PreTrain
 
 
 def read_config(source: str | Path, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """A model's config.
+    """Load a model's config.
 
     Raises:
-        SMTError: it can't be read, or asks for code that isn't transformers' own; names the source.
+        SMTError: it can't be read, or asks for code that isn't part of transformers; names the source.
     """
     try:
         content, _ = PreTrainedConfig.get_config_dict(source)
-        # transformers would ask at the terminal whether to run code, and wait, if it weren't told.
+        # Without trust_remote_code, transformers would ask at the terminal whether to run code, and wait.
         config = AutoConfig.from_pretrained(source, trust_remote_code=bool(trust_remote_code))
-    except Exception as error:  # a config's own checks raise anything at all
-        raise SMTError(f"{source}: no model folder, nor a model on the hub ({whole_message(error)})") from None
+    except Exception as error:  # a config's own checks raise any type
+        raise SMTError(f"{source}: neither a model folder nor a model on the hub ({whole_message(error)})") from None
     for key, value in _nested(content):
-        # The name of a repository there is downloaded and run (transformers 5.23 with the kernels package).
+        # transformers 5.23 with the kernels package downloads and runs a repository that is named here.
         if "attn_implementation" in key and not trust_remote_code and "/" in str(value):
             raise SMTError(
                 f"{source}: its config.json asks for the attention code of {shorten(repr(value))}: give "
@@ -107,27 +113,31 @@ def read_config(source: str | Path, trust_remote_code: bool = False) -> PreTrain
 
 
 def load_tokenizer(source: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """A base's tokenizer. Raises SMTError, naming the source."""
+    """Load a base's tokenizer.
+
+    Raises:
+        SMTError: it can't be loaded; names the source.
+    """
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=bool(trust_remote_code))
-    except Exception as error:  # the tokenizers library has only bare exceptions
+    except Exception as error:  # the tokenizers library raises bare exceptions
         raise SMTError(f"{source}: its tokenizer can't be loaded ({whole_message(error)})") from None
 
 
 def load_causal_lm(
     source: str | Path, dtype: torch.dtype | str, trust_remote_code: bool = False, **options: Any
 ) -> PreTrainedModel:
-    """A base from safetensors files, all of whose weights are there. Collective.
+    """Load a base from safetensors files, and check that it has all weights; collective.
 
     Args:
         source: folder or hub name, after :func:`check_model_folder`.
-        dtype: of the weights; ``auto``: as the config says.
+        dtype: of the weights; ``auto``: the config's.
         trust_remote_code: run code that comes with the model.
         **options: of ``from_pretrained``.
 
     Raises:
-        RankError: it can't be loaded, as far as this rank knows.
-        SMTError: a weight is missing (transformers would draw it at random) or of another shape; on all ranks.
+        RankError: loading failed on this rank; perhaps not on the others.
+        SMTError: a weight is missing (transformers would initialise it at random) or of another shape; on all ranks.
     """
     try:
         model, loading_info = AutoModelForCausalLM.from_pretrained(
@@ -139,7 +149,7 @@ def load_causal_lm(
             output_loading_info=True,
             **options,
         )
-    except Exception as error:  # parsers of foreign files raise anything at all
+    except Exception as error:  # parsers of other formats raise any type
         raise RankError(f"{source}: can't be loaded as a causal language model ({whole_message(error)})") from None
     raise_on_any_rank(lambda: _check_loading_info(source, loading_info), "loading the base")
     return model
@@ -152,43 +162,54 @@ def _check_loading_info(source: str | Path, loading_info: dict[str, Any]) -> Non
     if missing := loading_info["missing_keys"]:
         raise SMTError(
             f"{source}: {min(missing)} isn't in its files ({len(missing)} weights are missing): transformers would "
-            "draw them at random"
+            "initialise them at random"
         )
     if loading_info["unexpected_keys"]:
         names = sorted(loading_info["unexpected_keys"])
-        logger.warning("%s: %d weights have no place in the model, such as %s", source, len(names), shorten(names[0]))
+        logger.warning("%s: %d weights aren't used by the model, such as %s", source, len(names), shorten(names[0]))
 
 
 def empty_model(source: str | Path, config: PreTrainedConfig) -> nn.Module:
-    """The model without weights, on the meta device: its module names, shapes and ties. Not sharded by anything.
+    """Make the unsharded model on the meta device, with names, shapes and ties but no weights.
 
     Raises:
         SMTError: no causal language model has this config; names the source.
     """
     config = copy.deepcopy(config)
-    config._attn_implementation = "eager"  # the only one that needs nothing installed
+    config._attn_implementation = "eager"  # the only one without requirements
     try:
-        # Not from_config: under ZeRO-3 that would partition it, over all ranks.
+        # Not from_config: under ZeRO-3 that would partition the model over all ranks.
         with torch.device("meta"):
             return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    except Exception as error:  # a config of any values makes a model that fails anyhow
+    except Exception as error:  # wrong config values raise any type
         raise SMTError(f"{source}: not a causal language model's folder ({whole_message(error)})") from None
 
 
 def _check_shapes(folder: Path, config: PreTrainedConfig, kinds: dict[str, TensorKind]) -> None:
-    """Refuse weights of another size than the config's: found in a load that ranks share, one would hang the others."""
+    """Refuse weights of another size than the config's, before a rank's error hangs the others.
+
+    Raises:
+        SMTError: names the first such weight.
+    """
     if getattr(config, "quantization_config", None) is not None:
-        return  # packed: of another size than the layer's
+        return  # packed weights have another size than the layer
     model = empty_model(folder, config)
     for name, parameter in model.named_parameters():
         kind = kinds.get(name) or kinds.get(name.removeprefix(f"{model.base_model_prefix}."))
-        # Elements, not sides: some weights are turned as they are read.
+        # Compare elements, not shapes: some weights are transposed when they are loaded.
         if kind is not None and torch.Size(kind.shape).numel() != parameter.numel():
             raise SMTError(f"{folder}: {name} is {kind.shape}, but its config.json asks for {tuple(parameter.shape)}")
 
 
 def _check_sizes(folder: Path, config: dict[str, Any]) -> dict[str, TensorKind]:
-    """The files' tensors; refuses a config that asks for far more than they hold, before it is allocated."""
+    """Read the files' headers, and refuse a config that is far larger, before it is allocated.
+
+    Returns:
+        Tensor name -> shape and dtype.
+
+    Raises:
+        SMTError: a file is missing or damaged, or the config asks for more than the weights can hold.
+    """
     files = weight_files(folder)
     kinds: dict[str, TensorKind] = {}
     for file in sorted(set(files.values())):

@@ -1,7 +1,7 @@
-"""Turns a GGUF file into an ordinary Hugging Face folder, once.
+"""Convert a GGUF file to an ordinary Hugging Face folder, once.
 
-Loaded directly, a GGUF model carries quantisation marks although its weights are plain floats: ``Trainer`` then
-refuses to train it, ZeRO-3 to shard it and ``save_pretrained`` to save it.
+A GGUF model that is loaded directly is still marked as quantised, although its weights are plain floats: ``Trainer``
+then refuses to train it, ZeRO-3 to shard it and ``save_pretrained`` to save it.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from smt_dist.models.gguf_header import check_gguf_header
 
 
 def default_cache_dir() -> Path:
-    """``$SMT_DIST_CACHE``, or ``smt_dist`` in the user's cache folder."""
+    """Return ``$SMT_DIST_CACHE``, or ``smt_dist`` in the user's cache folder."""
     if chosen := os.environ.get("SMT_DIST_CACHE"):
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "smt_dist"
 
 
 def find_gguf_file(model_name_or_path: str | None, gguf_file: str | Path) -> Path:
-    """The path of ``gguf_file``: as it is given, or inside the folder ``model_name_or_path``.
+    """Return the path of ``gguf_file``, as given or in the folder ``model_name_or_path``.
 
     Raises:
         SMTError: there is no such file in either place.
@@ -44,20 +44,21 @@ def find_gguf_file(model_name_or_path: str | None, gguf_file: str | Path) -> Pat
 def dequantize_gguf(
     gguf_file: str | Path, cache_dir: str | Path | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> Path:
-    """Write the model and tokenizer of ``gguf_file`` as safetensors, unless that was done before.
+    """Convert the model and tokenizer of ``gguf_file`` to safetensors, unless done before.
 
     Args:
         gguf_file: any architecture that transformers can read from GGUF.
-        cache_dir: where the folder goes (default: :func:`default_cache_dir`), named by the file's name, the first
-            16 hexadecimal digits of its SHA-256, and the dtype.
+        cache_dir: the parent of the new folder (default: :func:`default_cache_dir`). The folder is named by the file's
+            name, the first 16 hexadecimal digits of its SHA-256, and the dtype.
         dtype: of the weights written.
 
     Returns:
-        The folder, always complete: it gets its name only after everything is in it. Processes that race for it
-        do the work twice, and one result stays.
+        The folder, always complete: it is renamed to its name only when everything is in it. If two processes convert
+        the same file at once, one of the two equal results is kept.
 
     Raises:
-        SMTError: the file is missing, isn't GGUF, is damaged, or holds an unknown architecture.
+        SMTError: the file is missing, isn't GGUF, is damaged, or has an unknown architecture; or the folder can't be
+            written.
     """
     gguf_file = Path(gguf_file)
     digest = _check_and_hash(gguf_file)
@@ -96,7 +97,7 @@ def _convert(gguf_file: Path, target: Path, dtype: torch.dtype) -> None:
         )
     except ImportError as error:
         raise SMTError(f"{gguf_file}: reading GGUF needs two more packages: pip install gguf accelerate") from error
-    # The readers parse the bytes of the file unchecked, so damage shows as any exception at all.
+    # The readers don't check the bytes they parse, so a damaged file raises any type of exception.
     except Exception as error:
         raise SMTError(f"{gguf_file}: can't be read as a GGUF model: {first_line(error)}") from error
     _remove_quantization_marks(model)
@@ -116,6 +117,6 @@ def _publish(temporary: Path, folder: Path) -> None:
     try:
         temporary.rename(folder)
     except OSError:
-        # Another process was faster. Its content is the same, as the name holds the file's hash.
+        # Another process was faster. Its content is equal, because the name contains the file's hash.
         if not folder.is_dir():
             raise

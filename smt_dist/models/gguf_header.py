@@ -1,6 +1,7 @@
-"""Checks a GGUF file's header against the file's length, before a reader believes the counts that stand in it.
+"""Check the counts in a GGUF file's header against the file's length.
 
-The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+A reader would otherwise allocate and loop as they say. The format:
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ _NUMBERS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _MAX_DIMENSIONS = 4
 _MAX_NAME = 65535  # bytes, as the format says
 _MAX_DEPTH = 2  # arrays in arrays
-# Of an element, at least: ggml's smallest blocks take 1.5 bits.
+# The fewest bits of an element: ggml's smallest blocks take 1.5.
 _BITS = 1.5
-# What a model's sizes are called, after its architecture's name.
+# The keys of a model's sizes, without the architecture's name.
 _SIZES = (
     *("embedding_length", "feed_forward_length", "attention.head_count", "attention.head_count_kv", "vocab_size"),
     *("rope.dimension_count", "attention.key_length", "attention.value_length"),
@@ -31,10 +32,10 @@ _SIZES = (
 
 
 def check_gguf_header(path: Path) -> None:
-    """Walk through the header.
+    """Check the header of a GGUF file.
 
     Raises:
-        SMTError: it isn't GGUF, or is cut short, or names more values, tensors or layers than the file can hold.
+        SMTError: the file isn't GGUF, is cut short, or names more values, tensors or layers than it can hold.
     """
     try:
         with open(path, "rb") as file:
@@ -68,7 +69,7 @@ class _Header:
                 raise self.error(f"{shorten(key)} is {value:,}: more than its tensors can hold")
 
     def tensor(self) -> int:
-        """Its longest side."""
+        """Check the next tensor's description and return its longest side."""
         name = self.string(_MAX_NAME)
         count = self.number("I")
         if count > _MAX_DIMENSIONS:
@@ -81,7 +82,7 @@ class _Header:
         return max(sides, default=1)
 
     def value(self, kind: int, depth: int = 0) -> int | float | bool | str | None:
-        """A number or a string; an array is walked through."""
+        """Read a number or a string; read an array through and return None."""
         if kind == _STRING:
             return self.string()
         if kind != _ARRAY:
@@ -117,7 +118,7 @@ class _Header:
 
     def must_fit(self, length: int, what: str) -> None:
         if length > self.size - self.file.tell():
-            raise self.error(f"{what} can't be in what is left of it")
+            raise self.error(f"{what} can't fit in the rest of the file")
 
     def error(self, problem: str) -> SMTError:
         return SMTError(f"{self.path}: damaged GGUF header: {problem}")

@@ -1,4 +1,4 @@
-"""The report of a selection: a page to look at in a browser, and PNG files for papers."""
+"""Write the report of a selection: an HTML page for a browser, and PNG files for papers."""
 
 from __future__ import annotations
 
@@ -20,26 +20,27 @@ def write_selection_report(
     log_history: Sequence[Mapping[str, Any]] = (),
     facts: Mapping[str, str] | None = None,
 ) -> bool:
-    """Write the page, and beside it ``<stem>.png`` (shares, distribution, curve) and ``<stem>_blocks.png`` (maps).
+    """Write the HTML page and, beside it, two PNG files.
 
-    Never fails: a run is worth more than its report. What is wrong is logged in one line. Call it on one rank.
+    These are ``<stem>.png`` (shares, distribution, curve) and ``<stem>_blocks.png`` (maps). The function never raises:
+    a failed report must not end a run, so errors are logged in one line. Call it on one rank.
 
     Args:
         page: the HTML file.
         selection: the chosen blocks.
-        scores: what they were chosen by; without them the maps show the chosen blocks only.
-        log_history: Trainer's, for the learning curve.
-        facts: more lines for the page's table, such as the model's name.
+        scores: the scores of the blocks; without them the maps show the chosen blocks only.
+        log_history: Trainer's ``log_history``, for the learning curve.
+        facts: more rows for the page's table, such as the model's name.
 
     Returns:
-        Whether it was written.
+        Whether the report was written.
     """
-    # Imported here, and these import plotly and matplotlib: an optional extra, and slow to load.
+    # Imported here, because plotly and matplotlib are an optional extra and slow to load.
     try:
         from smt_dist.report.page import write_page
         from smt_dist.report.paper import write_png
     except ImportError as error:
-        logger.info('no %s: %s; pip install "smt_dist[plots]"', page.name, error)
+        logger.info('%s was not written: %s; pip install "smt_dist[plots]"', page.name, error)
         return False
     from smt_dist.report.summary import summarise
 
@@ -48,7 +49,7 @@ def write_selection_report(
         page.parent.mkdir(parents=True, exist_ok=True)
         write_page(page, summary)
         write_png(page, summary)
-    except Exception as error:  # whatever a plotting library may raise, training goes on
+    except Exception as error:  # plotting libraries raise any type, and training must go on
         logger.warning("%s was not written: %s: %s", page, type(error).__name__, error)
         return False
     return True

@@ -1,7 +1,7 @@
-"""``selection.html``: one self-contained page that needs no network.
+"""Write ``selection.html``, one self-contained page that needs no network.
 
-Where a cell tells more than its colour does, plotly draws, whose script is inlined; all else is matplotlib's, as in the
-PNG files.
+plotly, with its script inlined, draws the charts whose cells show a text on hover. matplotlib draws the others, as in
+the PNG files.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ td:first-child { color: #666; }
 
 
 def write_page(path: Path, summary: Summary) -> None:
-    """Write the page."""
+    """Write the page of a summary to ``path``."""
     text = _page(summary)
     replace_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
 
@@ -80,13 +80,13 @@ def _note_maps(summary: Summary) -> str:
     rows, cols = summary.block_size
     unit = f"a block of {rows} x {cols}" if summary.pooled == 1 else f"{summary.pooled} x {summary.pooled} blocks"
     pooled = (
-        f" There are too many blocks to draw: they are taken together, a cell shows the best score among them and is "
-        f"marked if at least one is chosen ({len(_marks(summary)):,} cells; hover for their number)."
+        f" There are too many blocks to draw one by one: a cell shows the best score of its blocks and is marked if at "
+        f"least one of them is chosen ({len(_marks(summary)):,} cells; hover for the number)."
         if summary.pooled > 1
         else ""
     )
     colours = "Brighter is a higher score. " if summary.has_scores else "The scores are not known. "
-    return f"One map a weight, numbered by layer; a cell is {unit}. {colours}Red marks: chosen.{pooled}"
+    return f"One map per weight, numbered by layer; a cell is {unit}. {colours}Red marks: chosen.{pooled}"
 
 
 def _marks(summary: Summary) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""One panel of matplotlib's inside an HTML page."""
+"""Draw one matplotlib panel as an image for an HTML page."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from matplotlib.figure import Figure
 def svg_image(name: str, draw: Callable[[Axes], None], height: float = 3.2) -> str:
     """Draw one panel as an ``<img>`` that holds its SVG.
 
-    It is sharp at any zoom, and nothing in it can run as a script.
+    An SVG is sharp at any zoom, and inside an ``<img>`` it can't run scripts.
 
     Args:
-        name: the element's id, no name from outside.
-        draw: draws on the axes that it gets.
+        name: the element's id; it isn't escaped, so it must not come from user input.
+        draw: draws on the axes passed to it.
         height: in inches.
+
+    Returns:
+        The HTML of the ``<img>`` element.
     """
     figure, buffer = Figure(figsize=(9, height), layout="constrained"), io.BytesIO()
     draw(figure.add_subplot())
-    with rc_context({"svg.hashsalt": name}):  # equal plots are equal files
+    with rc_context({"svg.hashsalt": name}):  # equal plots give equal files
         figure.savefig(buffer, format="svg", metadata={"Date": None})
     content = base64.b64encode(buffer.getvalue()).decode()
     return f'<img id="{name}" alt="{name}" width="100%" src="data:image/svg+xml;base64,{content}">'

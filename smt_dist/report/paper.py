@@ -1,4 +1,4 @@
-"""PNG files for papers, drawn by matplotlib: no browser, no display."""
+"""Draw PNG files for papers with matplotlib, without a browser or display."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ MAX_HEIGHT = 40.0  # inches
 def write_png(page: Path, summary: Summary) -> None:
     """Write ``<stem>.png`` and ``<stem>_blocks.png`` beside the page."""
     for path, figure in ((page.with_suffix(".png"), overview(summary)), (_blocks_path(page), maps(summary))):
-        # The format is said: the file's name ends otherwise while it is written.
+        # The format is given, because the temporary file's name doesn't end with .png.
         replace_file(path, lambda beside, figure=figure: figure.savefig(beside, dpi=DPI, format="png"))
 
 
 def overview(summary: Summary) -> Figure:
-    """Shares by weight, kind and depth, the scores' distribution, and the learning curve where there is one."""
+    """Draw shares by weight, kind and depth, the score distribution and the learning curve."""
     panels = [_shares, kinds_of_weight, depth]
     if summary.has_scores and len(summary.edges):
         panels.append(distribution)
@@ -43,7 +43,7 @@ def overview(summary: Summary) -> Figure:
 
 
 def maps(summary: Summary) -> Figure:
-    """One sheet of maps a kind, with the chosen blocks marked."""
+    """Draw one sheet of maps per kind of weight, with the chosen blocks marked."""
     sheets = {kind: lay_out(summary, tiles) for kind, tiles in summary.sheets.items()}
     heights = [min(6.0, max(1.2, 10 * sheet.values.shape[0] / sheet.values.shape[1])) for sheet in sheets.values()]
     scale = min(1.0, MAX_HEIGHT / sum(heights))
@@ -68,7 +68,7 @@ def _blocks_path(page: Path) -> Path:
 
 
 def _plain(text: str) -> str:
-    """Dollars would be read as mathematics."""
+    """Escape dollar signs, which matplotlib reads as mathematics."""
     return text.replace("$", r"\$")
 
 
@@ -92,7 +92,7 @@ def _name_layers(axis: Axes, summary: Summary) -> None:
 
 
 def kinds_of_weight(axis: Axes, summary: Summary) -> None:
-    """Draw each kind's chosen blocks: how many, their share of all chosen, and of its own."""
+    """Draw each kind's number of chosen blocks, and their share of all chosen and of the kind."""
     names, total = list(summary.chosen_by_kind), sum(summary.chosen_by_kind.values())
     axis.barh(range(len(names)), list(summary.chosen_by_kind.values()))
     for row, (kind, count) in enumerate(summary.chosen_by_kind.items()):
@@ -102,13 +102,13 @@ def kinds_of_weight(axis: Axes, summary: Summary) -> None:
         )
     axis.set_yticks(range(len(names)), [_plain(kind) for kind in names], fontsize=8)
     axis.invert_yaxis()
-    axis.margins(x=0.7)  # for what stands beside the longest bar
+    axis.margins(x=0.7)  # room for the text beside the longest bar
     axis.set_xlabel("blocks")
     axis.set_title("chosen blocks by kind of weight", fontsize=10)
 
 
 def depth(axis: Axes, summary: Summary) -> None:
-    """Draw the chosen blocks by layer, its kinds one on the other."""
+    """Draw the chosen blocks by layer, as stacked bars of kinds of weight."""
     base = np.zeros(len(summary.layers))
     for kind in summary.sheets:
         counts = np.array([chosen for chosen, _ in summary.by_layer(kind)])
@@ -121,7 +121,7 @@ def depth(axis: Axes, summary: Summary) -> None:
 
 
 def distribution(axis: Axes, summary: Summary) -> None:
-    """Draw the blocks by score, and the lowest score that was chosen in each group."""
+    """Draw the number of blocks by score, and each group's lowest chosen score."""
     axis.stairs(summary.all_counts, summary.edges, fill=True, color="#9ecae1", label="all")
     axis.stairs(summary.chosen_counts, summary.edges, fill=True, color=MARK, label="chosen")
     for group, value in summary.cut_offs.items():

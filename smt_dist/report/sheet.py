@@ -1,4 +1,4 @@
-"""A contact sheet: the maps of all weights of one kind side by side, one cell apart."""
+"""Lay out the maps of all weights of one kind side by side, one cell apart."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import numpy as np
 
 from smt_dist.report.summary import Summary, Tile
 
-ASPECT = 2.2  # width to height that a sheet comes near to
+ASPECT = 2.2  # the approximate ratio of a sheet's width to its height
 
 
 @dataclass(frozen=True)
 class Sheet:
-    """What is drawn of one kind.
+    """Hold the cells to draw for one kind of weight.
 
     Attributes:
-        values: shown scores ``[rows, columns]``; NaN between tiles and where there is none.
-        texts: of each cell, for hovering; empty between tiles.
-        marked: (row, column, chosen blocks) of each cell with a chosen block.
-        labels: (row, column, text) of the cell below which a tile's label belongs.
+        values: scores as drawn, ``[rows, columns]``; NaN between tiles and where there is no score.
+        texts: each cell's text on hover; empty between tiles.
+        marked: (row, column, number of chosen blocks) of each cell with a chosen block.
+        labels: (row, column, text) of each tile's label; it is drawn below that position.
     """
 
     values: np.ndarray
@@ -30,7 +30,7 @@ class Sheet:
 
 
 def lay_out(summary: Summary, tiles: list[Tile]) -> Sheet:
-    """Place the tiles of one kind in rows."""
+    """Place the tiles of one kind of weight in rows."""
     height = max(tile.chosen.shape[0] for tile in tiles)
     width = max(tile.chosen.shape[1] for tile in tiles)
     across = min(len(tiles), max(1, round(math.sqrt(ASPECT * len(tiles) * (height + 1) / (width + 1)))))

@@ -1,4 +1,7 @@
-"""The numbers behind a report, without any plotting library: maps of blocks, shares, distribution, curve."""
+"""Compute the numbers of a report without a plotting library.
+
+These are the maps of blocks, the shares, the score distribution and the learning curve.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +18,19 @@ from smt_dist.selection.block_scores import BlockScores
 from smt_dist.sparse.blocks import BlockSelection
 from smt_dist.sparse.layer_names import layer_key
 
-# Cells of all maps together: above it the page would take tens of megabytes, and a browser minutes.
+# Cells of all maps together. With more, the page has tens of megabytes and a browser needs minutes to show it.
 MAX_CELLS = 30_000
 BINS = 60
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One weight's map; several blocks a cell where there are too many.
+    """Hold one weight's map; if there are too many blocks, a cell stands for several.
 
     Attributes:
-        module: its name.
-        label: its numbers, such as ``3`` of ``model.layers.3.self_attn.q_proj``; empty without any.
-        scores: the best score in each cell; NaN where nothing may be chosen, or no scores are known.
+        module: the module's name.
+        label: the numbers in this name, such as ``3`` of ``model.layers.3.self_attn.q_proj``; empty without any.
+        scores: the best score in each cell; NaN if no block of it can be chosen, or the scores aren't known.
         chosen: the number of chosen blocks in each cell.
     """
 
@@ -39,25 +42,25 @@ class Tile:
 
 @dataclass(frozen=True)
 class Summary:
-    """All that is drawn.
+    """Hold the numbers to draw.
 
     Attributes:
-        sheets: kind of module -> the maps of its weights.
-        pooled: blocks down and across that one cell stands for.
-        block_size: of the selection.
+        sheets: kind of weight -> the maps of its weights.
+        pooled: one cell stands for ``pooled x pooled`` blocks.
+        block_size: (rows, cols) of a block in elements.
         has_scores: whether the scores are known.
-        logarithmic: whether scores are shown by their decimal logarithm: all that may be chosen are >= 0.
-        blocks: kind -> its blocks, whether chosen or not.
-        chosen_by_kind: kind -> chosen blocks.
+        logarithmic: whether scores are shown as decimal logarithms; True if all scores that can be chosen are >= 0.
+        blocks: kind -> number of its blocks, chosen or not.
+        chosen_by_kind: kind -> number of chosen blocks.
         layers: names of layers, in the model's order.
-        chosen_by_layer: (layer, kind) -> chosen blocks.
-        blocks_by_layer: (layer, kind) -> blocks.
-        edges: of the distribution's bins, in what is shown.
-        all_counts: blocks in each bin.
-        chosen_counts: chosen blocks in each bin.
-        cut_offs: group -> the lowest chosen score, in what is shown.
+        chosen_by_layer: (layer, kind) -> number of chosen blocks.
+        blocks_by_layer: (layer, kind) -> number of blocks.
+        edges: edges of the distribution's bins, as shown (see ``logarithmic``).
+        all_counts: number of blocks in each bin.
+        chosen_counts: number of chosen blocks in each bin.
+        cut_offs: group -> its lowest chosen score, as shown.
         losses: name of a curve -> its (step, loss) points.
-        facts: for the page's table.
+        facts: rows of the page's table.
     """
 
     sheets: dict[str, list[Tile]]
@@ -79,18 +82,18 @@ class Summary:
 
     @property
     def score_title(self) -> str:
-        """What the colours and the distribution's axis show."""
+        """Return the title of the colour scale and the distribution's axis."""
         return "log10(score)" if self.logarithmic else "score"
 
     def by_layer(self, kind: str) -> list[tuple[int, int]]:
-        """Return (chosen blocks, blocks) of a kind of weight in each of :attr:`layers`."""
+        """Return (chosen blocks, blocks) of a kind of weight for each of :attr:`layers`."""
         return [
             (self.chosen_by_layer.get((layer, kind), 0), self.blocks_by_layer.get((layer, kind), 0))
             for layer in self.layers
         ]
 
     def shown(self, scores: np.ndarray) -> np.ndarray:
-        """Scores as they are shown. Zeros have no logarithm: they go with the smallest that has one."""
+        """Return scores as shown; on a logarithmic scale, zeros become the smallest positive score."""
         if not self.logarithmic:
             return scores
         positive = scores[scores > 0]
@@ -104,7 +107,7 @@ def summarise(
     log_history: Sequence[Mapping[str, Any]],
     facts: Mapping[str, str],
 ) -> Summary:
-    """Work the numbers out; arguments as for :func:`smt_dist.report.write_selection_report`."""
+    """Compute the numbers; arguments as for :func:`smt_dist.report.write_selection_report`."""
     tables = _tables(selection, scores)
     marks = {module: _marks(selection, module, table.shape) for module, table in tables.items()}
     kinds = short_kinds(tables)
@@ -171,7 +174,7 @@ def _with_distribution(
 
 
 def learning_curves(log_history: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """The training and evaluation losses that Trainer logged, where there are any; what isn't finite is left out."""
+    """Return the finite training and evaluation losses of Trainer's log, by name of the curve."""
     curves = {}
     for key, name in (("loss", "training"), ("eval_loss", "evaluation")):
         points = [(float(entry["step"]), float(entry[key])) for entry in log_history if key in entry]
@@ -187,7 +190,10 @@ def layer_number(layer: str) -> str:
 
 
 def short_kinds(modules: Mapping[str, Any]) -> dict[str, str]:
-    """Module -> its kind: ``q_proj``; ``self_attn.q_proj`` where another kind ends the same; experts together."""
+    """Return module -> its kind of weight, such as ``q_proj``; all experts have one kind.
+
+    If two kinds end with the same name, they keep the longer name, such as ``self_attn.q_proj``.
+    """
     kinds = {module: _kind(module) for module in modules}
     leaves: dict[str, set[str]] = {}
     for kind in kinds.values():
@@ -197,7 +203,10 @@ def short_kinds(modules: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _kind(module: str) -> str:
-    """``self_attn.q_proj`` of ``model.layers.3.self_attn.q_proj``; further numbers become ``*``."""
+    """Return a module's name inside its layer, with ``*`` for numbers.
+
+    Example: ``self_attn.q_proj`` of ``model.layers.3.self_attn.q_proj``.
+    """
     inside = module.removeprefix(layer_key(module)).lstrip(".")
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", inside or module)
 
@@ -207,7 +216,7 @@ def _numbers(module: str) -> str:
 
 
 def _tables(selection: BlockSelection, scores: BlockScores | None) -> dict[str, np.ndarray]:
-    """Scores by module; NaN where nothing may be chosen; all NaN where no scores are known."""
+    """Return module -> scores; NaN where a block can't be chosen, or the scores aren't known."""
     if scores is not None:
         tables = {module: table.numpy() for module, table in scores.tables.items()}
         return {module: np.where(np.isfinite(table), table, np.nan) for module, table in tables.items()}
@@ -228,7 +237,7 @@ def _marks(selection: BlockSelection, module: str, shape: tuple[int, ...]) -> np
 
 
 def _pooling(shapes: list[tuple[int, ...]]) -> int:
-    """The least number of blocks down and across for one cell that keeps all maps within :data:`MAX_CELLS`."""
+    """Return the smallest cell side, in blocks, that keeps all maps within :data:`MAX_CELLS`."""
     largest = max(max(shape) for shape in shapes)
     for pooled in range(1, largest + 1):
         if sum(math.ceil(rows / pooled) * math.ceil(cols / pooled) for rows, cols in shapes) <= MAX_CELLS:
@@ -237,7 +246,7 @@ def _pooling(shapes: list[tuple[int, ...]]) -> int:
 
 
 def _pool(table: np.ndarray, size: int, combine: np.ufunc) -> np.ndarray:
-    """Combine ``size x size`` cells into one; the last ones may be smaller."""
+    """Combine every ``size x size`` cells into one; those at the edges may be smaller."""
     if size == 1:
         return table
     by_row = combine.reduceat(table, np.arange(0, table.shape[0], size), axis=0)

@@ -1,1 +1,1 @@
-"""Selection: batches become scores of blocks, scores become the blocks to train."""
+"""Score a model's blocks on batches and select the blocks to train."""

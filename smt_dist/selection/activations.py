@@ -1,4 +1,4 @@
-"""Statistics of the layers' inputs, from forwards alone: no backward runs and no gradient exists."""
+"""Compute statistics of the layers' inputs from forward passes only, without a backward."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def collect_input_rms(
     progress: bool = False,
     observe: Observer | None = None,
 ) -> tuple[dict[str, torch.Tensor], int]:
-    """The root mean square of each input column of each module, over all real tokens of all ranks.
+    """Return the root mean square of each module's input columns over all ranks' real tokens.
 
-    Padding doesn't count: its number depends on how rows are dealt out to ranks. Dropout is off.
+    Padding is left out, because its amount depends on how rows are distributed to ranks. Dropout is off.
 
     Args:
         model: as for :func:`smt_dist.collect_scores`.
@@ -38,14 +38,16 @@ def collect_input_rms(
         batches: as for :func:`smt_dist.collect_scores`.
         steps: the most global steps to run.
         progress: show a progress bar on rank 0.
-        observe: looks on from the beginning; there is no accumulator to see.
+        observe: called before the first step and after each one, with None as the accumulator.
 
     Returns:
-        Module -> fp64 ``[in]`` on the CPU, equal on all ranks; zeros where no token came by. And the steps run.
+        Module -> fp64 ``[in]`` on the CPU, equal on all ranks, zeros for a module that no token reached; and the
+        number of steps run.
 
     Raises:
-        SMTError: a module is an embedding, whose input are ids; a module sees tokens in another order than the
-            batch's (routed experts) while there is padding; an input isn't finite; or what is wrong with the batches.
+        SMTError: a module is an embedding, whose inputs are ids; a module gets tokens in another order than the
+            batch's (routed experts) while there is padding; an input isn't finite; or a batch that
+            :func:`smt_dist.collect_scores` refuses too.
     """
     modules = list(modules)
     lookups = [name for name in modules if is_embedding(model.get_submodule(name))]
@@ -64,7 +66,7 @@ def collect_input_rms(
             for batch in step[0]:
                 sums.real_tokens = real_tokens(batch).to(sums.device)
                 model(**{name: value.to(sums.device) for name, value in batch.items()})
-            reason = "sees tokens in an order of its own, so padding can't be told apart; use a gradient score"
+            reason = "gets tokens in another order than the batch, so padding can't be left out; use a gradient score"
             refuse_module(sums.unmatched, names, f"warm-up step {done + 1}: {{}} {reason}")
             done += 1
             bar.update()
@@ -75,20 +77,23 @@ def collect_input_rms(
 
 
 def block_rms(columns: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """``activation``: the root mean square of a block's input columns, the same for all blocks of a block column.
+    """Return the ``activation`` score: the root mean square of each block's input columns.
 
     Args:
-        columns: root mean squares ``[in]`` of the columns.
-        grid: of the weight ``[out, in]``: columns of the input choose columns of the weight.
+        columns: root mean squares ``[in]`` of the input columns.
+        grid: of the weight ``[out, in]``; column j of the input meets column j of the weight.
+
+    Returns:
+        Scores ``[block rows, block columns]``, equal within a block column.
     """
     by_column = columns.square().reshape(grid.shape[1], grid.block_cols).mean(-1).sqrt()
     return by_column.expand(grid.shape).contiguous()
 
 
 def real_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """``[batch, length]``: False where there is padding.
+    """Return a boolean mask ``[batch, length]`` that is False at padding.
 
-    Packed rows have no mask; their padding is one more segment at the end, the only one without any label.
+    Packed rows have no attention mask; their padding is one more segment at the end, the only one without a label.
     """
     if "attention_mask" in batch:
         return batch["attention_mask"].bool()
@@ -101,11 +106,11 @@ def real_tokens(batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
 
 
 class _InputSums:
-    """Sums of squares of each module's input columns, as views of one flat fp64 tensor.
+    """Hold the sums of squares of each module's input columns, as views of one flat fp64 tensor.
 
     Attributes:
-        real_tokens: of the batch that runs, ``[batch, length]``.
-        unmatched: the first module whose tokens couldn't be matched with it.
+        real_tokens: mask of the current batch, ``[batch, length]``.
+        unmatched: the first module whose tokens couldn't be matched with this mask.
     """
 
     def __init__(self, model: nn.Module, modules: list[str]) -> None:
@@ -120,7 +125,7 @@ class _InputSums:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Count every forward of the modules inside the context."""
+        """Add every forward of the modules inside the context to the sums."""
 
         def hook_for(index: int, name: str) -> Any:
             return lambda _module, args: self._count(index, name, args[0].detach())
@@ -136,7 +141,11 @@ class _InputSums:
                 handle.remove()
 
     def root_mean_squares(self) -> dict[str, torch.Tensor]:
-        """Over all ranks; collective. Raises SMTError where an input wasn't finite."""
+        """Return module -> root mean squares ``[in]`` over all ranks; collective.
+
+        Raises:
+            SMTError: an input wasn't finite.
+        """
         all_reduce_sum(self._flat)
         result = {}
         for (name, sums), tokens in zip(self._sums.items(), self._tokens.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""``BlockScores``: one fp64 table a module, with what a ranking needs to know beside them; in memory and on disk."""
+"""Define ``BlockScores``, one fp64 table per module, and save and load it."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ SCORES_FILE = "smt_scores.safetensors"
 
 
 def scores_path(selection_file: str | Path) -> Path:
-    """Where the scores of a selection file lie: beside it."""
+    """Return the path of a selection file's scores, in the same folder."""
     path = Path(selection_file)
     return path.with_name(f"{path.stem}_scores.safetensors")
 
 
 def save_scores(scores: BlockScores, path: Path) -> None:
-    """Write scores; equal scores are equal files. Call it on one rank."""
+    """Write scores to a file, from one rank only. Equal scores give equal files."""
     about = {
         "block_size": scores.block_size,
         "modules": list(scores.tables),  # safetensors keeps no order
@@ -34,15 +34,15 @@ def save_scores(scores: BlockScores, path: Path) -> None:
         "steps": scores.steps,
     }
     tables = {name: table.contiguous() for name, table in scores.tables.items()}
-    # One key only: safetensors orders several at random.
+    # One key only: safetensors writes several in random order.
     replace_file(path, lambda beside: save_file(tables, beside, {"scores": json.dumps(about)}))
 
 
 def load_scores(path: str | Path) -> BlockScores:
-    """Read scores.
+    """Load scores from a file.
 
     Raises:
-        SMTError: the file is missing, damaged or no file of scores; names it.
+        SMTError: the file is missing, damaged or not a file of scores; names it.
     """
     tables, metadata = read_tensors(Path(path))
     about = parse_json_object(metadata.get("scores", ""), f"{path}: scores")
@@ -61,7 +61,7 @@ def load_scores(path: str | Path) -> BlockScores:
 
 
 def belongs_to(scores: BlockScores, selection: BlockSelection) -> bool:
-    """Whether a selection may have been made of these scores: the same blocks of the same weights."""
+    """Return whether the scores cover the selection's modules, with equal shapes and block size."""
     return scores.block_size == selection.block_size and all(
         module in scores.tables and selection.shapes.get(module, shape) == shape
         for module, shape in ((name, scores.shapes.get(name, (0, 0))) for name in selection.blocks)
@@ -70,14 +70,14 @@ def belongs_to(scores: BlockScores, selection: BlockSelection) -> bool:
 
 @dataclass(frozen=True)
 class BlockScores:
-    """One number for each block of each target; the same on every rank.
+    """Hold one score for each block of each target; equal on every rank.
 
     Attributes:
         block_size: (rows, cols) in elements.
         tables: module name -> fp64 CPU tensor ``[block rows, block columns]``, in the model's order.
         shapes: module name -> weight shape (out, in).
         groups: config group name -> its module names.
-        parameters_2d: elements of all 2-D parameters of the model, which fractions refer to.
+        parameters_2d: elements of all 2-D parameters of the model; a group's ``fraction`` is a share of them.
         score: the score's name in the config.
         steps: global steps that were scored.
     """

@@ -1,16 +1,16 @@
-"""Score functions of the user's own, named by dotted name in the config.
+"""Load and call the user's score functions, given by dotted name in the config.
 
-A function scores one module at a time. It takes by name any of
+A function scores one module at a time. It takes any of these arguments, by name:
 
     module      the module's name
     grid        its BlockGrid: shape, block_rows, block_cols, ...
-    weight      its weight [out, in], in the base's dtype, whole; only to be read
+    weight      its whole weight [out, in], in the base's dtype; read only
     gradient    G, the gradient summed over the warm-up, fp32 [out, in], whole
     input_rms   the root mean square of each input column over all real tokens, fp64 [in]
 
-and returns one finite number a block: a tensor (or nested lists, or an array) of ``grid.shape``, the higher the better.
-What it doesn't take isn't computed: without ``gradient`` no backward runs, without ``gradient`` and ``input_rms`` no
-batch is read. Every rank calls it, with equal arguments; rank 0's result counts.
+It returns one finite number per block: a tensor (or nested lists, or an array) of ``grid.shape``; higher is better.
+Arguments that it doesn't take aren't computed: without ``gradient`` no backward runs, without ``gradient`` and
+``input_rms`` no batch is read. Every rank calls it, with equal arguments; rank 0's result is used.
 
     def spread(weight, grid):
         blocks = weight.float().unflatten(0, (-1, grid.block_rows)).unflatten(2, (-1, grid.block_cols))
@@ -37,12 +37,12 @@ ARGUMENTS = ("module", "grid", "weight", "gradient", "input_rms")
 
 
 class ScoreFunction(NamedTuple):
-    """A function of the user's.
+    """Describe a user's score function.
 
     Attributes:
         name: its dotted name.
-        function: itself.
-        takes: those of :data:`ARGUMENTS` that it takes.
+        function: the callable.
+        takes: which of :data:`ARGUMENTS` it takes.
     """
 
     name: str
@@ -51,15 +51,15 @@ class ScoreFunction(NamedTuple):
 
     @property
     def needs_batches(self) -> bool:
-        """Whether it takes anything that comes from data."""
+        """Return whether the function takes an argument that is computed from batches."""
         return bool(self.takes & {"gradient", "input_rms"})
 
 
 def load_score_function(name: str) -> ScoreFunction:
-    """Import the function that a dotted name means.
+    """Import a score function by its dotted name.
 
     Raises:
-        SMTError: it can't be imported, is no function, or wants an argument that isn't one of :data:`ARGUMENTS`.
+        SMTError: it can't be imported, isn't a function, or requires an argument that isn't one of :data:`ARGUMENTS`.
     """
     module, _, attribute = name.rpartition(".")
     try:
@@ -67,16 +67,16 @@ def load_score_function(name: str) -> ScoreFunction:
     except (ImportError, AttributeError) as error:
         raise SMTError(f"smt config selection.score: {name} can't be imported ({first_line(error)})") from None
     if not callable(function):
-        raise SMTError(f"smt config selection.score: {name} is no function")
+        raise SMTError(f"smt config selection.score: {name} is not a function")
     try:
         parameters = inspect.signature(function).parameters.values()
     except (ValueError, TypeError):  # a builtin
-        raise SMTError(f"smt config selection.score: {name} doesn't say which arguments it takes") from None
+        raise SMTError(f"smt config selection.score: {name} has no readable signature; wrap it in a function") from None
     named = {p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     required = {p.name for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
     if unknown := sorted(required - set(ARGUMENTS)):
         raise SMTError(
-            f"smt config selection.score: {name} wants an argument {unknown[0]!r}; there are {', '.join(ARGUMENTS)}"
+            f"smt config selection.score: {name} requires an argument {unknown[0]!r}; use only {', '.join(ARGUMENTS)}"
         )
     return ScoreFunction(name, function, frozenset(named & set(ARGUMENTS)))
 
@@ -88,20 +88,20 @@ def custom_tables(
     gradients: GradientAccumulator | None,
     input_rms: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Call the function for each module; collective.
+    """Call the score function for each module; collective.
 
     Args:
         score: the function.
         grids: of the modules, in the model's order.
-        weights: read where the function takes ``weight``.
-        gradients: after the warm-up, where it takes ``gradient``.
-        input_rms: of each module, where it takes ``input_rms``.
+        weights: used if the function takes ``weight``.
+        gradients: the accumulator after the warm-up, if the function takes ``gradient``.
+        input_rms: of each module, if the function takes ``input_rms``.
 
     Returns:
         Module -> fp64 CPU scores ``[block rows, block columns]``, equal on all ranks.
 
     Raises:
-        SMTError: a result of the wrong shape, or not finite; names function and module.
+        SMTError: a result has the wrong shape or isn't finite; names function and module.
     """
     tables = {}
     for module, grid in grids.items():
@@ -123,9 +123,9 @@ def _checked(result: Any, score: ScoreFunction, module: str, grid: BlockGrid) ->
     try:
         table = torch.as_tensor(result).detach().to("cpu", torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise SMTError(f"{where}: the result is no tensor ({first_line(error)})") from None
+        raise SMTError(f"{where}: the result is not a tensor ({first_line(error)})") from None
     if tuple(table.shape) != grid.shape:
-        raise SMTError(f"{where}: the result has shape {tuple(table.shape)}, expected {grid.shape}, a number a block")
+        raise SMTError(f"{where}: the result has shape {tuple(table.shape)}, expected {grid.shape}, one per block")
     if not table.isfinite().all():
         block = tuple((~table.isfinite()).nonzero()[0].tolist())
         raise SMTError(f"{where}: the score of block {block} is not finite ({table[block].item()})")

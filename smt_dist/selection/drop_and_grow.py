@@ -1,4 +1,4 @@
-"""Which blocks a re-selection drops and which grow: scores and magnitudes -> ``BlockSelection``."""
+"""Choose which blocks a re-selection drops and grows, by scores and magnitudes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,22 @@ def drop_and_grow(
 ) -> BlockSelection:
     """Drop each budget's weakest blocks and grow as many new ones.
 
-    Budgets, strategy and bounds hold as in a selection. Of equally weak blocks the last in (module order, row, col)
-    goes first. A dropped block can't grow at once, one that was frozen earlier can. Blocks of modules that aren't
-    targets stay.
+    Budgets, strategy and bounds apply as in a selection. Of equally weak blocks the last in (module order, row, col)
+    is dropped first. A block that is dropped here isn't grown here; a block that was frozen earlier can be. Blocks of
+    modules that aren't targets are kept.
 
     Args:
         scores: of all targets.
-        active: the blocks that are trained.
+        active: the blocks that are trained now.
         magnitudes: mean \\|delta\\| of each of them; the smallest are the weakest.
-        config: budgets (where they contradict ``active``, its numbers hold), strategy and bounds.
-        fraction: of each budget's trained blocks, rounded down.
+        config: gives groups, strategy and bounds; a budget's size is its number of blocks in ``active``.
+        fraction: share of each budget's active blocks to drop, rounded down.
+
+    Returns:
+        The new selection, with as many blocks as ``active``.
+
+    Raises:
+        SMTError: no active block lies in a target, or the bounds can't be kept.
     """
     tables = {module: table.clone() for module, table in scores.tables.items()}
     others = {module: blocks for module, blocks in active.blocks.items() if module not in tables}
@@ -61,7 +67,7 @@ def drop_and_grow(
 def _weakest(
     ranked: list[tuple[str, Block]], count: int, pool: Pool, scores: BlockScores, bounds: SelectionConfig
 ) -> set[tuple[str, Block]]:
-    """The last ``count`` blocks of ``ranked`` without which there are still blocks enough for budget and bounds."""
+    """Return up to ``count`` of the last ranked blocks that budget and bounds can do without."""
     by_weight = bounds.strategy != "no_restriction" or bounds.bounds_per == "weight"
     place = {module: module if by_weight else layer_key(module) for module in pool.modules}
     left: Counter[str] = Counter()
@@ -79,7 +85,7 @@ def _weakest(
     dropped: set[tuple[str, Block]] = set()
     for module, block in reversed(ranked):
         where = place[module]
-        needed = left[where] <= most  # one less here is one less in all
+        needed = left[where] <= most  # then dropping this block leaves one block less to choose from
         if len(dropped) < count and left[where] > least[where] and (not needed or room > pool.blocks):
             dropped.add((module, block))
             left[where] -= 1
@@ -88,6 +94,6 @@ def _weakest(
 
 
 def _pools(scores: BlockScores, config: SMTConfig) -> list[Pool]:
-    """The budgets' modules; their numbers are the trained blocks', which a selection by hand may have chosen."""
+    """Return the budgets with their modules; the caller sets their sizes from the active blocks."""
     groups = [group.model_copy(update={"blocks": 1, "fraction": None}) for group in config.groups]
     return budget_pools(scores, config.model_copy(update={"groups": groups}))

@@ -1,6 +1,7 @@
-"""The authors' warm-up, for reproduction: real full fine-tuning whose gradients are scored as they pass.
+"""Score blocks while fully fine-tuning the model, as the authors' warm-up does.
 
-Its peak memory is full fine-tuning's, and it moves the base: the blocks then belong to the moved base.
+It is for reproduction: its peak memory is that of full fine-tuning, and it changes the base weights, so the selected
+blocks belong to the changed base.
 """
 
 from __future__ import annotations
@@ -33,14 +34,17 @@ def collect_scores_full_ft(
     """Fully fine-tune ``model`` for ``config.warmup.steps`` steps and score the gradients.
 
     Args:
-        model: moved in place; all its weights end frozen or not as :func:`apply_selection` wants.
+        model: trained in place; all its parameters are made trainable.
         batches: as for :func:`collect_scores`.
         config: its score and targets.
         engine: trains the full model.
         learning_rate: of AdamW, constant.
-        accumulation: micro-batches a global step.
+        accumulation: micro-batches per global step.
         progress: show a progress bar on rank 0.
-        observe: looks on from the beginning.
+        observe: called before the first step and after each one.
+
+    Returns:
+        Scores of all targets, equal on all ranks.
 
     Raises:
         SMTError: as :func:`collect_scores`.
@@ -58,7 +62,10 @@ def collect_scores_full_ft(
 
 
 def _summed(tuning: Tuning) -> Tuning:
-    """Engines average gradients over ranks; the loss's gradient is their sum. The scores are scaled back."""
+    """Scale the loss by the world size, so that the engine's mean over ranks becomes a sum.
+
+    The caller divides the scores by the world size.
+    """
 
     def backward(loss: torch.Tensor) -> None:
         tuning.backward(loss * get_world_size())

@@ -1,4 +1,4 @@
-"""Gradients handed out layer by layer in an order that all ranks share."""
+"""Order gradients by layer, so that all ranks reduce them in the same order."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from smt_dist.sparse.layer_names import layer_key
 
 
 class LayerQueue:
-    """Holds one layer's gradients and hands them out in an order that all ranks share.
+    """Hold one layer's gradients and yield them in an order that is the same on all ranks.
 
-    A rank whose tokens reach no expert of a layer gets no gradient there; were gradients reduced as they come,
-    its collectives would pair with others' and the job would hang or mix up modules. So layers are handed out
-    from last to first, whole, with None for what this rank didn't get.
+    A rank whose tokens reach no expert of a layer gets no gradient there. If gradients were reduced as they arrive,
+    this rank's collectives would pair with others of another module, and the job would hang or mix up modules. So
+    whole layers are yielded from last to first, with None for a gradient that this rank didn't get.
     """
 
     def __init__(self, modules: list[str]) -> None:
@@ -30,18 +30,18 @@ class LayerQueue:
         self._pending: dict[str, torch.Tensor] = {}
 
     def move_to(self, module: str) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Yield the layers above ``module``'s, which this backward has left."""
+        """Yield the layers above ``module``'s layer, which the backward has finished."""
         while self._current > self._layer_of[module]:
             yield from self._next_layer()
 
     def put(self, module: str, gradient: torch.Tensor) -> None:
-        """Keep a gradient until its layer is handed out."""
+        """Keep a gradient until its layer is yielded."""
         if module in self._pending:
             gradient = self._pending[module] + gradient
         self._pending[module] = gradient
 
     def drain(self) -> Iterator[tuple[str, torch.Tensor | None]]:
-        """Yield all layers that are left. Repeats while any rank holds a gradient that came out of order."""
+        """Yield all remaining layers; repeat while any rank holds a gradient that came late."""
         while True:
             while self._current >= 0:
                 yield from self._next_layer()

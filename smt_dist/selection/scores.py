@@ -1,9 +1,9 @@
-"""Scores of blocks, and the accumulators that compute them without ever holding the model's gradient.
+"""Compute scores of blocks in accumulators that never hold the whole model's gradient.
 
 Notation: ``g`` is one backward's gradient of a weight ``W [out, in]``, that is ``grad_y^T @ x`` with
 ``grad_y [tokens, out]`` and ``x [tokens, in]``; ``G`` is the sum of ``g`` over ranks, micro-batches and steps.
 An embedding's weight is ``[vocabulary, hidden]`` and its ``x`` are token ids: ``g`` adds each token's ``grad_y`` to the
-row of its id. Ids of -1 (the padding index) count for nothing, as in PyTorch.
+row of its id. Ids of -1 (the padding index) add nothing, as in PyTorch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WeightReader = Callable[[str], AbstractContextManager[torch.Tensor]]
 
 
 class ScoreAccumulator(Protocol):
-    """Turns (input, output gradient) pairs of the target modules into one score a block.
+    """Turn (input, output gradient) pairs of the target modules into one score per block.
 
     The warm-up calls ``keep`` in the forward of a target, ``add`` in its backward, ``end_micro_batch`` after
     each backward, ``end_step`` after each global step and ``tables`` once. On more than one rank
@@ -39,34 +39,39 @@ class ScoreAccumulator(Protocol):
     """
 
     def keep(self, module: str, x: torch.Tensor) -> torch.Tensor:
-        """What the backward will need of the input: ``[tokens, in]``, or an embedding's ids ``[tokens]``."""
+        """Return what the backward needs of the input.
+
+        Args:
+            module: its name.
+            x: ``[tokens, in]``, or an embedding's ids ``[tokens]``.
+        """
 
     def add(self, module: str, grad_y: torch.Tensor, kept: torch.Tensor) -> None:
-        """Count one backward's output gradient ``[tokens, out]``."""
+        """Add one backward's output gradient ``[tokens, out]``."""
 
     def end_micro_batch(self) -> None:
-        """All gradients of this micro-batch have been added."""
+        """Finish a micro-batch, all of whose gradients have been added."""
 
     def end_step(self) -> None:
-        """All micro-batches of this global step have been added."""
+        """Finish a global step, all of whose micro-batches have been added."""
 
     def non_finite_module(self) -> str | None:
-        """The first module whose gradient was NaN or infinite on this rank."""
+        """Return the first module whose gradient was NaN or infinite on this rank."""
 
     def tables(self) -> dict[str, torch.Tensor]:
-        """Module -> fp64 CPU scores ``[block rows, block columns]``, equal on all ranks."""
+        """Return module -> fp64 CPU scores ``[block rows, block columns]``, equal on all ranks."""
 
 
 def make_accumulator(
     score: str, grids: Mapping[str, BlockGrid], device: torch.device, weights: WeightReader | None = None
 ) -> ScoreAccumulator:
-    """The accumulator for a gradient score's name (see :class:`smt_dist.config.SelectionConfig`).
+    """Make the accumulator for a gradient score.
 
     Args:
-        score: its name.
+        score: its name, see :class:`smt_dist.config.SelectionConfig`.
         grids: of the modules to score, in the model's order.
         device: of the accumulated values.
-        weights: for ``grad_x_weight``.
+        weights: needed for ``grad_x_weight`` only.
     """
     name = score.removesuffix("_per_step")
     per_step = score != name
@@ -79,13 +84,13 @@ def make_accumulator(
 
 
 class BlockMeanAccumulator:
-    """``mean_abs``: the absolute value of the mean of G over the block.
+    """Compute ``mean_abs``, the absolute value of the mean of G over the block.
 
-    The mean is linear, so it streams: the sum of a block of ``grad_y^T @ x`` is the product of the row sums of
-    grad_y and the column sums of x. No weight gradient is ever computed, and of the input only
-    ``[tokens, block columns]`` is kept.
+    The mean is linear, so it can be streamed: the sum of a block of ``grad_y^T @ x`` is the product of the row sums
+    of grad_y and the column sums of x. No weight gradient is computed, and of the input only
+    ``[tokens, block columns]`` is kept. With ``per_step`` the score is the mean over steps of each step's score.
 
-    State: 8 bytes a block. With ``per_step``, the mean over steps of each step's score.
+    State: 8 bytes per block, 16 with ``per_step``.
     """
 
     def __init__(self, grids: Mapping[str, BlockGrid], device: torch.device, per_step: bool) -> None:
@@ -115,7 +120,7 @@ class BlockMeanAccumulator:
         self._sums[module].add_(sums)
 
     def end_micro_batch(self) -> None:
-        """Nothing to do: block sums need no communication before the end of the step."""
+        """Do nothing: block sums need no communication before the end of the step."""
 
     def end_step(self) -> None:
         self._step_count += 1
@@ -137,13 +142,13 @@ class BlockMeanAccumulator:
 
 
 class ElementwiseAccumulator:
-    """``abs_mean``, ``l1`` and ``l2``: they need G element by element, which is sharded over ranks by rows.
+    """Compute ``abs_mean``, ``l1`` or ``l2``, which need G element by element, sharded by rows.
 
-    Each layer's gradient is reduce-scattered in fp32 as it appears and dropped; each rank adds its rows to its
-    shard. Rows needn't end on block edges: ranks sum what they hold of each block, then share the block table.
+    Each layer's gradient is reduce-scattered in fp32 as soon as it is complete, and each rank adds its rows to its
+    shard. Shards needn't end on block edges: each rank sums its part of each block, then the block table is
+    all-reduced.
 
-    State a rank: 4 bytes x (elements of the targets) / world size; with ``per_step`` only within a step of more
-    than one micro-batch.
+    State per rank: 4 bytes x (elements of the targets) / world size; with ``per_step`` only until the end of a step.
     """
 
     def __init__(self, score: str, grids: Mapping[str, BlockGrid], device: torch.device, per_step: bool) -> None:
@@ -203,7 +208,7 @@ class ElementwiseAccumulator:
         return {name: result[name] / (grid.block_elements if is_mean else 1) for name, grid in self._grids.items()}
 
     def _reduce(self, module: str, gradient: torch.Tensor | None) -> None:
-        """Sum a gradient over ranks, keep this rank's rows. None: this rank saw none, which counts as zero."""
+        """Reduce-scatter a gradient and add this rank's rows to its shard; None counts as zero."""
         grid, world_size = self._grids[module], get_world_size()
         rows = -(-grid.rows // world_size)
         padded = torch.zeros(rows * world_size, grid.cols, device=self._sums.flat.device)
@@ -230,7 +235,7 @@ class ElementwiseAccumulator:
             tables[module].index_add_(0, block_row, by_row)
 
     def _values(self, module: str, own: torch.Tensor, first: int) -> torch.Tensor:  # noqa: ARG002
-        """What is summed over a block, of this rank's rows of G from row ``first`` on."""
+        """Return the elements to sum over a block, for this rank's rows of G from row ``first`` on."""
         return own.square() if self._score == "l2" else own.abs()
 
     def _finish_score(self, sums: torch.Tensor) -> None:
@@ -239,10 +244,10 @@ class ElementwiseAccumulator:
 
 
 class SaliencyAccumulator(ElementwiseAccumulator):
-    """``grad_x_weight``: the mean of ``|G * weight|`` over the block, how far the loss moves, to first order, if an
-    element is set to zero (Molchanov et al., arXiv 1906.10771).
+    """Compute ``grad_x_weight``, the mean of ``|G * weight|`` over the block.
 
-    Weights are read at the end, one at a time; memory as for ``abs_mean``, and one whole weight.
+    ``|G * weight|`` is, to first order, the change of the loss if the element is set to zero (Molchanov et al.,
+    arXiv 1906.10771). Weights are read at the end, one at a time: memory is that of ``abs_mean`` and one whole weight.
     """
 
     def __init__(self, grids: Mapping[str, BlockGrid], device: torch.device, weights: WeightReader) -> None:
@@ -255,13 +260,13 @@ class SaliencyAccumulator(ElementwiseAccumulator):
 
 
 class GradientAccumulator(ElementwiseAccumulator):
-    """G itself, for scores that are computed elsewhere: sharded while it adds up, whole one module at a time."""
+    """Accumulate G in shards and return it whole for one module at a time, for custom scores."""
 
     def __init__(self, grids: Mapping[str, BlockGrid], device: torch.device) -> None:
         super().__init__("l1", grids, device, per_step=False)
 
     def gradient(self, module: str) -> torch.Tensor:
-        """G of a module, fp32 ``[out, in]``, whole on every rank; collective."""
+        """Return a module's whole G, fp32 ``[out, in]``, on every rank; collective."""
         grid, shard = self._grids[module], self._shards.get(module)
         if shard is None:  # on one process: no batch reached this module
             return torch.zeros(grid.rows, grid.cols, device=self._sums.flat.device)
@@ -273,13 +278,13 @@ class GradientAccumulator(ElementwiseAccumulator):
 
 
 def _add_rows(values: torch.Tensor, rows: torch.Tensor, count: int) -> torch.Tensor:
-    """``[count, columns]``: each of ``values [tokens, columns]`` added to the row that ``rows`` names; -1: to none."""
-    # One row more, for those that belong to none: picking the others out would wait for the device to count them.
+    """Sum ``values [tokens, columns]`` by row index into ``[count, columns]``; -1 is left out."""
+    # The extra row takes the values of -1: a boolean mask would make the host wait for the device.
     return values.new_zeros(count + 1, values.shape[1]).index_add_(0, rows.where(rows >= 0, count), values)[:count]
 
 
 class _Tables:
-    """A block table for each module, as views of one flat fp64 tensor, so that one all-reduce serves all."""
+    """Hold each module's block table as a view of one flat fp64 tensor, for a single all-reduce."""
 
     def __init__(self, grids: Mapping[str, BlockGrid], device: torch.device | str) -> None:
         self._grids = grids

@@ -1,4 +1,4 @@
-"""Hooks on the targets' outputs: an identity whose backward gives (input, output gradient) to the accumulator."""
+"""Hook the targets' outputs to pass inputs and output gradients to the accumulator."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from smt_dist.sparse.targets import is_embedding
 @contextmanager
 def scoring_hooks(model: nn.Module, accumulator: ScoreAccumulator, modules: Iterable[str]) -> Iterator[None]:
     """Feed ``accumulator`` from each forward and backward of ``modules`` inside the context."""
-    # Makes every scored output require a gradient, so that frozen layers below the lowest target cost nothing
-    # and no hook on the embedding is needed.
+    # The anchor makes every scored output require a gradient, so no backward runs below the lowest target and no hook
+    # on the embedding is needed.
     anchor = torch.zeros((), requires_grad=True)
 
     def hook_for(name: str):
@@ -37,7 +37,7 @@ def scoring_hooks(model: nn.Module, accumulator: ScoreAccumulator, modules: Iter
 
 
 def _flat_input(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """``[tokens, in]``; of an embedding the ids ``[tokens]``, with -1 for those that it takes no gradient for."""
+    """Return the input as ``[tokens, in]``, or an embedding's ids ``[tokens]``, -1 at padding."""
     if not is_embedding(module):
         return x.reshape(-1, x.shape[-1])
     ids = x.reshape(-1)
@@ -45,7 +45,7 @@ def _flat_input(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
 
 
 class _ScoreGradient(torch.autograd.Function):
-    """Pass a target's output through; the backward gives its gradient to the accumulator."""
+    """Return a target's output unchanged; the backward adds its gradient to the accumulator."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""Ranking scores under budgets: ``BlockScores`` -> ``BlockSelection``, the same on every rank."""
+"""Rank blocks by score and select them within budgets, equally on every rank."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ Candidate = tuple[str, Block]
 
 
 class Pool(NamedTuple):
-    """What one budget is spent on.
+    """Describe one budget: the modules it covers and its number of blocks.
 
     Attributes:
-        name: of the config's group, or groups; for messages.
+        name: name of the config's group, or of all groups; used in messages.
         modules: in the model's order.
-        blocks: the budget.
+        blocks: the number of blocks to choose.
     """
 
     name: str
@@ -37,19 +37,22 @@ class Pool(NamedTuple):
 
 
 def select_blocks(scores: BlockScores, config: SMTConfig) -> BlockSelection:
-    """Choose each budget's blocks: the best that its strategy and bounds allow.
+    """Choose the best blocks that each budget, its strategy and its bounds allow.
 
-    Ties break by (module order, row, col), so that equal scores give equal files on any world size and engine.
+    Ties break by (module order, row, col), so that equal scores give equal files for any world size and engine.
     With a process group, the ranks compare a hash of the result. A block whose score is minus infinity is never chosen.
 
     Args:
         scores: of all groups' modules.
-        config: its budgets, strategy and bounds.
+        config: gives budgets, strategy and bounds.
+
+    Returns:
+        The selection, equal on all ranks.
 
     Raises:
         SMTError: a budget is smaller than one block or larger than its targets, or floor, ceiling or strategy can't be
             kept within it; names the group.
-        RuntimeError: the ranks disagree.
+        RuntimeError: the ranks' selections differ.
     """
     selection = choose_blocks(scores, config)
     assert_same_on_all_ranks(selection.to_json().encode(), "the block selection")
@@ -57,7 +60,13 @@ def select_blocks(scores: BlockScores, config: SMTConfig) -> BlockSelection:
 
 
 def choose_blocks(scores: BlockScores, config: SMTConfig, pools: list[Pool] | None = None) -> BlockSelection:
-    """:func:`select_blocks` for one rank alone: nothing is compared. ``pools`` instead of the config's budgets."""
+    """Choose blocks as :func:`select_blocks` does, without comparing ranks.
+
+    Args:
+        scores: as for :func:`select_blocks`.
+        config: as for :func:`select_blocks`.
+        pools: used instead of the config's budgets.
+    """
     chosen: dict[str, list[Block]] = {}
     for pool in budget_pools(scores, config) if pools is None else pools:
         if config.selection.strategy == "norm_dist":
@@ -70,7 +79,7 @@ def choose_blocks(scores: BlockScores, config: SMTConfig, pools: list[Pool] | No
             picks = best_within_bounds(_ranked(scores, pool.modules), pool, config.selection)
         for module, block in picks:
             chosen.setdefault(module, []).append(block)
-    # The model's order, so that the file doesn't depend on which block came first.
+    # The model's order, so that the file doesn't depend on the order of choice.
     order = [module for module in scores.tables if module in chosen]
     group_of = {module: group for group, modules in scores.groups.items() for module in modules}
     return BlockSelection(
@@ -82,7 +91,11 @@ def choose_blocks(scores: BlockScores, config: SMTConfig, pools: list[Pool] | No
 
 
 def budget_pools(scores: BlockScores, config: SMTConfig) -> list[Pool]:
-    """What is spent on what: a pool for each group, or one for all. Raises SMTError as :func:`select_blocks`."""
+    """Return one pool per group, or one for all groups if ``selection.budget`` is ``joint``.
+
+    Raises:
+        SMTError: a budget is smaller than one block or larger than its targets; names the group.
+    """
     elements = scores.block_size[0] * scores.block_size[1]
     pools = [
         Pool(group.name, scores.groups[group.name], group.budget(scores.parameters_2d, elements))
@@ -114,7 +127,7 @@ def _refuse_too_large(pool: Pool, scores: BlockScores, config: SMTConfig, elemen
 
 
 def _ranked(scores: BlockScores, modules: list[str]) -> list[tuple[float, Candidate]]:
-    """All blocks of ``modules`` that may be chosen, best first; a stable sort keeps (module, row, col) among equals."""
+    """Return all blocks that can be chosen, best first; ties keep (module, row, col) order."""
     candidates: list[tuple[float, Candidate]] = []
     for module in modules:
         table = scores.tables[module]
@@ -134,7 +147,7 @@ def _best_of_all(scores: BlockScores, pool: Pool) -> list[Candidate]:
 
 
 def _best_of_each(scores: BlockScores, pool: Pool) -> list[Candidate]:
-    """``norm_dist``: the same number from every weight, the rest one each to the first weights of the model."""
+    """Apply ``norm_dist``: equally many blocks of each weight, the rest from the first weights."""
     share, rest = divmod(pool.blocks, len(pool.modules))
     picks: list[Candidate] = []
     gaps = []
@@ -143,7 +156,7 @@ def _best_of_each(scores: BlockScores, pool: Pool) -> list[Candidate]:
         ranked = _ranked(scores, [module])
         if count > len(ranked):
             raise SMTError(
-                f"smt config groups[{pool.name}]: strategy norm_dist wants {count} blocks of {module}, which has "
+                f"smt config groups[{pool.name}]: strategy norm_dist needs {count} blocks of {module}, which has "
                 f"{len(ranked)}; lower the budget, or use even or no_restriction"
             )
         if count:
@@ -154,9 +167,9 @@ def _best_of_each(scores: BlockScores, pool: Pool) -> list[Candidate]:
 
 
 def _spread_evenly(scores: BlockScores, pool: Pool) -> list[Candidate]:
-    """``even``: from every weight as many, or all that it has; the rest where the next best blocks are.
+    """Apply ``even``: equally many blocks of each weight, or all it has; the rest by score.
 
-    Blocks whose score is infinite, which a re-selection keeps, are chosen even where that makes a weight have more.
+    Blocks with an infinite score, which a re-selection keeps, are always chosen, even beyond a weight's share.
     """
     ranked = {module: _ranked(scores, [module]) for module in pool.modules}
     available = {module: len(found) for module, found in ranked.items()}
@@ -176,12 +189,12 @@ def _spread_evenly(scores: BlockScores, pool: Pool) -> list[Candidate]:
 
 
 def even_level(available: Mapping[str, int], budget: int, fixed: Mapping[str, int] | None = None) -> int:
-    """The largest number of blocks that a budget has for every weight.
+    """Return the largest number of blocks per weight that a budget covers.
 
     Args:
-        available: blocks of each weight; one that has less gives all.
-        budget: blocks.
-        fixed: how many of them a weight gives in any case; none if it isn't there.
+        available: eligible blocks of each weight; a weight with fewer than the level gives all.
+        budget: number of blocks.
+        fixed: blocks of a weight that are chosen in any case; 0 for a weight that isn't a key.
     """
     least = fixed or {}
 
@@ -192,9 +205,15 @@ def even_level(available: Mapping[str, int], budget: int, fixed: Mapping[str, in
 
 
 def best_within_bounds(ranked: list[tuple[float, Candidate]], pool: Pool, bounds: SelectionConfig) -> list[Candidate]:
-    """The best blocks with at least ``floor`` and at most ``ceiling`` of each layer: no other choice has a larger sum.
+    """Choose the best blocks with at least ``floor`` and at most ``ceiling`` of each layer.
 
-    First each layer's best up to the floor, then the best of all others in layers below the ceiling.
+    Each layer's best blocks up to the floor come first, then the best of the others in layers below the ceiling. No
+    other choice has a larger sum of scores.
+
+    Args:
+        ranked: (score, block) of all eligible blocks, best first.
+        pool: the budget.
+        bounds: gives ``floor``, ``ceiling`` and ``bounds_per``.
 
     Raises:
         SMTError: the floors exceed the budget or a layer, or the ceilings don't leave room for the budget.
@@ -241,9 +260,10 @@ def _refuse_bounds(pool: Pool, bounds: SelectionConfig, available: Mapping[str, 
 def _smallest_gap(
     ranked: list[tuple[float, Candidate]], chosen: list[bool], layers: list[str], floor: int, ceiling: int
 ) -> float:
-    """The smallest relative gap between a block and one that would take its place if their order were the other.
+    """Return the smallest relative gap between a chosen block and one that could replace it.
 
-    Blocks of one layer may always change places; of two layers, where one may lose a block and the other may get one.
+    A block can replace one of its own layer; or one of another layer, if that layer is above the floor and its own is
+    below the ceiling.
     """
     taken = Counter(layer for layer, is_in in zip(layers, chosen, strict=True) if is_in)
     last: dict[str, float] = {}
@@ -261,7 +281,7 @@ def _smallest_gap(
 
 
 def _cut_off_gap(ranked: list[tuple[float, Candidate]], budget: int) -> float:
-    """How much less, relative to the last chosen score, the first block that isn't chosen has."""
+    """Return the relative gap between the last chosen score and the first one not chosen."""
     return _gap(ranked[budget - 1][0], ranked[budget][0]) if budget < len(ranked) else math.inf
 
 
@@ -270,5 +290,5 @@ def _gap(last: float, first_out: float) -> float:
 
 
 def _log_gap(name: str, gap: float) -> None:
-    """Below about 1e-5 another world size may choose otherwise (rounding)."""
+    """Log the gap: below about 1e-5, rounding may give another selection on another world size."""
     logger.info("selection %s: relative gap at the cut-off %.2e", name, gap)

@@ -1,4 +1,4 @@
-"""How much two selections have in common, and two rankings; also between different block sizes."""
+"""Compare two selections or two rankings, also of different block sizes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from smt_dist.sparse.blocks import BlockSelection
 
 
 def jaccard(first: BlockSelection, second: BlockSelection) -> float:
-    """The elements that both chose, as a share of those that either chose: 1 for equal choices, 0 for disjoint ones.
+    """Return the Jaccard index of two selections' elements: 1 if equal, 0 if disjoint.
 
     Raises:
-        SMTError: a weight has different shapes in the two.
+        SMTError: a weight has different shapes in the two selections.
     """
     common = either = 0
     for module in first.blocks.keys() | second.blocks.keys():
@@ -31,30 +31,33 @@ def jaccard(first: BlockSelection, second: BlockSelection) -> float:
 
 
 def chance_jaccard(first: float, second: float) -> float:
-    """What two independent random choices of these shares of all blocks are expected to have in common (large numbers).
+    """Return the Jaccard index expected of two independent random choices of many blocks.
 
-    For equal shares p: p / (2 - p).
+    Args:
+        first: share of all blocks in the first choice.
+        second: share of all blocks in the second choice. For equal shares p the result is p / (2 - p).
     """
     both = first * second
     return both / (first + second - both)
 
 
 def chosen_share(selection: BlockSelection, scores: BlockScores) -> float:
-    """The chosen elements as a share of all elements of the targets."""
+    """Return the chosen elements as a share of all elements of the targets."""
     return selection.parameters / sum(rows * cols for rows, cols in scores.shapes.values())
 
 
 def rank_correlation(first: BlockScores, second: BlockScores) -> float | None:
-    """Spearman's correlation of the blocks' scores over all targets; ties share their mean rank.
+    """Return Spearman's rank correlation of the blocks' scores over all targets.
 
-    Different block sizes are compared on the largest cells that both are made of, each with its block's score, so a
-    block weighs by its area. Blocks that may not be chosen (minus infinity in either) are left out.
+    Ties share their mean rank. Different block sizes are compared on the largest cells that divide both. Each cell has
+    its block's score, so a block counts by its area. Blocks that can't be chosen (minus infinity in either) are left
+    out.
 
     Returns:
-        None where one of the two ranks nothing: all scores are equal.
+        The correlation, or None if all scores of one side are equal.
 
     Raises:
-        SMTError: the targets aren't the same weights.
+        SMTError: the targets differ in name or shape.
     """
     if first.shapes != second.shapes:
         raise SMTError("rank correlation: the two scores are of different weights")
@@ -75,7 +78,7 @@ def _common_cell(first: tuple[int, int], second: tuple[int, int]) -> tuple[int, 
 
 
 def _cells(selection: BlockSelection, module: str, height: int, width: int) -> set[tuple[int, int]]:
-    """The chosen cells of a weight; each of its blocks is a whole number of them."""
+    """Return the chosen cells of a weight; a block is a whole number of cells."""
     down, across = selection.block_size[0] // height, selection.block_size[1] // width
     return {
         (row * down + i, col * across + j)
@@ -86,6 +89,6 @@ def _cells(selection: BlockSelection, module: str, height: int, width: int) -> s
 
 
 def _spread(scores: BlockScores, module: str, height: int, width: int) -> np.ndarray:
-    """Every cell's score: its block's."""
+    """Return the table of cells, each with its block's score."""
     table = scores.tables[module].numpy()
     return table.repeat(scores.block_size[0] // height, axis=0).repeat(scores.block_size[1] // width, axis=1)

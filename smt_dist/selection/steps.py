@@ -1,4 +1,4 @@
-"""Running a warm-up's batches: global steps, their label tokens, losses and the state of the model meanwhile."""
+"""Run a warm-up's global steps: micro-batches, label tokens, losses and the model's state."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from smt_dist.selection.scores import ScoreAccumulator
 
 Batch = Mapping[str, torch.Tensor]
 GlobalStep = list[Batch]
-# Told the accumulator, if there is one, and the steps done so far, before the first step and after each; once more for
-# every pass.
+# Called with the accumulator (None if there is none) and the number of steps done, before the first step and after
+# each one, in every pass.
 Observer = Callable[[ScoreAccumulator | None, int], None]
 
 
@@ -32,16 +32,22 @@ def run_steps(
     progress: str | None,
     observe: Observer | None = None,
 ) -> int:
-    """Run up to ``steps`` global steps of forwards and backwards; returns how many there were.
+    """Run up to ``steps`` global steps of forwards and backwards.
 
     Args:
         model: the bare model, with the accumulator's hooks.
-        tuning: how a forward, a backward and the end of a micro-batch go.
+        tuning: the functions for a forward, a backward and the end of a micro-batch.
         batches: as for :func:`collect_scores`.
-        steps: the most to run.
-        accumulator: is told where micro-batches and steps end.
-        progress: the bar's label; None for no bar.
-        observe: looks on from the beginning.
+        steps: the most global steps to run.
+        accumulator: its ``end_micro_batch`` and ``end_step`` are called.
+        progress: the progress bar's label; None for no bar.
+        observe: called before the first step and after each one.
+
+    Returns:
+        The number of steps run.
+
+    Raises:
+        SMTError: a gradient isn't finite (names the module), or :func:`next_step` refuses a batch.
     """
     iterator = iter(batches)
     names = list(dict(model.named_modules()))
@@ -66,13 +72,21 @@ def run_steps(
 
 
 def next_step(iterator: Iterator[Batch | list[Batch]], index: int) -> tuple[GlobalStep, int] | None:
-    """This rank's micro-batches of the next global step and all ranks' label tokens; None at the common end."""
+    """Return this rank's micro-batches of the next global step, and all ranks' label tokens.
+
+    Returns:
+        The micro-batches and the number of tokens; None after the last step. Collective.
+
+    Raises:
+        SMTError: there is no batch at all, a batch has no labels, a step has no unmasked label, or the ranks have
+            different numbers of micro-batches.
+    """
     item = next(iterator, None)
     micro_batches = [] if item is None else list(item) if isinstance(item, list) else [item]
     unlabelled = sum("labels" not in batch for batch in micro_batches)
     tokens = 0 if unlabelled else sum(int(trained_tokens(batch)) for batch in micro_batches)
     count = len(micro_batches)
-    # Equal counts on all ranks: sum(n)^2 == W * sum(n^2). Checked, for a rank that runs out makes the others hang.
+    # Counts are equal on all ranks if sum(n)^2 == W * sum(n^2). Unequal counts would make the other ranks hang.
     totals = torch.tensor([tokens, count, count * count, 1, unlabelled], dtype=torch.float64)
     tokens, counts, squares, ranks, unlabelled = all_reduce_sum(totals.to(collective_device())).tolist()
     if unlabelled:
@@ -89,7 +103,7 @@ def next_step(iterator: Iterator[Batch | list[Batch]], index: int) -> tuple[Glob
 
 
 def _loss(model: nn.Module, tuning: Tuning, batch: Batch, tokens: int) -> torch.Tensor:
-    """The batch's sum of token losses over the global step's number of label tokens."""
+    """Return the batch's sum of token losses divided by the global step's label tokens."""
     device = device_of(model)
     inputs = {name: value.to(device) for name, value in batch.items()}
     if _takes_token_count(model):
@@ -100,12 +114,12 @@ def _loss(model: nn.Module, tuning: Tuning, batch: Batch, tokens: int) -> torch.
 
 def share_of_step(loss: torch.Tensor, logits: torch.Tensor, own: int, tokens: int) -> torch.Tensor:
     """Scale a mean loss over ``own`` tokens to its share of the mean over a step's ``tokens``."""
-    # The mean over no token is NaN: such a batch still runs, for the other ranks' collectives, and adds zero.
+    # The mean over no token is NaN. Such a batch adds zero, and still runs for the other ranks' collectives.
     return loss * (own / tokens) if own else logits.sum() * 0
 
 
 def _takes_token_count(model: nn.Module) -> bool:
-    # The same question, asked the same way, as transformers.Trainer asks.
+    # The same check as in transformers.Trainer.
     if hasattr(model, "accepts_loss_kwargs"):
         return bool(model.accepts_loss_kwargs)
     parameters = inspect.signature(model.forward).parameters
@@ -118,12 +132,15 @@ def _refuse_non_finite(accumulator: ScoreAccumulator, names: list[str], step: in
 
 
 def refuse_module(found: str | None, names: list[str], problem: str) -> None:
-    """Raise SMTError on all ranks if any found a module wrong; collective.
+    """Raise SMTError on all ranks if any rank found a wrong module; collective.
 
     Args:
         found: the module that this rank found, if any.
         names: of all modules, in the model's order.
         problem: the message, with ``{}`` for the module's name.
+
+    Raises:
+        SMTError: a rank found one; of several, the last in the model's order is named.
     """
     bad = -1 if found is None else names.index(found)
     if is_distributed():
@@ -136,11 +153,11 @@ def refuse_module(found: str | None, names: list[str], problem: str) -> None:
 
 @contextmanager
 def frozen(model: nn.Module, training: bool = True) -> Iterator[None]:
-    """No parameter requires a gradient inside; all restored after.
+    """Freeze all parameters inside the context, and restore the model's state after it.
 
     Args:
-        model: no cache is filled inside.
-        training: the mode inside; gradient checkpointing needs it.
+        model: its key-value cache is off inside the context.
+        training: the model's mode inside the context; gradient checkpointing works in training mode only.
     """
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     was_training = model.training
@@ -163,7 +180,10 @@ def frozen(model: nn.Module, training: bool = True) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Every pass sees the same dropout masks; the caller's random state is left alone."""
+    """Seed torch inside the context, for equal dropout masks in every pass.
+
+    The caller's random state is restored after it.
+    """
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
@@ -171,5 +191,5 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model's first parameter lies."""
+    """Return the device of the model's first parameter."""
     return next(model.parameters()).device

@@ -1,7 +1,7 @@
-"""The warm-up: score every block of the targets, over all ranks -> ``BlockScores``.
+"""Score every block of the targets over all ranks in the warm-up.
 
-In ``scoring`` mode no weight moves, no weight gets a ``.grad`` and no optimizer exists. The targets' outputs pass
-through a small autograd function that hands (input, output gradient) to the accumulator, so scoring works
+In ``scoring`` mode no weight changes, no weight gets a ``.grad`` and no optimizer exists. The targets' outputs pass
+through a small autograd function that gives (input, output gradient) to the accumulator, so scoring works
 on any base that can compute gradients of its activations: plain, partitioned by ZeRO-3 or sharded by FSDP2.
 """
 
@@ -42,20 +42,20 @@ def collect_scores(
     progress: bool = False,
     observe: Observer | None = None,
 ) -> BlockScores:
-    """Score every block of the target weights, by up to ``config.warmup.steps`` global steps where data is needed.
+    """Score every block of the target weights, on up to ``config.warmup.steps`` global steps.
 
     ``g_t`` is the gradient of (sum of token losses over all ranks and micro-batches of global step t) / (number
     of unmasked label tokens of that step), so unequal prompt masks weigh as they do in training. A score that needs no
-    gradient runs no backward, and one that needs no data reads no batch.
+    gradient runs no backward, and a score that needs no data reads no batch.
 
     Args:
         model: a causal language model on its device; under ZeRO-3 with the engine's hooks
-            (:meth:`smt_dist.engines.base.Engine.scoring`). Left as it was.
-        batches: this rank's keyword micro-batches, one a global step, or a list of them for one global step.
-            All ranks need as many.
-        config: its score, targets, steps and passes. More than one pass reads ``batches`` into a list.
+            (:meth:`smt_dist.engines.base.Engine.scoring`). It isn't changed.
+        batches: this rank's micro-batches as keyword arguments; each item is one global step: one micro-batch or a
+            list of them. All ranks need equally many.
+        config: gives score, targets, steps and passes. More than one pass reads ``batches`` into a list.
         progress: show a progress bar on rank 0.
-        observe: looks on from the beginning, where batches are run.
+        observe: called before the first step and after each one, if batches are read.
 
     Returns:
         Scores of all targets, equal on all ranks.
@@ -85,12 +85,14 @@ def collect_scores(
 
         tables, steps = _gradient_scores(model, batches, config, grids, make, finish, progress, observe)
     if config.selection.needs_batches and 0 < steps < config.warmup.steps:
-        logger.warning("the warm-up saw %d global steps of the %d that the config asks for", steps, config.warmup.steps)
+        logger.warning(
+            "warm-up: the batches ended after %d of warmup.steps=%d global steps", steps, config.warmup.steps
+        )
     return build_scores(model, config, groups, grids, tables, steps)
 
 
 def weight_reader(model: nn.Module) -> WeightReader:
-    """Reads whole weights, one at a time."""
+    """Return a context manager factory that gathers one whole weight by module name."""
     return lambda module: gathered(model.get_submodule(module).weight)
 
 
@@ -104,7 +106,10 @@ def _gradient_scores(
     progress: bool,
     observe: Observer | None = None,
 ) -> tuple[Tables, int]:
-    """Run the batches, once for each part of the layers, into what ``make`` makes; ``finish`` takes the scores out."""
+    """Run the batches once per pass into an accumulator; return the tables and the steps run.
+
+    ``make`` makes the accumulator for a pass's grids, ``finish`` computes their tables from it.
+    """
     parts = _split_layers(grids, config.warmup.passes)
     if len(parts) > 1:
         batches = list(batches)
@@ -130,7 +135,7 @@ def _custom_scores(
     progress: bool,
     observe: Observer | None = None,
 ) -> tuple[Tables, int]:
-    """What the user's function makes of what it takes."""
+    """Compute what the user's function takes, call it, and return the tables and the steps run."""
     weights, steps = weight_reader(model), 0
     columns: Tables = {}
     if function.takes >= {"gradient", "input_rms"}:
@@ -150,7 +155,14 @@ def _custom_scores(
 
 
 def plan_grids(model: nn.Module, config: SMTConfig) -> tuple[dict[str, list[str]], dict[str, BlockGrid]]:
-    """Group name -> target modules, and module -> grid in the model's order. Raises SMTError as its parts do."""
+    """Find the target modules and cut their weights into blocks.
+
+    Returns:
+        Group name -> target modules; and module -> grid, in the model's order.
+
+    Raises:
+        SMTError: from :func:`find_targets` or :func:`resolve_block_size`.
+    """
     groups = find_targets(model, config)
     targets = {name for names in groups.values() for name in names}
     shapes = {name: weight_shape(module) for name, module in model.named_modules() if name in targets}
@@ -166,9 +178,13 @@ def build_scores(
     tables: Mapping[str, torch.Tensor],
     steps: int,
 ) -> BlockScores:
-    """Put what the accumulators found into one value on the CPU. Raises SMTError where a score is NaN or infinity."""
+    """Build ``BlockScores`` from tables, on the CPU.
+
+    Raises:
+        SMTError: a score is NaN or infinity; names the module.
+    """
     for name in grids:
-        if tables[name].isnan().any() or tables[name].isposinf().any():  # minus infinity: never to be chosen
+        if tables[name].isnan().any() or tables[name].isposinf().any():  # minus infinity: never chosen
             raise SMTError(f"warm-up: the score of {name} is not finite (NaN or infinity)")
     first = next(iter(grids.values()))
     return BlockScores(
@@ -183,7 +199,7 @@ def build_scores(
 
 
 def _split_layers(grids: dict[str, BlockGrid], passes: int) -> list[dict[str, BlockGrid]]:
-    """Cut the targets into at most ``passes`` runs of whole layers."""
+    """Split the targets into at most ``passes`` groups of consecutive whole layers."""
     layers = list(dict.fromkeys(layer_key(name) for name in grids))
     size = -(-len(layers) // passes)
     runs = [set(layers[start : start + size]) for start in range(0, len(layers), size)]

@@ -1,4 +1,4 @@
-"""Scores that need no batch and no backward: of the weights alone (``magnitude``), or of nothing at all."""
+"""Compute the scores that need no batch: ``magnitude``, ``random`` and ``diagonal``."""
 
 from __future__ import annotations
 
@@ -13,20 +13,23 @@ from smt_dist.distributed import get_rank
 from smt_dist.selection.scores import WeightReader
 from smt_dist.sparse.blocks import Block, BlockGrid
 
-NEVER = -math.inf  # the score of a block that may not be chosen
+NEVER = -math.inf  # the score of a block that can't be chosen
 
 
 def score_without_data(
     score: str, grids: Mapping[str, BlockGrid], weights: WeightReader, seed: int, progress: bool = False
 ) -> dict[str, torch.Tensor]:
-    """Module -> fp64 CPU scores ``[block rows, block columns]``, equal on all ranks; collective for ``magnitude``.
+    """Compute the scores of all modules without data; collective for ``magnitude``.
 
     Args:
         score: one of :data:`smt_dist.config.DATA_FREE_SCORES`.
         grids: of the modules to score, in the model's order.
-        weights: for ``magnitude``; whole weights, one at a time.
-        seed: of ``random``.
+        weights: for ``magnitude``; reads one whole weight at a time.
+        seed: for ``random``.
         progress: show a progress bar on rank 0.
+
+    Returns:
+        Module -> fp64 CPU scores ``[block rows, block columns]``, equal on all ranks.
     """
     tables = {}
     for name, grid in tqdm(grids.items(), desc=score, unit="weight", disable=not progress or get_rank() != 0):
@@ -39,25 +42,28 @@ def score_without_data(
 
 
 def mean_magnitude(weight: torch.Tensor, grid: BlockGrid) -> torch.Tensor:
-    """``magnitude``: the mean of \\|weight\\| over the block, fp64 on the CPU."""
+    """Return the ``magnitude`` score, the mean of \\|weight\\| over the block, fp64 on the CPU."""
     by_row = weight.float().abs().reshape(grid.rows, grid.shape[1], grid.block_cols).sum(-1, dtype=torch.float64)
     sums = by_row.reshape(grid.shape[0], grid.block_rows, grid.shape[1]).sum(1)
     return sums.cpu() / grid.block_elements
 
 
 def random_scores(module: str, grid: BlockGrid, seed: int) -> torch.Tensor:
-    """``random``: uniform in [0, 1), from the seed and the module's name alone, so the same on any machine and rank."""
+    """Return the ``random`` score, uniform in [0, 1).
+
+    It depends only on the seed and the module's name, so it is the same on any machine and rank.
+    """
     digest = hashlib.sha256(f"{seed} {module}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.rand(grid.shape, dtype=torch.float64, generator=generator)
 
 
 def diagonal(grid: BlockGrid) -> list[Block]:
-    """The blocks of a weight's diagonal, from its first corner to its last.
+    """Return the blocks of a weight's diagonal, from the first corner to the last.
 
     A grid of R x C blocks has max(R, C) of them: block i lies at (i R // max, i C // max). So every block row and
-    every block column has one, and where the short side divides the long one these are exactly the N = min(R, C)
-    rectangular blocks of DiaBlo (arXiv 2506.03230), each cut into squares.
+    every block column has at least one. If the short side divides the long side, these are exactly the
+    N = min(R, C) rectangular blocks of DiaBlo (arXiv 2506.03230), each cut into squares.
     """
     rows, cols = grid.shape
     longer = max(rows, cols)
@@ -65,10 +71,10 @@ def diagonal(grid: BlockGrid) -> list[Block]:
 
 
 def diagonal_scores(grid: BlockGrid) -> torch.Tensor:
-    """``diagonal``: above 0 on the diagonal, :data:`NEVER` elsewhere.
+    """Return the ``diagonal`` score: above 0 on the diagonal, :data:`NEVER` elsewhere.
 
-    A budget below the whole diagonal is spread evenly: the n best blocks of a weight lie evenly along its diagonal,
-    and every weight gets its share of n.
+    For any n, the n best blocks of a weight lie evenly along its diagonal, so a budget smaller than the diagonals is
+    spread evenly over and along them.
     """
     cells = diagonal(grid)
     table = torch.full(grid.shape, NEVER, dtype=torch.float64)
@@ -78,7 +84,7 @@ def diagonal_scores(grid: BlockGrid) -> torch.Tensor:
 
 
 def _spread(count: int) -> list[int]:
-    """0 to count - 1 in an order whose every beginning is spread over all of them: bits read backwards."""
+    """Return 0 to count - 1 in bit-reversed order, so that every prefix is spread evenly."""
     bits = max(1, (count - 1).bit_length())
     backwards = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(2**bits))
     return [number for number in backwards if number < count]

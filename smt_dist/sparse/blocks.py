@@ -1,4 +1,4 @@
-"""``BlockGrid`` and ``BlockSelection``: the geometry of blocks, without models or process groups."""
+"""Define the geometry of blocks: ``BlockGrid`` and ``BlockSelection``, without any model."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from smt_dist.errors import SMTError
 from smt_dist.files import read_text
 
 Block = tuple[int, int]
-MIN_AUTO_BLOCK_SIZE = 8  # below it a layer is a loop over crumbs
-# In files: no number that is a string, a truth value or a fraction.
+MIN_AUTO_BLOCK_SIZE = 8  # a layer with smaller blocks spends its time in overhead
+# In files, an integer must not be a string, a bool or a fraction.
 _Whole = Annotated[int, Field(strict=True)]
-# A file of a million mistakes is one complaint.
+# Stop at the first error: a file can hold a million.
 _Blocks = Annotated[list[tuple[_Whole, _Whole]], FailFast()]
 
 
 @dataclass(frozen=True)
 class BlockGrid:
-    """One weight ``[rows, cols]`` cut into blocks of ``[block_rows, block_cols]``.
+    """Describe one weight ``[rows, cols]`` cut into blocks of ``[block_rows, block_cols]``.
 
     Raises:
         ValueError: the block doesn't divide the weight.
@@ -45,12 +45,12 @@ class BlockGrid:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """The number of blocks down and across."""
+        """Return the number of block rows and block columns."""
         return self.rows // self.block_rows, self.cols // self.block_cols
 
     @property
     def block_elements(self) -> int:
-        """Elements of one block."""
+        """Return the number of elements of one block."""
         return self.block_rows * self.block_cols
 
     def __len__(self) -> int:
@@ -60,16 +60,16 @@ class BlockGrid:
         return 0 <= block[0] < self.shape[0] and 0 <= block[1] < self.shape[1]
 
     def row_slice(self, row: int) -> slice:
-        """The weight's rows (output features) of block row ``row``."""
+        """Return the slice of the weight's rows (output features) in block row ``row``."""
         return slice(row * self.block_rows, (row + 1) * self.block_rows)
 
     def col_slice(self, col: int) -> slice:
-        """The weight's columns (input features) of block column ``col``."""
+        """Return the slice of the weight's columns (input features) in block column ``col``."""
         return slice(col * self.block_cols, (col + 1) * self.block_cols)
 
 
 def largest_common_block(shapes: Iterable[tuple[int, int]], limit: int = MAX_AUTO_BLOCK_SIZE) -> int:
-    """The largest square block, up to ``limit``, that divides both sides of every shape."""
+    """Return the side of the largest square block, up to ``limit``, that divides every shape."""
     common = math.gcd(*(side for shape in shapes for side in shape))
     return max(size for size in range(1, min(common, limit) + 1) if common % size == 0)
 
@@ -77,21 +77,21 @@ def largest_common_block(shapes: Iterable[tuple[int, int]], limit: int = MAX_AUT
 def resolve_block_size(
     block_size: int | tuple[int, int] | Literal["auto"], shapes: Mapping[str, tuple[int, int]]
 ) -> tuple[int, int]:
-    """The block size as (rows, cols), checked against the weights.
+    """Return the block size as (rows, cols), checked against the weights.
 
     Args:
         block_size: as in :class:`SMTConfig`.
         shapes: module name -> weight shape (out, in).
 
     Raises:
-        SMTError: names the first weight that the block size doesn't divide and a size that fits all.
+        SMTError: the block size doesn't divide a weight; names the first one and a size that fits all.
     """
     fits = largest_common_block(shapes.values())
     if block_size == "auto":
         if fits < MIN_AUTO_BLOCK_SIZE:
             odd = min(shapes, key=lambda name: largest_common_block([shapes[name]]))
             raise SMTError(
-                f'smt config block_size: "auto" finds nothing above {fits} that divides every target; {odd} is '
+                f'smt config block_size: "auto" finds no size above {fits} that divides every target; {odd} is '
                 f"{shapes[odd][0]} x {shapes[odd][1]}: take it out of target_modules, or give a size"
             )
         return fits, fits
@@ -106,12 +106,19 @@ def resolve_block_size(
 
 
 def read_blocks(weight: torch.Tensor, grid: BlockGrid, blocks: list[Block]) -> torch.Tensor:
-    """A copy of the blocks of ``weight [out, in]``, stacked as ``[len(blocks) * block_rows, block_cols]``."""
+    """Copy blocks of ``weight [out, in]``, stacked as ``[n * block_rows, block_cols]``."""
     return torch.cat([weight.detach()[grid.row_slice(row), grid.col_slice(col)] for row, col in blocks])
 
 
 def write_blocks(weight: torch.Tensor, grid: BlockGrid, blocks: list[Block], values: torch.Tensor) -> None:
-    """Put stacked blocks back into ``weight``, in place."""
+    """Write stacked blocks into ``weight``, in place.
+
+    Args:
+        weight: ``[out, in]``.
+        grid: of the weight.
+        blocks: the (row, col) of each block.
+        values: ``[len(blocks) * block_rows, block_cols]``.
+    """
     with torch.no_grad():
         for index, (row, col) in enumerate(blocks):
             weight[grid.row_slice(row), grid.col_slice(col)] = values[grid.row_slice(index)]
@@ -128,16 +135,16 @@ def summed_blocks(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
 
 
 class BlockSelection(BaseModel):
-    """The chosen blocks: module name -> list of (row, col), in units of blocks.
+    """Hold the chosen blocks: module name -> list of (row, col), in units of blocks.
+
+    Equal selections give equal files: nothing here depends on engine, world size, path or date.
 
     Attributes:
         format_version: of the file.
         block_size: (rows, cols) of a block in elements.
         blocks: module name -> blocks, sorted by (row, col).
-        shapes: module name -> weight shape (out, in), where known; checked when the selection is applied.
-        groups: module name -> the config group that chose it, where known.
-
-    Equal selections are equal files: nothing here depends on engine, world size, path or date.
+        shapes: module name -> weight shape (out, in), if known; checked when the selection is applied.
+        groups: module name -> the config group that chose it, if known.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -175,13 +182,13 @@ class BlockSelection(BaseModel):
         return self
 
     def grid(self, module: str, shape: tuple[int, int]) -> BlockGrid:
-        """The grid of ``module``'s weight of ``shape`` (out, in).
+        """Return the grid of ``module``'s weight of ``shape`` (out, in).
 
         Raises:
-            SMTError: the block size doesn't divide it, a block lies outside, or another shape is on record.
+            SMTError: the block size doesn't divide it, a block lies outside, or :attr:`shapes` has another shape.
         """
         if self.shapes.get(module, shape) != shape:
-            raise SMTError(f"selection: {module} was {self.shapes[module]} when selected, here it is {shape}")
+            raise SMTError(f"selection: {module} was {self.shapes[module]} when selected, this model has {shape}")
         try:
             grid = BlockGrid(*shape, *self.block_size)
         except ValueError as error:
@@ -194,16 +201,16 @@ class BlockSelection(BaseModel):
         return grid
 
     def __len__(self) -> int:
-        """The number of blocks."""
+        """Return the number of blocks."""
         return sum(len(blocks) for blocks in self.blocks.values())
 
     @property
     def parameters(self) -> int:
-        """Trainable elements."""
+        """Return the number of trainable elements."""
         return len(self) * self.block_size[0] * self.block_size[1]
 
     def to_json(self) -> str:
-        """The file's text: one line a module."""
+        """Return the selection file's text, with one line per module."""
 
         def lines(mapping: Mapping[str, object]) -> str:
             rows = [f"    {json.dumps(key)}: {json.dumps(value)}" for key, value in mapping.items()]
@@ -219,22 +226,25 @@ class BlockSelection(BaseModel):
 
     @classmethod
     def from_json_file(cls, path: str | Path) -> BlockSelection:
-        """Read a selection file.
+        """Load a selection file.
 
         Raises:
-            SMTError: missing, not JSON, or malformed; names the file and the field.
+            SMTError: the file is missing, not JSON, or malformed; names the file and the field.
         """
         return parse_model(cls, read_text(path), str(path))
 
 
 def rearrange(values: torch.Tensor | None, source: BlockSelection, target: BlockSelection, module: str) -> torch.Tensor:
-    """A module's stacked blocks in another selection's order: zeros for blocks that ``source`` doesn't have.
+    """Reorder a module's stacked blocks from one selection to another.
 
     Args:
-        values: ``[source's blocks * block_rows, block_cols]``; None where the source has none of this module.
-        source: the selection that they belong to.
+        values: ``[source's blocks * block_rows, block_cols]``; None if ``source`` has no block of this module.
+        source: the selection that ``values`` belong to.
         target: of the same block size, with blocks of the module.
         module: its name.
+
+    Returns:
+        fp32 ``[target's blocks * block_rows, block_cols]``; zeros for blocks that ``source`` doesn't have.
     """
     height, width = target.block_size
     places = {block: index for index, block in enumerate(source.blocks.get(module, ()))}

@@ -1,10 +1,13 @@
-"""Layers by their modules' names."""
+"""Find a module's layer by its name."""
 
 from __future__ import annotations
 
 
 def layer_key(module: str) -> str:
-    """The name up to its first number: ``model.layers.3`` of ``model.layers.3.self_attn.q_proj``."""
+    """Return the name up to its first number, or the whole name if it has none.
+
+    Example: ``model.layers.3`` of ``model.layers.3.self_attn.q_proj``.
+    """
     parts = module.split(".")
     for index, part in enumerate(parts):
         if part.isdigit():

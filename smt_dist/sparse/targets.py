@@ -1,4 +1,4 @@
-"""Finding the weights that a config names, by module types and names."""
+"""Find the weights that a config names, by module type and name."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ ALIASES: dict[str, tuple[str, ...]] = {
 
 
 def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, list[str]]:
-    """The modules that each group trains, in the model's order.
+    """Find the modules that each group trains, in the model's order.
 
     Args:
         model: before or after :func:`apply_selection`.
-        config: its groups.
+        config: gives the groups.
 
     Returns:
-        Group name -> module names. Names are those of the base model: wrapped layers keep theirs.
+        Group name -> module names, as in the base model: a wrapped layer keeps its name.
 
     Raises:
         SMTError: a group matches nothing, matches what isn't a 2-D linear weight, or shares a module with
@@ -64,7 +64,7 @@ def find_targets(model: nn.Module, config: SMTConfig) -> dict[str, list[str]]:
 
 
 def weight_shape(module: nn.Module) -> tuple[int, int]:
-    """The full (out, in) shape of a module's weight, also where ZeRO-3 left an empty stand-in."""
+    """Return the full (out, in) shape of a module's weight, also if ZeRO-3 has partitioned it."""
     if hasattr(module, "out_features"):
         return int(module.out_features), int(module.in_features)
     rows, cols = full_shape(module.weight)
@@ -72,7 +72,10 @@ def weight_shape(module: nn.Module) -> tuple[int, int]:
 
 
 def count_parameters_2d(model: nn.Module) -> int:
-    """Elements of all 2-D parameters, embeddings and head included, tied ones once, blocks not counted."""
+    """Count the elements of all 2-D parameters of the base.
+
+    Embeddings and head are included; tied parameters count once, blocks don't count.
+    """
     return sum(
         full_numel(parameter)
         for name, parameter in model.named_parameters()
@@ -81,7 +84,7 @@ def count_parameters_2d(model: nn.Module) -> int:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules as the base model names them: a ``SparseLayer`` stands for its base."""
+    """Yield (name, module) as in the base model; a ``SparseLayer`` takes the place of its base."""
     inside: set[str] = set()
     for name, module in model.named_modules():
         if any(name.startswith(prefix) for prefix in inside):
@@ -92,38 +95,39 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def may_be_idle(module: str) -> bool:
-    """Whether a module may get no token on some ranks, to go by its name: an expert, in a list inside a layer.
+    """Return whether a module's name is that of an expert, in a list inside a layer.
 
-    What ranks all-reduce while a backward runs must not wait for such a module's gradient.
+    An expert can get no token, and so no gradient, on some ranks. A collective that runs during the backward must not
+    wait for its gradient.
     """
     return sum(part.isdigit() for part in module.split(".")) > 1
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether ``module`` computes ``x @ weight^T`` with a 2-D weight of (out, in)."""
+    """Return whether ``module`` computes ``x @ weight^T`` with a 2-D weight of (out, in)."""
     weight = getattr(module, "weight", None)
-    # A quantiser's packed weight may have another shape, and no floating dtype.
+    # A quantiser's packed weight can have another shape, and has no floating dtype.
     if not isinstance(weight, torch.Tensor) or (weight.is_floating_point() and len(full_shape(weight)) != 2):
         return False
     return isinstance(module, nn.Linear) or (hasattr(module, "in_features") and hasattr(module, "out_features"))
 
 
 def is_embedding(module: nn.Module) -> bool:
-    """Whether ``module`` looks rows of its weight up and does nothing else with them."""
+    """Return whether ``module`` looks up rows of its weight and returns them unchanged."""
     if isinstance(module, SparseEmbedding):
         return True
-    # A subclass with a forward of its own scales rows or shifts positions.
+    # A subclass with another forward can scale rows or shift positions.
     plain = isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward
     return plain and module.max_norm is None
 
 
 def takes_blocks(module: nn.Module) -> bool:
-    """Whether blocks of ``module``'s weight can be trained."""
+    """Return whether blocks of ``module``'s weight can be trained."""
     return is_linear(module) or is_embedding(module)
 
 
 def _match(model: nn.Module, target: str | list[str], field: str) -> list[str]:
-    """The modules that one entry or a list of entries means, in the model's order; each entry must mean some."""
+    """Return the modules that the entries match, in the model's order; each must match one."""
     entries = [target] if isinstance(target, str) else target
     found = {entry: _match_one(model, _matcher(entry)) for entry in entries}
     for entry, names in found.items():
@@ -144,7 +148,7 @@ def _match_one(model: nn.Module, wanted: Callable[[str], bool]) -> list[str]:
             elif any(len(full_shape(parameter)) >= 2 for parameter in module.parameters(recurse=False)):
                 _refuse_module(name, module)
         for leaf, parameter in module.named_parameters(recurse=False):
-            # Fused experts are parameters of one module, not modules: [experts, out, in].
+            # Fused experts are one parameter [experts, out, in] of one module.
             if len(full_shape(parameter)) > 2 and wanted(f"{name}.{leaf}"):
                 _refuse_parameter(f"{name}.{leaf}", parameter)
     return matched
@@ -155,7 +159,7 @@ def _matcher(entry: str) -> Callable[[str], bool]:
         try:
             pattern = re.compile(entry)
         except re.error as error:
-            raise SMTError(f"smt config target_modules: {entry!r} is no regular expression ({error})") from None
+            raise SMTError(f"smt config target_modules: {entry!r} is not a regular expression ({error})") from None
         return lambda name: pattern.fullmatch(name) is not None
     names = ALIASES.get(entry, (entry,))
     return lambda name: any(name == wanted or name.endswith(f".{wanted}") for wanted in names)
@@ -166,10 +170,10 @@ def _refuse_module(name: str, module: nn.Module) -> None:
 
 
 def why_no_blocks(module: nn.Module) -> str:
-    """Why blocks of ``module`` can't be trained, to follow its name."""
+    """Return why blocks of ``module`` can't be trained, as text to follow its name in a message."""
     kind = type(module).__name__
     if isinstance(module, nn.Embedding):
-        return f"is a {kind}, which changes the rows that it looks up (scale, norm or position): blocks would miss that"
+        return f"is a {kind}, which changes the rows that it looks up (scale, norm or position), unsupported for blocks"
     return f"is a {kind}, neither a linear layer with a weight of (out, in) nor an embedding"
 
 
@@ -182,7 +186,7 @@ def _refuse_parameter(name: str, parameter: torch.Tensor) -> None:
 
 
 def tied_parameter_names(model: nn.Module, module_name: str) -> list[str]:
-    """The other names under which the weight of ``module_name`` is known (an embedding tied to the head)."""
+    """Return the other names of the weight of ``module_name`` (an embedding tied to the head)."""
     weight = model.get_submodule(module_name).weight
     own = {f"{module_name}.weight", f"{module_name}.base.weight", f"{module_name}.base.base.weight"}
     return [

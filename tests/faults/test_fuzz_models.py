@@ -127,7 +127,7 @@ def test_index_names_files_of_its_folder_only(base, tmp_path):
     shutil.copytree(base, folder)
     path = folder / "model.safetensors.index.json"
     path.write_text(path.read_text().replace("model-00001-of", "../model/model-00001-of"))
-    assert "no safetensors file of this folder" in outcome(lambda: read_base(folder))
+    assert "not a safetensors file of this folder" in outcome(lambda: read_base(folder))
 
 
 # -- GGUF --------------------------------------------------------------------------------------------------------
@@ -157,7 +157,7 @@ def test_gguf_of_more_than_the_file_can_hold_is_refused_at_once(tmp_path, at):
     content = bytearray((tmp_path / "tiny.gguf").read_bytes())
     content[at : at + 8] = np.uint64(2**60).tobytes()
     (tmp_path / "tiny.gguf").write_bytes(content)
-    assert "can't be in what is left" in outcome(lambda: check_gguf_header(tmp_path / "tiny.gguf"))
+    assert "can't fit in the rest of the file" in outcome(lambda: check_gguf_header(tmp_path / "tiny.gguf"))
 
 
 # -- data rows ---------------------------------------------------------------------------------------------------
