@@ -72,7 +72,7 @@ def draw() -> str:
 
 
 def card() -> Iterator[str]:
-    """Draw the light card behind everything, with the headings and the arrow between both halves."""
+    """Draw the light card behind everything, the headings, and the arrow between both halves."""
     size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
     yield f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="{FONT}" role="img">'
     yield f"<title>{ALT}</title>"
