@@ -1,4 +1,4 @@
-"""Draw docs/images/smt.svg: what SMT trains of a model's weights, and what each rank keeps for it.
+"""Draw docs/images/smt.svg: what SMT trains, and what each rank keeps for it.
 
 The standard library alone draws it, and every run writes the same bytes. Text stays text, in the reader's own font.
 """
@@ -57,7 +57,7 @@ def make_scores() -> Scores:
 
 
 def select(scores: Scores) -> set[Block]:
-    """Select the best block of each weight, then the next best of all, as the strategy ``even`` does."""
+    """Select the best block of each weight, then the next best, as the strategy ``even`` does."""
     places = [(*weight, row, col) for weight in scores for row, col in CORNERS]
     ranked = sorted((Block(scores[place[:2]][place[2]][place[3]], *place) for place in places), reverse=True)
     best = {(block.layer, block.kind): block for block in reversed(ranked)}
@@ -72,7 +72,7 @@ def draw() -> str:
 
 
 def card() -> Iterator[str]:
-    """Draw the light card behind everything, with the headings and the arrow between both halves."""
+    """Draw the light card behind everything, the headings, and the arrow between both halves."""
     size = f'width="{WIDTH}" height="{HEIGHT}" viewBox="0 0 {WIDTH} {HEIGHT}"'
     yield f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="{FONT}" role="img">'
     yield f"<title>{ALT}</title>"
@@ -165,7 +165,10 @@ def comparison(left: int, top: int) -> Iterator[str]:
 
 
 def squares(corners: Iterable[tuple[int, int]], side: int, color: str) -> str:
-    """Return squares with round corners as one path: its outline is two units thick, and round where it turns."""
+    """Return squares as one path.
+
+    Their corners are round, for the path's outline is thick and turns in a curve.
+    """
     inner = side - 4
     path = "".join(f"M{x + 2} {y + 2}h{inner}v{inner}h-{inner}z" for x, y in corners)
     return f'<path d="{path}" fill="{color}" stroke="{color}" stroke-width="4" stroke-linejoin="round"/>'

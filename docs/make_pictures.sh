@@ -21,7 +21,7 @@ usage() {
 step() {
   local title="$1" expected="$2" began=$SECONDS
   shift 2
-  echo "== $title: about $expected s on 2 cores"
+  echo "== $title: about $expected s on 2 cores, longer beside other jobs"
   "$@"
   echo "== took $(( SECONDS - began )) s"
 }
@@ -63,7 +63,7 @@ export OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 step "1/4 drawing" 1 python docs/draw_smt.py
 step "2/4 model and tasks" 30 python launch/prepare_quickstart.py --folder "$output/data"
 ln -sfn data/model "$model"
-step "3/4 run of $steps steps on 2 ranks, its memory recorded" $(( 90 + steps * 8 )) train
+step "3/4 run of $steps steps on 2 ranks, its memory recorded" $(( 100 + steps * 8 )) train
 step "4/4 screenshots" 15 python docs/take_screenshots.py --selection "$output/run/selection.html" \
   --memory "$output/memory/memory.html" --folder docs/images
 ls -l docs/images

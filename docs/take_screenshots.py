@@ -1,6 +1,7 @@
-"""Take the screenshots of README and docs: the selection page and the memory report of a run, in a headless browser.
+"""Take the screenshots of README and docs in a headless browser.
 
-A page is longer than a picture should be: parts are left out, and a dashed line shows where.
+They show the selection page and the memory report of a run. A page is longer than a picture should be: parts are
+left out, and a dashed line shows where.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The pictures of README and docs: the drawing is up to date and readable, and all of them can be made again."""
+"""Check the pictures of README and docs: up to date, readable, and made by one command."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def drawing() -> ModuleType:
 
 
 def test_the_drawing_is_what_its_script_draws(drawing):
-    """Otherwise: python docs/draw_smt.py."""
+    """Compare the committed file; python docs/draw_smt.py draws it anew."""
     assert drawing.IMAGE.read_text(encoding="utf-8") == drawing.draw() == drawing.draw()
 
 
@@ -54,7 +54,7 @@ def test_the_drawing_is_an_svg_that_needs_nothing_else(drawing):
 
 
 def test_texts_of_the_drawing_lie_inside_it_and_apart(drawing, tmp_path):
-    """Measured in the browser, whose font may be wider than a reader's."""
+    """Measure every text in the browser."""
     with open_browser(tmp_path) as browser:
         browser.get(drawing.IMAGE.as_uri())
         boxes = browser.execute_script(BOXES)
@@ -67,7 +67,7 @@ def test_texts_of_the_drawing_lie_inside_it_and_apart(drawing, tmp_path):
 
 
 def test_the_drawing_selects_as_the_package_does(drawing):
-    """Its blocks are those of the default strategy, its figures those of configs/README.md."""
+    """Compare its blocks with the default strategy's, its figures with configs/README.md."""
     scores = {f"layers.{layer}.{kind}": table for (layer, kind), table in drawing.make_scores().items()}
     found = BlockScores(
         block_size=(1, 1),

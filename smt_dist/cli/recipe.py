@@ -161,6 +161,6 @@ def _pairs(node: yaml.MappingNode) -> Iterator[tuple[str, yaml.Node]]:
         if key.tag != _TEXT:
             raise yaml.MarkedYAMLError(problem="a key is a name", problem_mark=key.start_mark)
         if key.value in seen:
-            raise yaml.MarkedYAMLError(problem=f"{shorten(key.value)} stands twice", problem_mark=key.start_mark)
+            raise yaml.MarkedYAMLError(problem=f"{shorten(key.value)} appears twice", problem_mark=key.start_mark)
         seen.add(key.value)
         yield key.value, child

@@ -98,7 +98,7 @@ def test_whole_run_opens_no_pickle_and_writes_no_secret_or_path(train, run, fold
 
 
 def test_model_with_pickled_weights_only_is_refused(train, run, folder, tmp_path):
-    """torch.load has had holes even with weights_only; converting is one command, where nothing is at stake."""
+    """torch.load has had holes even with weights_only; converting is one command, in an isolated environment."""
     model, mark = tmp_path / "model", tmp_path / "mark"
     shutil.copytree(folder / "model", model)
     (model / "model.safetensors").unlink()
