@@ -9,6 +9,7 @@ import time
 import harness
 import psutil
 import pytest
+from forks.client import ForkServer
 from harness import launch, this_server
 
 
@@ -85,6 +86,17 @@ def test_a_parent_that_is_killed_takes_its_ranks_along_and_is_replaced(tmp_path)
     killer.join()
     wait_until(lambda: is_gone(int((tmp_path / "process").read_text())))
     launch("workers.forked:describe", 1, tmp_path / "after")
+
+
+def test_a_parent_that_can_not_start_is_tried_once(monkeypatch):
+    """A mistake in an import would otherwise take every test that starts ranks as long as the import."""
+    server = ForkServer(enter=["false"])
+    with pytest.raises(AssertionError, match="the parent of the ranks is gone") as first:
+        server.start()
+    monkeypatch.setattr(server, "begin", lambda: pytest.fail("it was tried again"))
+    with pytest.raises(AssertionError) as second:
+        server.start()
+    assert second.value is first.value
 
 
 def test_a_test_that_is_over_takes_its_ranks_along(tmp_path):

@@ -24,12 +24,19 @@ class ForkServer:
         self.enter = list(enter)
         self.process: subprocess.Popen | None = None
         self._ready = False
+        self._failure: AssertionError | None = None
 
     def start(self) -> None:
-        """Have it ready for jobs."""
+        """Have it ready for jobs; one that couldn't start isn't tried again by every test that follows."""
+        if self._failure is not None:
+            raise self._failure
         self.begin()
         if not self._ready:
-            self._answer("ready\n")
+            try:
+                self._answer("ready\n")
+            except AssertionError as error:
+                self._failure = error
+                raise
             self._ready = True
 
     def begin(self) -> None:
