@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -10,8 +11,12 @@ from test_sparse_linear import GEOMETRIES, SOME_BLOCKS, SQUARE, SavedBytes, asse
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from smt_dist.sparse.blocks import Block, BlockGrid, merged_blocks, read_blocks, write_blocks
+import smt_dist
+from smt_dist.config import SMTConfig
+from smt_dist.errors import SMTError
+from smt_dist.sparse.blocks import Block, BlockGrid, BlockSelection, merged_blocks, read_blocks, write_blocks
 from smt_dist.sparse.in_place import InPlaceEmbedding, InPlaceLayer, InPlaceLinear
+from smt_dist.sparse.surgery import sparse_layers
 
 KINDS = [pytest.param("linear", id="linear"), pytest.param("embedding", id="embedding")]
 
@@ -36,7 +41,7 @@ def make_layer(
     return layer
 
 
-def inputs(kind: str, *lead: int, grid: BlockGrid = SQUARE, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def make_inputs(kind: str, *lead: int, grid: BlockGrid = SQUARE, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """Seeded inputs of a layer."""
     if kind == "linear":
         return make_input(*lead, features=grid.cols, dtype=dtype)
@@ -77,7 +82,7 @@ def test_linear_layers_compute_and_learn_as_dense_ones(
     """A failure means that training isn't the merged model's, or follows another gradient than the method's."""
     layer, x = (
         make_layer("linear", grid, blocks, bias=bias, dtype=dtype),
-        inputs("linear", *lead, grid=grid, dtype=dtype),
+        make_inputs("linear", *lead, grid=grid, dtype=dtype),
     )
     expected, grad_x, grad_blocks = dense(layer, x)
     y = layer(x)
@@ -92,7 +97,7 @@ def test_linear_layers_compute_and_learn_as_dense_ones(
 def test_embeddings_compute_and_learn_as_dense_ones(
     grid: BlockGrid, blocks: list[Block], lead: tuple[int, ...]
 ) -> None:
-    layer, x = make_layer("embedding", grid, blocks), inputs("embedding", *lead, grid=grid)
+    layer, x = make_layer("embedding", grid, blocks), make_inputs("embedding", *lead, grid=grid)
     expected, _, grad_blocks = dense(layer, x)
     y = layer(x)
     y.square().sum().backward()
@@ -102,7 +107,7 @@ def test_embeddings_compute_and_learn_as_dense_ones(
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_switched_off_it_is_the_base_bit_for_bit_and_no_weight_is_written(kind: str) -> None:
-    layer, x = make_layer(kind), inputs(kind, 2, 5)
+    layer, x = make_layer(kind), make_inputs(kind, 2, 5)
     before = layer.base.weight._version
     layer.enabled = False
     y = layer(x)
@@ -114,7 +119,7 @@ def test_switched_off_it_is_the_base_bit_for_bit_and_no_weight_is_written(kind: 
 @pytest.mark.parametrize("kind", KINDS)
 def test_switched_off_between_a_forward_and_its_backward(kind: str) -> None:
     """DPO's order: the policy's forward, the reference's without gradients, the backward."""
-    layer, x = make_layer(kind), inputs(kind, 2, 5)
+    layer, x = make_layer(kind), make_inputs(kind, 2, 5)
     _, _, grad_blocks = dense(layer, x)
     y = layer(x)
     layer.enabled = False
@@ -127,7 +132,7 @@ def test_switched_off_between_a_forward_and_its_backward(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_write_between_a_forward_and_its_backward_raises(kind: str) -> None:
-    layer, x = make_layer(kind), inputs(kind, 2, 5)
+    layer, x = make_layer(kind), make_inputs(kind, 2, 5)
     y = layer(x)
     layer.write_values()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -137,7 +142,7 @@ def test_a_write_between_a_forward_and_its_backward_raises(kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("wrap", [lambda f: f, lambda f: lambda x: checkpoint(f, x, use_reentrant=False)])
 def test_two_forwards_before_a_backward_add_up(kind: str, wrap: Callable) -> None:
-    layer, x = make_layer(kind), inputs(kind, 7)
+    layer, x = make_layer(kind), make_inputs(kind, 7)
     forward = wrap(layer)
     (forward(x).square().sum() + forward(x).square().sum()).backward()
     assert_close(layer.delta.grad, 2 * dense(layer, x)[2])
@@ -146,7 +151,7 @@ def test_two_forwards_before_a_backward_add_up(kind: str, wrap: Callable) -> Non
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("bias", [False, True], ids=["no-bias", "bias"])
 def test_model_code_may_write_the_output_in_place(kind: str, bias: bool) -> None:
-    layer, x = make_layer(kind, bias=bias), inputs(kind, 2, 5)
+    layer, x = make_layer(kind, bias=bias), make_inputs(kind, 2, 5)
     layer(x).mul_(2).square().sum().backward()
     assert_close(layer.delta.grad, 4 * dense(layer, x)[2])
 
@@ -169,9 +174,93 @@ def test_only_the_needed_columns_are_saved() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_compiled_without_a_graph_break(kind: str) -> None:
-    layer, x = make_layer(kind), inputs(kind, 2, 5)
+    layer, x = make_layer(kind), make_inputs(kind, 2, 5)
     expected, _, grad_blocks = dense(layer, x)
     y = torch.compile(layer, backend="aot_eager", fullgraph=True)(x)
     y.square().sum().backward()
     assert torch.equal(y, expected)
     assert_close(layer.delta.grad, grad_blocks)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_loop_of_ones_own_trains_as_the_dense_weight_does(dtype: torch.dtype) -> None:
+    """With an optimizer of the user's, values are written after each step by ``write_values``."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 12, dtype=dtype), nn.ReLU(), nn.Linear(12, 8, dtype=dtype))
+    selection = BlockSelection(block_size=(4, 4), blocks={"0": [(0, 1), (2, 3)], "2": [(1, 0)]})
+    truth = copy.deepcopy(model).float()
+    smt_dist.apply_selection(model, selection, SMTConfig(block_size=4, form="in_place"))
+    layers = sparse_layers(model)
+    optimizer = torch.optim.SGD([layer.delta for layer in layers.values()], lr=0.1)
+    x = torch.randn(9, 16, generator=torch.Generator().manual_seed(1))
+    for _ in range(3):
+        for one, inputs in ((model, x.to(dtype)), (truth, x)):
+            one.zero_grad()
+            one(inputs).float().square().sum().backward()
+        optimizer.step()
+        smt_dist.write_values(model)
+        with torch.no_grad():
+            for name, layer in layers.items():
+                weight = truth.get_submodule(name).weight
+                values, gradients = (read_blocks(t, layer.grid, layer.blocks) for t in (weight, weight.grad))
+                write_blocks(weight, layer.grid, layer.blocks, values - 0.1 * gradients)
+    for name, layer in layers.items():
+        assert_close(layer.weight, truth.get_submodule(name).weight, 1e-5 if dtype == torch.float32 else 0.02)
+        assert torch.equal(layer.rows.read(layer.weight), merged_blocks(layer.original, layer.delta.detach()))
+
+
+def test_without_blocks_in_weights_there_is_nothing_to_write() -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    smt_dist.apply_selection(model, BlockSelection(block_size=(4, 4), blocks={"0": [(0, 0)]}))
+    assert not sparse_layers(model)["0"].is_in_place, "own loops get additive blocks unless they ask"
+    with pytest.raises(SMTError, match="there is nothing to write"):
+        smt_dist.write_values(model)
+
+
+REFUSED = {"tied": "is tied to", "shared": "is tied to", "int8": "has a quantised weight"}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_weight_that_can_not_hold_blocks_is_refused_or_gets_them_beside_it(case: str) -> None:
+    """In place another user of the weight would change too, and an integer weight can't be written."""
+    model = nn.ModuleDict({"first": nn.Linear(8, 8, bias=False), "second": nn.Linear(8, 8, bias=False)})
+    if case == "tied":
+        model["second"].weight = model["first"].weight
+    elif case == "shared":
+        model["second"] = model["first"]
+    else:
+        weight = torch.zeros(8, 8, dtype=torch.int8)
+        model["first"].weight = nn.Parameter(weight, requires_grad=False)
+    selection = BlockSelection(block_size=(4, 4), blocks={"first": [(0, 0)]})
+    with pytest.raises(SMTError, match=f'form in_place: first {REFUSED[case]}.*use "auto"'):
+        smt_dist.apply_selection(
+            model, selection, SMTConfig(block_size=4, form="in_place"), untie=True, fingerprint="x"
+        )
+    smt_dist.apply_selection(
+        model, selection, SMTConfig(block_size=4), untie=True, fingerprint="x", auto_form="in_place"
+    )
+    assert not sparse_layers(model)["first"].is_in_place
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_removed_or_unmerged_blocks_leave_every_bit_of_the_base(remove: bool) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, dtype=torch.bfloat16))
+    before = model[0].weight.detach().clone()
+    smt_dist.apply_selection(
+        model, BlockSelection(block_size=(4, 4), blocks={"0": [(0, 0)]}), SMTConfig(block_size=4, form="in_place")
+    )
+    layer = sparse_layers(model)["0"]
+    nn.init.normal_(layer.delta)
+    smt_dist.merge_blocks(model)  # writes deltas that were changed by hand
+    merged = model[0].weight.detach().clone()
+    assert not torch.equal(merged, before)
+    smt_dist.unmerge_blocks(model)
+    assert torch.equal(model[0].weight, merged)
+    if remove:
+        smt_dist.remove_blocks(model)
+        assert torch.equal(model[0].weight, before)
+    else:
+        x = torch.randn(3, 8, dtype=torch.bfloat16)
+        with smt_dist.blocks_disabled(model):
+            assert torch.equal(model(x), nn.functional.linear(x, before, model[0].bias))

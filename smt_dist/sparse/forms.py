@@ -12,7 +12,7 @@ from smt_dist.sparse.embedding import SparseEmbedding
 from smt_dist.sparse.in_place import InPlaceEmbedding, InPlaceLinear
 from smt_dist.sparse.layer import SparseLayer
 from smt_dist.sparse.linear import SparseLinear
-from smt_dist.sparse.targets import base_modules, is_embedding, tied_parameter_names
+from smt_dist.sparse.targets import is_embedding, tied_parameter_names
 
 Form = Literal["in_place", "additive"]
 
@@ -53,8 +53,6 @@ def why_additive(model: nn.Module, name: str) -> str | None:
     if others := tied_parameter_names(model, name):
         size = weight.numel() * weight.element_size()
         return f"is tied to {others[0]}, which its blocks would change too (a copy would take {size:,} bytes)"
-    if (names := [other for other, one in base_modules(model) if one is module]) and len(names) > 1:
-        return f"is the same module as {next(other for other in names if other != name)}"
     return None
 
 
