@@ -69,7 +69,7 @@ def _prepare_smt(task: Task) -> Step:
         dtype=request.base_dtype,
         fingerprint="fake",
         device=torch.device("cpu"),
-        auto_form="additive" if request.engine.startswith("zero") else "in_place",
+        auto_form=request.form,
     )
     _join_columns(model)
     watch_gradients(model, tracker)  # these hooks must run before the optimizer's
