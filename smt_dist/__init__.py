@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from smt_dist.sparse.blocks import BlockGrid, BlockSelection
     from smt_dist.sparse.linear import SparseLinear
     from smt_dist.sparse.merge import merge_blocks, unmerge_blocks
-    from smt_dist.sparse.surgery import apply_selection, blocks_disabled, remove_blocks, sparse_layers
+    from smt_dist.sparse.surgery import apply_selection, blocks_disabled, remove_blocks, sparse_layers, write_values
 
 __version__ = "0.1.0"
 
@@ -56,6 +56,7 @@ __all__ = [
     "select_blocks",
     "sparse_layers",
     "unmerge_blocks",
+    "write_values",
 ]
 
 # Imported on first use, so that --help of a command, and code that needs only the errors, doesn't wait for torch.
@@ -69,7 +70,13 @@ _HOMES = {
     "smt_dist.sparse.blocks": ("BlockGrid", "BlockSelection"),
     "smt_dist.sparse.linear": ("SparseLinear",),
     "smt_dist.sparse.merge": ("merge_blocks", "unmerge_blocks"),
-    "smt_dist.sparse.surgery": ("apply_selection", "blocks_disabled", "remove_blocks", "sparse_layers"),
+    "smt_dist.sparse.surgery": (
+        "apply_selection",
+        "blocks_disabled",
+        "remove_blocks",
+        "sparse_layers",
+        "write_values",
+    ),
 }
 
 

@@ -260,6 +260,10 @@ class SMTConfig(_Strict):
         selection: how blocks are ranked and selected.
         warmup: how blocks are scored before the selection.
         reselect: drop and grow blocks while training; None: never.
+        form: where blocks lie. ``in_place``: inside the base's weight, which then computes them; only their gradients
+            cost anything. ``additive``: beside it, for weights that can't be written. ``auto``: in place under ``ddp``
+            and ``fsdp2`` wherever the weight is dense, floating and used by one module, else additive. It may differ
+            from launch to launch.
         untie: allow a target whose weight is tied to another (an output head tied to the embedding). The
             tie is cut when the blocks are merged.
         non_finite: what happens after NaN or infinity in training; saved in files under its former name,
@@ -272,6 +276,7 @@ class SMTConfig(_Strict):
     selection: SelectionConfig = SelectionConfig()
     warmup: WarmupConfig = WarmupConfig()
     reselect: ReselectConfig | None = None
+    form: Literal["auto", "in_place", "additive"] = "auto"
     untie: bool = Field(default=False, strict=True)
     non_finite: NonFiniteConfig = Field(
         default=NonFiniteConfig(),

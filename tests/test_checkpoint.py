@@ -246,6 +246,7 @@ OVERRIDDEN = [
     "_load_from_checkpoint",
     "_prepare_for_training",
     "_load_best_model",
+    "_sync_replicated_trainable_parameters",
     "compute_loss",
     "training_step",
     "evaluate",

@@ -118,7 +118,7 @@ def test_at_load_the_state_is_the_files_bit_by_bit(straight, resumed, checkpoint
                 assert equal_bits(at_load["moments"], moments)
             with check(f"rank {index}: what computes"):
                 computing = {name: tensor.to(dtype) for name, tensor in at_load["computing"].items()}
-                assert equal_bits(computing, {name: tensor.to(dtype) for name, tensor in masters.items()})
+                assert equal_bits(computing, {name: tensor.to(dtype) for name, tensor in at_load["expected"].items()})
             check_schedule_at_load(check, index, at_load, straight, checkpoint, pair)
 
 

@@ -113,7 +113,7 @@ def test_the_defaults_are_the_documented_ones():
     shown = json.loads(SMTConfig().to_json())
     selection = {**DOCUMENTED_DEFAULTS["selection"], "budget": "separate", "bounds_per": "layer"}
     warmup = {**DOCUMENTED_DEFAULTS["warmup"], "passes": 1}
-    documented = {**DOCUMENTED_DEFAULTS, "selection": selection, "warmup": warmup, "untie": False}
+    documented = {**DOCUMENTED_DEFAULTS, "selection": selection, "warmup": warmup, "form": "auto", "untie": False}
     documented["bad_numbers"] = {"policy": "stop", "limit": 3}
     assert shown == documented
     assert SMTConfig.from_json(json.dumps(DOCUMENTED_DEFAULTS)) == SMTConfig() == SMTConfig.from_json("{}")

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import smt_dist
 from smt_dist import BlockSelection
 from smt_dist.errors import SMTError
-from smt_dist.sparse.merge import merged_blocks
+from smt_dist.sparse.blocks import merged_blocks
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.v_proj"
 SELECTION = BlockSelection(block_size=(8, 8), blocks={Q: [(0, 1), (3, 0)], V: [(1, 2)]})

@@ -23,6 +23,7 @@ from smt_dist.errors import SMTError
 from smt_dist.files import check_tensors, read_header, read_tensors, read_text, write_tensors
 from smt_dist.sparse.blocks import BlockSelection, rearrange, without
 from smt_dist.sparse.fingerprint import base_fingerprint
+from smt_dist.sparse.forms import Form
 from smt_dist.sparse.surgery import (
     add_frozen_blocks,
     apply_selection,
@@ -113,7 +114,7 @@ def write_blocks_of(
     """Write the files of :func:`save_adapter` into a folder that is saved as part of another."""
     ever_trained, active, layers = ever_trained_selection(model), model.smt.selection, sparse_layers(model)
     if deltas is None:
-        deltas = ((name, layer.delta) for name, layer in layers.items())
+        deltas = ((name, layer.read_delta()) for name, layer in layers.items())
     step = model.smt.reselected_at
     adapter = Adapter(
         config=model.smt.config or config_of(ever_trained),
@@ -274,7 +275,11 @@ def read_active(folder: Path, ever_trained: BlockSelection) -> ActiveBlocks | No
 
 
 def attach_adapter(
-    model: nn.Module, adapter: Adapter, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    model: nn.Module,
+    adapter: Adapter,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    auto_form: Form = "additive",
 ) -> None:
     """Put an adapter's blocks into ``model``, in place; blocks that it has already are replaced.
 
@@ -283,6 +288,7 @@ def attach_adapter(
         adapter: its ``active`` blocks are trained, the others stay frozen; an empty fingerprint is worked out.
         dtype: of the blocks, as in :func:`apply_selection`.
         device: of the blocks, as in :func:`apply_selection`.
+        auto_form: as in :func:`apply_selection`.
 
     Raises:
         SMTError: the selection doesn't fit the model.
@@ -295,13 +301,12 @@ def attach_adapter(
         fingerprint = base_fingerprint(model, ever_trained)
     if (frozen := without(ever_trained, trained)) is not None:
         masters = {name: rearrange(adapter.deltas[name], ever_trained, frozen, name) for name in frozen.blocks}
-        add_frozen_blocks(model, frozen, masters, dtype, device)
-    apply_selection(model, trained, adapter.config, dtype, fingerprint=fingerprint, device=device)
+        add_frozen_blocks(model, frozen, masters, dtype, device, (adapter.config.form, auto_form))
+    apply_selection(model, trained, adapter.config, dtype, False, fingerprint, device, auto_form)
     model.smt.frozen_groups = dict(ever_trained.groups)
     model.smt.reselected_at = adapter.active.step if adapter.active is not None else None
-    with torch.no_grad():
-        for name, layer in sparse_layers(model).items():
-            layer.delta.copy_(deltas[name])
+    for name, layer in sparse_layers(model).items():
+        layer.write_delta(deltas[name])
 
 
 def verify_base_model(model: nn.Module, adapter: Adapter, source: str) -> None:

@@ -20,9 +20,8 @@ from tqdm.auto import tqdm
 from smt_dist.checkpoint.adapter import Adapter, read_adapter, verify_fingerprint
 from smt_dist.errors import SMTError, first_line
 from smt_dist.models.folder import INDEX_FILE, SINGLE_FILE, check_model_folder, empty_model, read_config, weight_files
-from smt_dist.sparse.blocks import read_blocks, write_blocks
+from smt_dist.sparse.blocks import read_blocks, summed_blocks, write_blocks
 from smt_dist.sparse.fingerprint import Fingerprint
-from smt_dist.sparse.merge import summed_blocks
 from smt_dist.sparse.targets import takes_blocks, tied_parameter_names, weight_shape
 
 _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".bin.index.json")

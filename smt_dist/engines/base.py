@@ -116,6 +116,7 @@ class Engine(Protocol):
         optimizer_class: type[torch.optim.Optimizer],
         options: dict[str, Any],
         may_be_idle: bool = False,
+        model: nn.Module | None = None,
     ) -> torch.optim.Optimizer:
         """The optimizer of the blocks.
 
@@ -124,6 +125,7 @@ class Engine(Protocol):
             optimizer_class: an elementwise one (:func:`smt_dist.engines.elementwise.refuse_unless_elementwise`).
             options: its keyword arguments.
             may_be_idle: some blocks may get no gradient on some ranks (:func:`smt_dist.sparse.targets.may_be_idle`).
+            model: that has the blocks.
         """
 
     def read_blocks(

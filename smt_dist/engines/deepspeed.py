@@ -98,6 +98,7 @@ class DeepSpeedEngine:
         optimizer_class: type[torch.optim.Optimizer],
         options: dict[str, Any],
         may_be_idle: bool = False,  # noqa: ARG002
+        model: nn.Module | None = None,  # noqa: ARG002
     ) -> torch.optim.Optimizer:
         # ZeRO flattens parameters too, so it can't do more than ShardedBlockOptimizer can.
         refuse_unless_elementwise(optimizer_class, options)

@@ -53,16 +53,21 @@ class FlatParameters:
             start += parameter.numel()
         padded = -(-start // world_size) * world_size
         self.values = torch.zeros(padded, dtype=parameters[0].dtype, device=parameters[0].device)
+        self._storages: dict[nn.Parameter, StorageWeakRef] = {}
         for parameter, place in self.ranges.items():
             view = place.of(self.values).view(parameter.shape)
             view.copy_(parameter.detach())
-            parameter.data = view
+            self.bind(parameter, view)
         self.own = self.share(get_rank() if is_distributed() else 0)
 
+    def bind(self, parameter: nn.Parameter, data: torch.Tensor) -> None:
+        """Give a parameter its data, and remember where it lies."""
+        parameter.data = data
+        self._storages[parameter] = StorageWeakRef(data.untyped_storage())
+
     def check(self) -> None:
-        """Raise RuntimeError if a parameter was moved out of the buffer (``model.to``): steps wouldn't reach it."""
-        storage = StorageWeakRef(self.values.untyped_storage())
-        if any(StorageWeakRef(parameter.untyped_storage()) != storage for parameter in self.ranges):
+        """Raise RuntimeError if a parameter was moved (``model.to``): steps wouldn't reach what computes."""
+        if any(StorageWeakRef(parameter.untyped_storage()) != own for parameter, own in self._storages.items()):
             raise RuntimeError("the blocks were moved (model.to?) after their optimizer was made; make it again")
 
     def share(self, rank: int) -> Range:

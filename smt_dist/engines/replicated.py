@@ -35,17 +35,18 @@ class ReplicatedBlocks:
         optimizer_class: type[torch.optim.Optimizer],
         options: dict[str, Any],
         may_be_idle: bool = False,
+        model: nn.Module | None = None,
     ) -> ShardedBlockOptimizer:
         # A rank that waits for a gradient that doesn't come would leave FSDP2's gathers on the others unanswered.
         micro_batches = None if may_be_idle else self.micro_batches
-        return ShardedBlockOptimizer(groups, optimizer_class, options, self.reduce_dtype, micro_batches)
+        return ShardedBlockOptimizer(groups, optimizer_class, options, self.reduce_dtype, micro_batches, model)
 
     def read_blocks(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         for name, layer in sparse_layers(model).items():
             if optimizer is None:
-                yield name, layer.delta.detach().float().cpu()
+                yield name, layer.read_delta().float().cpu()
             else:
                 yield name, unwrapped(optimizer).read_master(layer.delta)
 
@@ -54,9 +55,11 @@ class ReplicatedBlocks:
     ) -> None:
         for name, layer in sparse_layers(model).items():
             if optimizer is None:
-                layer.delta.detach().copy_(deltas[name])
+                layer.write_delta(deltas[name])
             else:
                 unwrapped(optimizer).write(layer.delta, deltas[name])
+        if optimizer is not None:
+            unwrapped(optimizer).publish()
 
     def read_moments(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
         sharded: ShardedBlockOptimizer = unwrapped(optimizer)
@@ -76,6 +79,7 @@ class ReplicatedBlocks:
         for state in states:
             sharded.write(layers[state.module].delta, state.delta, state.moments)
         sharded.set_counters(counters)
+        sharded.publish()
 
     def damaged_block(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
         parameter = unwrapped(optimizer).damaged_parameter()

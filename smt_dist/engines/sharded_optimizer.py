@@ -22,6 +22,8 @@ from smt_dist.distributed import all_gather_rows, all_reduce_sum, is_distributed
 from smt_dist.engines.elementwise import counter_state, counter_value, is_counter, is_moment, refuse_unless_elementwise
 from smt_dist.engines.flat import FlatParameters, Range
 from smt_dist.engines.gradients import GradientSums, SlicedGradients, WholeGradients
+from smt_dist.engines.in_place import PlacedValues, in_place_layers
+from smt_dist.sparse.blocks import merged_blocks
 
 
 class ShardedBlockOptimizer(torch.optim.Optimizer):
@@ -46,6 +48,7 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         reduce_dtype: in which gradients cross the network; they are added up before and used after in fp32.
         micro_batches: backwards in a step, if it is known: gradients then go to the ranks that own them while the last
             backward runs (:class:`smt_dist.engines.gradients.SlicedGradients`).
+        model: whose in-place layers' weights the values are written into; None where all blocks are additive.
 
     Attributes:
         overflow: whether the last step was left out because the norm that was measured for it wasn't finite.
@@ -61,9 +64,13 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         options: dict[str, Any] | None = None,
         reduce_dtype: torch.dtype = torch.float32,
         micro_batches: int | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         refuse_unless_elementwise(optimizer_class, options or {})
         parameters = [parameter for group in groups for parameter in group["params"]]
+        layers = in_place_layers(model, parameters)
+        for layer in layers.values():
+            layer.take_back()  # from an earlier optimizer
         self._flat = FlatParameters(parameters)
         self.gradients: GradientSums = WholeGradients(self._flat, reduce_dtype)
         if micro_batches is not None and is_distributed():
@@ -72,9 +79,10 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         self._norm: torch.Tensor | None = None
         self.overflow = False
 
-        # In fp32 a master is a view of this rank's slice of the values, no copy of it.
+        # In fp32 a master is a view of this rank's slice of the values, no copy of it, unless those are weights.
         own = self._flat.own
-        masters = own.of(self._flat.values).to(torch.float32)
+        masters = own.of(self._flat.values).to(torch.float32, copy=bool(layers))
+        self._placed = PlacedValues(self._flat, layers, model, self) if layers else None
         self._group_ranges = [part.within(own) for part in self._ranges_of_groups(groups)]
         self._masters = [nn.Parameter(part.of(masters, own.start)) for part in self._group_ranges]
         self.inner = optimizer_class(
@@ -110,7 +118,7 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
             inner.update({key: value for key, value in outer.items() if key != "params"})
         self.inner.step()
         self.zero_grad()
-        self._publish()
+        self.publish()
         return loss
 
     def add_gradient(self, parameter: nn.Parameter) -> None:
@@ -159,12 +167,23 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
             master.grad = part.of(own, self._flat.own.start)
         self._reduced = True
 
-    def _publish(self) -> None:
-        """Round this rank's masters to what computes, and give every rank all of it."""
+    @torch.no_grad()
+    def publish(self) -> None:
+        """Round this rank's masters to what computes, give every rank all of it, and write in-place weights."""
+        if self._placed is not None:
+            self._placed.begin()
         for master, part in zip(self._masters, self._group_ranges, strict=True):
-            part.of(self._flat.values).copy_(master)
+            part.of(self._flat.values).copy_(self._rounded(master, part))
         if is_distributed():
             all_gather_rows(self._flat.values, self._flat.own.of(self._flat.values))
+        if self._placed is not None:
+            self._placed.write()
+
+    def _rounded(self, master: torch.Tensor, part: Range) -> torch.Tensor:
+        """What computes for this rank's part of a master, in the values' dtype."""
+        if self._placed is None:
+            return master.detach().to(self._flat.values.dtype)
+        return merged_blocks(part.of(self._placed.original, self._flat.own.start), master.detach())
 
     # -- the state, parameter by parameter ---------------------------------------------------------------------
 
@@ -194,18 +213,21 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
     def damaged_parameter(self) -> nn.Parameter | None:
         """The first parameter of whose fp32 master this rank's values aren't the rounding; not collective."""
         for master, part in zip(self._masters, self._group_ranges, strict=True):
-            values, expected = part.of(self._flat.values), master.detach().to(self._flat.values.dtype)
+            values, expected = part.of(self._flat.values), self._rounded(master, part)
             wrong = values.view(torch.uint8) != expected.view(torch.uint8)
             if len(part) and bool(wrong.any()):
                 index = part.start + int(wrong.nonzero()[0]) // values.element_size()
                 return next(p for p, place in self._flat.ranges.items() if place.start <= index < place.stop)
-        return None
+        layer = None if self._placed is None else self._placed.damaged_layer()
+        return None if layer is None else layer.delta
 
     @torch.no_grad()
     def write(
         self, parameter: nn.Parameter, master: torch.Tensor, moments: dict[str, torch.Tensor] | None = None
     ) -> None:
-        """Set a parameter and this rank's part of its fp32 master and moments; every rank gives the same values.
+        """Set this rank's part of a parameter's fp32 master and moments; every rank gives the same values.
+
+        Call :meth:`publish` after the last one: until then the old values compute.
 
         Args:
             parameter: one of the groups'.
@@ -213,7 +235,6 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
             moments: name -> tensor of its shape; None leaves them alone.
         """
         group = self._group_of(parameter)
-        parameter.copy_(master)
         self._write_own(parameter, self._masters[group], master, group)
         for key, value in (moments or {}).items():
             state = self.inner.state[self._masters[group]]
@@ -229,14 +250,16 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
     def memory_bytes(self) -> dict[str, int]:
         """Bytes that this rank holds: ``masters``, ``moments`` (0 before the first step), ``values``, ``gradients``.
 
-        In fp32 the masters are a part of the values: 0. A step needs 4 bytes more for each of this rank's elements, and
-        2 for each of all with a bf16 reduction.
+        With in-place layers also ``original``: W0. In fp32 without them the masters are a part of the values: 0. A step
+        needs 4 bytes more for each of this rank's elements, and 2 for each of all with a bf16 reduction.
         """
         moments = [
             value for master in self._masters for value in self.inner.state[master].values() if is_moment(master, value)
         ]
-        return {
-            "masters": 0 if self._flat.values.dtype == torch.float32 else sum(m.nbytes for m in self._masters),
+        are_views = self._flat.values.dtype == torch.float32 and self._placed is None
+        original = {} if self._placed is None else {"original": self._placed.original.nbytes}
+        return original | {
+            "masters": 0 if are_views else sum(m.nbytes for m in self._masters),
             "moments": sum(moment.nbytes for moment in moments),
             "values": self._flat.values.nbytes,
             "gradients": sum(tensor.nbytes for tensor in self.gradients.tensors()),
@@ -246,6 +269,8 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         """(category of :mod:`smt_dist.memory.plan.categories`, tensors) of everything that this rank holds."""
         yield "gradients", self.gradients.tensors()
         yield "optimizer_state", [self._masters, [list(state.values()) for state in self.inner.state.values()]]
+        if self._placed is not None:
+            yield "blocks", self._placed.original
         yield "blocks", self._flat.values  # last: in fp32 the masters are a part of them
 
     def state_dict(self) -> dict[str, Any]:

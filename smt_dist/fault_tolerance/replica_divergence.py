@@ -29,8 +29,9 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
 
 def computing_blocks(model: nn.Module) -> dict[str, torch.Tensor]:
     """Collect the block values by module: trained ones, and those that re-selection froze."""
-    frozen = {f"{name} (frozen)": layer.delta for name, layer in frozen_layers(model).items()}
-    return {name: layer.delta for name, layer in sparse_layers(model).items()} | frozen
+    frozen = {f"{name} (frozen)": layer.replicated_values() for name, layer in frozen_layers(model).items()}
+    trained = {name: layer.computing_values() for name, layer in sparse_layers(model).items()}
+    return trained | {name: values for name, values in frozen.items() if values is not None}
 
 
 def block_checksums(model: nn.Module) -> torch.Tensor:
@@ -116,14 +117,15 @@ def check_masters(
     problem = None if damaged is None else wrong.format(damaged)
     layers = sparse_layers(model)
     for module, master in masters:
-        delta = layers[module].delta
+        layer = layers[module]
+        values, expected = layer.computing_values(), layer.expected_values(master)  # collective
         if not master.isfinite().all():
             problem = problem or f"the blocks of {module} are not finite (NaN or infinity)"
-        elif delta.numel() and not torch.equal(bits(master.to(delta.dtype)), bits(delta).cpu().view(master.shape)):
+        elif values.numel() and not torch.equal(bits(expected).cpu(), bits(values).cpu().view(master.shape)):
             problem = problem or wrong.format(module)
-        del master  # before the next is read
+        del master, expected  # before the next is read
     for module, layer in frozen_layers(model).items():
-        if not torch.equal(bits(layer.master.to(layer.delta.dtype)), bits(layer.delta).cpu()):
+        if layer.is_damaged():
             problem = problem or f"the frozen block values of {module} aren't those of their fp32 masters"
     for name, tensor in local_state:
         if not tensor.isfinite().all():

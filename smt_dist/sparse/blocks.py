@@ -124,6 +124,16 @@ def write_blocks(weight: torch.Tensor, grid: BlockGrid, blocks: list[Block], val
             weight[grid.row_slice(row), grid.col_slice(col)] = values[grid.row_slice(index)]
 
 
+def merged_blocks(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """The rounding of fp32(base) + fp32(delta) to the base's dtype; both ``[blocks * block_rows, block_cols]``."""
+    return summed_blocks(base, delta).to(base.dtype)
+
+
+def summed_blocks(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+    """fp32(base) + fp32(delta), before any rounding."""
+    return base.float() + delta.to(base.device, torch.float32)
+
+
 class BlockSelection(BaseModel):
     """Hold the chosen blocks: module name -> list of (row, col), in units of blocks.
 

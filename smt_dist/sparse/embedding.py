@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -38,18 +39,25 @@ class SparseEmbedding(SparseLayer):
         self.register_buffer("places", places.to(self.delta.device), persistent=False)
 
     def add_blocks(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        height = self.grid.block_rows
         out = y.clone()
+        for columns, rows, hit in self.looked_up(x):
+            found = _Rows.apply(self.delta, rows.flatten()).to(y.dtype).view(*x.shape, self.grid.block_cols)
+            out[..., columns] += torch.where(hit.unsqueeze(-1), found, 0)
+        return out
+
+    def looked_up(self, ids: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+        """Find what ids ``[...]`` look up, for each block column: its features, each id's row of ``delta``, and a mask.
+
+        Ids outside of the mask have no block there and name some other row: to leave them out, the host would have to
+        wait for the device.
+        """
+        height = self.grid.block_rows
         for col, places in zip(self._columns, self.places, strict=True):
-            block = places[torch.div(x, height, rounding_mode="floor")]
+            block = places[torch.div(ids, height, rounding_mode="floor")]
             hit = block >= 0
             if self.padding_idx is not None:
-                hit &= x != self.padding_idx
-            # Every token looks a row up, and those without a block drop it: counting them would wait for the device.
-            rows = block.clamp(min=0) * height + x % height
-            found = _Rows.apply(self.delta, rows.flatten()).to(y.dtype).view(*x.shape, self.grid.block_cols)
-            out[..., self.grid.col_slice(col)] += torch.where(hit.unsqueeze(-1), found, 0)
-        return out
+                hit &= ids != self.padding_idx
+            yield self.grid.col_slice(col), block.clamp(min=0) * height + ids % height, hit
 
     @property
     def padding_idx(self) -> int | None:

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from smt_dist.sparse.blocks import BlockSelection, read_blocks
-from smt_dist.sparse.layer import bare
+from smt_dist.sparse.in_place import InPlaceLayer
+from smt_dist.sparse.layer import layers_of
 from smt_dist.sparse.sharded import gathered
 from smt_dist.sparse.targets import base_modules, weight_shape
 
@@ -21,10 +22,20 @@ def base_fingerprint(model: nn.Module, selection: BlockSelection) -> str:
     fingerprint = Fingerprint(selection)
     modules = dict(base_modules(model))
     for name in selection.blocks:
-        module = bare(modules[name])
+        module = modules[name]
         with gathered(module.weight) as weight:
-            fingerprint.add(name, weight, weight_shape(module))
+            fingerprint.add(name, _original(module, weight), weight_shape(module))
     return fingerprint.hexdigest()
+
+
+def _original(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
+    """The base's weight, also where it holds the values of blocks; collective where an optimizer holds W0."""
+    written = [layer for layer in layers_of(module) if isinstance(layer, InPlaceLayer) and layer.is_written]
+    if written:
+        weight = weight.detach().clone()
+    for layer in written:
+        layer.rows.write(weight, layer.read_original())
+    return weight
 
 
 class Fingerprint:

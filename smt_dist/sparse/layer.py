@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
 import torch
 from torch import nn
 
@@ -23,6 +27,8 @@ class SparseLayer(nn.Module):
             spread evenly over ranks where whole blocks would land on the first ones.
         enabled: False turns the layer into its base.
     """
+
+    is_in_place: ClassVar[bool] = False  # whether the base's weight holds the values
 
     def __init__(
         self,
@@ -50,6 +56,38 @@ class SparseLayer(nn.Module):
         """The base's output ``y`` for the input ``x``, plus the blocks; a new tensor."""
         raise NotImplementedError
 
+    def read_delta(self) -> torch.Tensor:
+        """The deltas as far as this layer holds them, of ``delta``'s shape."""
+        return self.delta.detach()
+
+    @torch.no_grad()
+    def write_delta(self, delta: torch.Tensor) -> None:
+        """Set the deltas, and what computes."""
+        self.delta.copy_(delta)
+
+    def write_out(self) -> None:
+        """Have the weight hold the values, where it does, after deltas were changed by hand."""
+
+    def restore(self) -> None:
+        """Give the weight W0 back, where it holds the values."""
+
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Compute what the base does, inside the context."""
+        before, self.enabled = self.enabled, False
+        try:
+            yield
+        finally:
+            self.enabled = before
+
+    def expected_values(self, master: torch.Tensor) -> torch.Tensor:
+        """Round an fp32 master ``[blocks * block_rows, block_cols]`` to what has to compute."""
+        return master.to(self.delta.dtype)
+
+    def computing_values(self) -> torch.Tensor:
+        """The values at the blocks that compute on this rank, of ``delta``'s shape; comparable between ranks."""
+        return self.delta.detach()
+
     # Model code reads these of its layers (`self.q_proj.weight.dtype`), so they stay visible.
     @property
     def weight(self) -> torch.Tensor:
@@ -64,6 +102,15 @@ class SparseLayer(nn.Module):
     def extra_repr(self) -> str:
         """For ``print(model)``."""
         return f"blocks={len(self.blocks)} of {self.grid.block_rows}x{self.grid.block_cols}"
+
+
+def layers_of(module: nn.Module) -> list[SparseLayer]:
+    """List the layers with blocks of one base, outermost first: trained ones, frozen ones."""
+    found = []
+    while isinstance(module, SparseLayer):
+        found.append(module)
+        module = module.base
+    return found
 
 
 def bare(module: nn.Module) -> nn.Module:

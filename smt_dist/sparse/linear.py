@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from smt_dist.sparse.block_gradients import (
+    ColumnGroup,
+    DensePart,
+    dense_parts,
+    group_by_column,
+    is_dense_faster,
+    multiply_columns,
+    multiply_densely,
+)
 from smt_dist.sparse.blocks import Block, BlockGrid
 from smt_dist.sparse.layer import SparseLayer
 
@@ -31,10 +40,23 @@ class SparseLinear(SparseLayer):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__(base, grid, blocks, dtype, device)
-        self._layout = _Layout.of(grid, self.blocks)
+        self._layout = Layout.of(grid, self.blocks)
 
     def add_blocks(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return _AddBlocks.apply(y, x, self.delta, self._layout)
+        return self.change_blocks(y, x, self.delta)
+
+    def change_blocks(self, y: torch.Tensor, x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
+        """The base's output ``y`` for the input ``x``, with its weight's blocks changed; ``change`` as ``delta``."""
+        return _AddBlocks.apply(y, x, change, self._layout)
+
+    @property
+    def copied_columns(self) -> int:
+        """Columns of the input that blocks read, each counted once."""
+        return len(self._layout.columns) * self.grid.block_cols
+
+    def keep_whole_input(self, whole: bool) -> None:
+        """Keep the input itself for the backward, by reference, instead of copies of the columns that blocks read."""
+        self._layout = replace(self._layout, keeps_whole=whole)
 
     @property
     def in_features(self) -> int:
@@ -48,7 +70,7 @@ class SparseLinear(SparseLayer):
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """Where one block reads its input, writes its output and keeps its values."""
 
     column: int  # index into the layout's columns
@@ -57,21 +79,26 @@ class _Place:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class Layout:
     """The places of all blocks, worked out once."""
 
     columns: list[slice]  # of the input features; each that a block reads, once
-    places: list[_Place]
+    places: list[Place]
+    groups: list[ColumnGroup]
+    dense_parts: list[DensePart]  # empty where products by columns are faster
+    keeps_whole: bool = False  # whether the backward gets the input itself
 
     @staticmethod
-    def of(grid: BlockGrid, blocks: list[Block]) -> _Layout:
+    def of(grid: BlockGrid, blocks: list[Block]) -> Layout:
         cols = sorted({col for _, col in blocks})
-        return _Layout(
+        return Layout(
             columns=[grid.col_slice(col) for col in cols],
             places=[
-                _Place(cols.index(col), grid.row_slice(row), grid.row_slice(index))
+                Place(cols.index(col), grid.row_slice(row), grid.row_slice(index))
                 for index, (row, col) in enumerate(blocks)
             ],
+            groups=group_by_column(grid, blocks),
+            dense_parts=dense_parts(grid, blocks) if is_dense_faster(grid, blocks) else [],
         )
 
 
@@ -83,35 +110,58 @@ class _AddBlocks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, layout: _Layout) -> torch.Tensor:
-        # Copies, as a saved view would keep all of x alive. x may be wider than y: autocast converts inside the base.
-        inputs = [_flat(x)[:, columns].to(y.dtype, copy=True) for columns in layout.columns]
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, delta: torch.Tensor, layout: Layout) -> torch.Tensor:
+        kept = kept_inputs(x, layout, y.dtype)
+        inputs = read_columns(kept, layout, y.dtype)
         weights = delta.to(y.dtype)
         out = y.clone(memory_format=torch.contiguous_format)
         for place in layout.places:
-            _flat(out)[:, place.outputs].addmm_(inputs[place.column], weights[place.rows].t())
-        ctx.save_for_backward(delta, *(inputs if ctx.needs_input_grad[2] else []))
+            flat(out)[:, place.outputs].addmm_(inputs[place.column], weights[place.rows].t())
+        ctx.save_for_backward(delta, *(kept if ctx.needs_input_grad[2] else []))
         ctx.layout, ctx.x_shape = layout, x.shape
         return out
 
     @staticmethod
     def backward(ctx: Any, grad_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        delta, *inputs = ctx.saved_tensors
-        flat = _flat(grad_y)
+        delta, *kept = ctx.saved_tensors
+        rows = flat(grad_y)
         grad_x = grad_delta = None
         if ctx.needs_input_grad[1]:
             weights = delta.to(grad_y.dtype)
             grad_x = grad_y.new_zeros(ctx.x_shape)  # autograd converts it to x's dtype
             for place in ctx.layout.places:
                 columns = ctx.layout.columns[place.column]
-                _flat(grad_x)[:, columns].addmm_(flat[:, place.outputs], weights[place.rows])
+                flat(grad_x)[:, columns].addmm_(rows[:, place.outputs], weights[place.rows])
         if ctx.needs_input_grad[2]:
-            grad_delta = torch.empty_like(delta)
-            for place in ctx.layout.places:
-                grad_delta[place.rows] = flat[:, place.outputs].t() @ inputs[place.column]
+            grad_delta = block_gradients(rows, kept, ctx.layout, delta)
         return grad_y, grad_x, grad_delta, None
 
 
-def _flat(tensor: torch.Tensor) -> torch.Tensor:
+def kept_inputs(x: torch.Tensor, layout: Layout, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Keep for the backward what :func:`read_columns` reads: the columns that blocks read, or ``x`` itself."""
+    if layout.keeps_whole:
+        return [x]
+    # Copies, as a saved view would keep all of x alive. x may be wider than y: autocast converts inside the base.
+    return [flat(x)[:, columns].to(dtype, copy=True) for columns in layout.columns]
+
+
+def read_columns(kept: list[torch.Tensor], layout: Layout, dtype: torch.dtype) -> list[torch.Tensor]:
+    """Read the input columns that blocks read, each once; ``[tokens, block_cols]`` each, in ``dtype``."""
+    if not layout.keeps_whole:
+        return kept
+    return [flat(kept[0])[:, columns].to(dtype) for columns in layout.columns]
+
+
+def block_gradients(grad_y: torch.Tensor, kept: list[torch.Tensor], layout: Layout, like: torch.Tensor) -> torch.Tensor:
+    """Multiply each block's output gradients ``[tokens, out]`` by its input columns; of ``like``'s shape and dtype."""
+    gradient, columns = torch.empty_like(like), read_columns(kept, layout, grad_y.dtype)
+    if layout.dense_parts:
+        multiply_densely(grad_y, columns, layout.dense_parts, gradient)
+    else:
+        multiply_columns(grad_y, columns, layout.groups, gradient)
+    return gradient
+
+
+def flat(tensor: torch.Tensor) -> torch.Tensor:
     """``[..., features]`` -> ``[tokens, features]``; a view of contiguous tensors."""
     return tensor.reshape(-1, tensor.shape[-1])

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 from smt_dist.errors import SMTError
-from smt_dist.sparse.blocks import read_blocks, write_blocks
+from smt_dist.sparse.blocks import merged_blocks, read_blocks, write_blocks
 from smt_dist.sparse.frozen import FrozenBlocks
-from smt_dist.sparse.layer import SparseLayer, bare
+from smt_dist.sparse.layer import SparseLayer, bare, layers_of
 from smt_dist.sparse.surgery import sparse_layers
 from smt_dist.sparse.targets import base_modules, tied_parameter_names
 
@@ -21,17 +21,7 @@ _UNDO = "_smt_undo"
 class _Undo(NamedTuple):
     layer: SparseLayer
     weight: nn.Parameter  # the parameter before the merge: another one after it, if it was tied
-    blocks: list[tuple[SparseLayer, torch.Tensor]]  # layers with blocks, outermost first, and the weight's before
-
-
-def merged_blocks(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """The rounding of fp32(base) + fp32(delta) to the base's dtype; both ``[blocks * block_rows, block_cols]``."""
-    return summed_blocks(base, delta).to(base.dtype)
-
-
-def summed_blocks(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """fp32(base) + fp32(delta), before any rounding."""
-    return base.float() + delta.to(base.device, torch.float32)
+    blocks: list[tuple[SparseLayer, torch.Tensor]]  # additive layers, outermost first, and the weight's blocks before
 
 
 def merge_blocks(model: nn.Module) -> None:
@@ -52,7 +42,8 @@ def merge_blocks(model: nn.Module) -> None:
         module.__dict__.pop(_UNDO, None)  # of an earlier merge, which is part of the base from here on
     for name, layer in layers.items():
         base, original = bare(layer), layer.weight
-        parts = [part for part in (layer, layer.base) if isinstance(part, SparseLayer)]
+        layer.write_out()
+        parts = [part for part in layers_of(layer) if not part.is_in_place]
         before = [(part, read_blocks(original, part.grid, part.blocks)) for part in parts]
         if tied_parameter_names(model, name):
             base.weight = nn.Parameter(original.detach().clone(), requires_grad=False)

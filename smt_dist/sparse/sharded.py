@@ -30,9 +30,13 @@ def gathered(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
 
 def reshard(model: nn.Module) -> None:
     """Let go of weights that FSDP2 keeps gathered after a forward without a backward: the outermost ones."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    for unit in fsdp2_units(model):
+        unit.reshard()
+
+
+def fsdp2_units(model: nn.Module) -> list[FSDPModule]:
+    """The modules whose weights FSDP2 gathers together, each set once."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def full_numel(parameter: torch.Tensor) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import nn
@@ -11,16 +11,16 @@ from torch import nn
 from smt_dist.config import SMTConfig
 from smt_dist.errors import SMTError
 from smt_dist.sparse.blocks import BlockSelection
-from smt_dist.sparse.embedding import SparseEmbedding
 from smt_dist.sparse.fingerprint import base_fingerprint
-from smt_dist.sparse.frozen import FrozenBlocks, make_frozen
-from smt_dist.sparse.layer import SparseLayer, bare
-from smt_dist.sparse.linear import SparseLinear
-from smt_dist.sparse.sharded import full_numel
+from smt_dist.sparse.forms import Form, layer_kind
+from smt_dist.sparse.frozen import FROZEN_KINDS, FrozenBlocks
+from smt_dist.sparse.in_place import InPlaceLayer
+from smt_dist.sparse.layer import SparseLayer, bare, layers_of
+from smt_dist.sparse.sharded import full_numel, reshard
+from smt_dist.sparse.shared_inputs import choose_kept_inputs
 from smt_dist.sparse.state import SparseState
 from smt_dist.sparse.targets import (
     base_modules,
-    is_embedding,
     takes_blocks,
     tied_parameter_names,
     weight_shape,
@@ -36,6 +36,7 @@ def apply_selection(
     untie: bool = False,
     fingerprint: str | None = None,
     device: torch.device | None = None,
+    auto_form: Form = "additive",
 ) -> None:
     """Wrap each selected module in a :class:`SparseLayer`, in place, and freeze everything but the blocks.
 
@@ -48,6 +49,8 @@ def apply_selection(
         untie: allow tied targets (also ``config.untie``); the tie is cut at the merge.
         fingerprint: the base's; empty or None: worked out, which gathers every selected weight of a sharded base.
         device: of the blocks; default: each base weight's, which is wrong where the base is offloaded.
+        auto_form: what the config's form ``"auto"`` means wherever a weight allows it. ``in_place`` needs
+            :class:`~smt_dist.engines.sharded_optimizer.ShardedBlockOptimizer`, or :func:`write_values` after each step.
 
     Raises:
         SMTError: a module is missing, neither linear nor an embedding, tied, or of another shape; or the model has
@@ -57,7 +60,8 @@ def apply_selection(
         raise SMTError("the model has blocks already; remove them with smt_dist.remove_blocks(model) first")
     if config is not None:
         _refuse_other_config(selection, config)
-    layers = _build_layers(model, selection, dtype, device, untie or (config is not None and config.untie))
+    forms = (config.form if config is not None else "auto", auto_form)
+    layers = _build_layers(model, selection, dtype, device, untie or (config is not None and config.untie), forms)
     fingerprint = fingerprint or base_fingerprint(model, selection)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -67,7 +71,12 @@ def apply_selection(
 
 
 def _build_layers(
-    model: nn.Module, selection: BlockSelection, dtype: torch.dtype, device: torch.device | None, untie: bool
+    model: nn.Module,
+    selection: BlockSelection,
+    dtype: torch.dtype,
+    device: torch.device | None,
+    untie: bool,
+    forms: tuple[str, Form],
 ) -> dict[str, SparseLayer]:
     modules = dict(base_modules(model))
     layers = {}
@@ -80,9 +89,10 @@ def _build_layers(
         grid = selection.grid(name, weight_shape(module))
         if not untie and (others := tied_parameter_names(model, name)):
             raise SMTError(f"selection: {name} is tied to {others[0]}; pass untie=True to cut the tie at the merge")
-        kind = SparseEmbedding if is_embedding(module) else SparseLinear
+        kind = layer_kind(model, name, *forms)
         layers[name] = kind(module, grid, blocks, dtype, device or module.weight.device)
         layers[name].train(module.training)
+    choose_kept_inputs(layers)
     return layers
 
 
@@ -143,6 +153,7 @@ def add_frozen_blocks(
     masters: Mapping[str, torch.Tensor],
     dtype: torch.dtype,
     device: torch.device | None = None,
+    forms: tuple[str, Form] = ("auto", "additive"),
 ) -> None:
     """Put blocks into ``model`` that compute and are never trained, in place, before :func:`apply_selection`.
 
@@ -152,31 +163,54 @@ def add_frozen_blocks(
         masters: module -> fp32 values ``[blocks * block_rows, block_cols]``.
         dtype: of the values that compute.
         device: of those values; default: each base weight's.
+        forms: the config's ``form``, and what its ``"auto"`` means.
     """
     for name, blocks in selection.blocks.items():
         base = model.get_submodule(name)
         grid = selection.grid(name, weight_shape(base))
-        layer = make_frozen(base, grid, blocks, masters[name], dtype, device or base.weight.device)
+        layer = FROZEN_KINDS[layer_kind(model, name, *forms)](base, grid, blocks, dtype, device or base.weight.device)
+        layer.freeze(masters[name])
+        layer.train(base.training)
         model.set_submodule(name, layer)
 
 
 @contextmanager
 def blocks_disabled(model: nn.Module) -> Iterator[None]:
-    """The base model's outputs inside the context, without touching a weight."""
-    before = {layer: layer.enabled for layer in model.modules() if isinstance(layer, SparseLayer)}
-    for layer in before:
-        layer.enabled = False
-    try:
+    """Compute the base model's outputs inside the context; no weight is written.
+
+    Entering it is collective where an optimizer holds the base's blocks: in-place layers under ``ddp`` and ``fsdp2``.
+    Raises SMTError where not all ranks come within a minute.
+    """
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if isinstance(layer, SparseLayer):
+                stack.enter_context(layer.disabled())
         yield
-    finally:
-        for layer, enabled in before.items():
-            layer.enabled = enabled
+
+
+def write_values(model: nn.Module) -> None:
+    """Write the values of in-place layers into their weights, after a step of an optimizer of your own.
+
+    :class:`~smt_dist.engines.sharded_optimizer.ShardedBlockOptimizer` does so itself. Collective the first time, where
+    the base is sharded.
+
+    Raises:
+        SMTError: the model has no in-place layers, or a sharded optimizer writes them.
+    """
+    layers = [layer for layer in sparse_layers(model).values() if isinstance(layer, InPlaceLayer)]
+    if not layers:
+        raise SMTError('the model has no blocks inside its weights ("form": "in_place"); there is nothing to write')
+    reshard(model)  # a weight that is gathered would keep its old values
+    for layer in layers:
+        layer.write_values()
 
 
 def remove_blocks(model: nn.Module) -> None:
     """Put the base modules back, in place; the blocks are dropped. Parameters stay frozen."""
     layers = {name: module for name, module in base_modules(model) if isinstance(module, SparseLayer)}
     for name, layer in layers.items():
+        for part in layers_of(layer):
+            part.restore()
         model.set_submodule(name, bare(layer))
     if hasattr(model, "smt"):
         del model.smt

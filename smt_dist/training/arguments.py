@@ -23,6 +23,7 @@ from smt_dist.engines.fsdp2_units import Units
 from smt_dist.engines.process_group import initialize_process_group
 from smt_dist.errors import SMTError, whole_message
 from smt_dist.files import parse_json_object, read_text
+from smt_dist.sparse.forms import Form
 from smt_dist.training.choices import check_choices
 
 DtypeName = Literal["float32", "bfloat16"]
@@ -180,6 +181,12 @@ class SMTTrainingArguments(TrainingArguments):
     def base_dtype(self) -> torch.dtype:
         """``dtype`` as a torch dtype."""
         return DTYPES[self.dtype]
+
+    @property
+    def auto_form(self) -> Form:
+        """What the config's form ``"auto"`` means."""
+        # DeepSpeed shares rounded deltas: added to W0 they don't give the bits of the merge.
+        return "additive" if self.engine == "deepspeed" else "in_place"
 
     @property
     def reduce_torch_dtype(self) -> torch.dtype:

@@ -21,7 +21,8 @@ from smt_dist.selection.select import select_blocks
 from smt_dist.selection.steps import Observer
 from smt_dist.selection.warmup import collect_scores
 from smt_dist.sparse.blocks import BlockSelection
-from smt_dist.sparse.surgery import apply_selection, describe_blocks
+from smt_dist.sparse.forms import describe_forms
+from smt_dist.sparse.surgery import apply_selection, describe_blocks, sparse_layers
 from smt_dist.sparse.targets import find_targets
 from smt_dist.training.arguments import SMTTrainingArguments
 from smt_dist.training.run_arguments import RunArguments
@@ -118,12 +119,12 @@ def attach_blocks(
     dtype, device = args.base_dtype, args.device
     if adapter is not None:
         verify_base_model(model, adapter, source)
-        attach_adapter(model, adapter._replace(config=config), dtype, device)
+        attach_adapter(model, adapter._replace(config=config), dtype, device, args.auto_form)
     else:
-        apply_selection(model, selection, config, dtype, device=device)
+        apply_selection(model, selection, config, dtype, device=device, auto_form=args.auto_form)
     model.smt.is_compared = True
     chunk_loss(model, args.loss_chunk_size, {*selection.blocks, *_may_get_blocks(model, config)})
-    logger.info("SMT trains %s", describe_blocks(model))
+    logger.info("SMT trains %s; %s", describe_blocks(model), describe_forms(sparse_layers(model), model))
     logger.info(
         "optimizer state: %s bytes a rank (%d a parameter: fp32 master and two moments; sharded over %d ranks)",
         f"{state_bytes_per_rank(model):,}",

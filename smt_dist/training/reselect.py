@@ -64,7 +64,7 @@ def reselect(trainer: SMTTrainer, settings: ReselectConfig, checkpoint: Verified
     step = _step_of(folder)
     config: SMTConfig = model.smt.config
     # The masters' values, whatever the engine left, or a new process didn't have.
-    attach_adapter(model, adapter._replace(config=config), args.base_dtype, args.device)
+    attach_adapter(model, adapter._replace(config=config), args.base_dtype, args.device, args.auto_form)
     data = TrainingData(trainer.train_dataset, None, trainer.data_collator)
     with engine.scoring(model):
         batches = warmup_batches(data, args.batch_order, settings.steps, offset=step)
@@ -77,7 +77,7 @@ def reselect(trainer: SMTTrainer, settings: ReselectConfig, checkpoint: Verified
     write_on_rank_zero(lambda: _rewrite(folder, model, adapter, new), str(folder), "re-selection")
     rewritten = find_checkpoint(str(folder), args.output_dir)
     written = raise_on_any_rank(lambda: read_adapter(rewritten), "reading the checkpoint")
-    attach_adapter(model, written._replace(config=config), args.base_dtype, args.device)
+    attach_adapter(model, written._replace(config=config), args.base_dtype, args.device, args.auto_form)
     kept = sum(len(set(blocks) & set(active.blocks.get(m, ()))) for m, blocks in adapter.trained.blocks.items())
     grown = len(active) - kept
     logger.info("step %d: re-selected %d of %d blocks; %d ever trained", step, grown, len(active), len(ever_trained))

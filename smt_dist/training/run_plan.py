@@ -84,7 +84,7 @@ def _find_config(
         config = SMTConfig.from_json_file(checkpoint.folder / CONFIG_FILE)
         if given is None:
             return config
-        changed = given.first_difference(config.model_copy(update={"non_finite": given.non_finite}))
+        changed = given.first_difference(config.model_copy(update={"non_finite": given.non_finite, "form": given.form}))
         if changed is not None:
             raise SMTError(
                 f"--smt_config: {_shown(run.smt_config)} isn't the config that {checkpoint} was trained with: "

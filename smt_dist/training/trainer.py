@@ -194,6 +194,11 @@ class SMTTrainer(Trainer):
             self.optimizer = self._make_optimizer(model or self.model)
         return self.optimizer
 
+    def _sync_replicated_trainable_parameters(self, model: nn.Module) -> None:
+        # Trainer would all-reduce each gradient once more, and broadcast parameters that only carry gradients; the
+        # optimizer reduces them all at once, and the guard compares the values before the first step.
+        pass
+
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
@@ -318,11 +323,7 @@ class SMTTrainer(Trainer):
         groups = block_parameter_groups(model, args.learning_rate, args.weight_decay)
         release_gradients(blocks)  # of an earlier trainer's optimizer
         idle = any(may_be_idle(name) for name in layers)
-        optimizer = self.engine.make_optimizer(groups, *self.optimizer_class_and_options(), idle)
-        for block in blocks:
-            # Trainer would all-reduce each gradient; the optimizer reduces them all at once.
-            block._replicated_grad_hook_registered = True
-        return optimizer
+        return self.engine.make_optimizer(groups, *self.optimizer_class_and_options(), idle, self.model)
 
     def _watched_loss(self, compute: Any, model: nn.Module, inputs: Any, items: Any) -> tuple[torch.Tensor, Any]:
         """Compute training loss and outputs; note the loss, and see that nothing comes of one that isn't finite."""

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from smt_dist.distributed import barrier, get_world_size
 from smt_dist.engines.base import BlockState
+from smt_dist.sparse.layer import SparseLayer
 from smt_dist.sparse.surgery import sparse_layers
 from smt_dist.training.trainer import SMTTrainer
 from workers.checkpoints import SAVED_AT, STEPS
@@ -90,9 +91,11 @@ class _AtLoad(TrainerCallback):
         self.found: dict[str, Any] = {}
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
-        self.found = _state(self.trainer) | {
+        found, layers = _state(self.trainer), sparse_layers(self.trainer.model)
+        self.found = found | {
             "global_step": state.global_step,
-            "computing": {name: _whole(layer.delta) for name, layer in sparse_layers(self.trainer.model).items()},
+            "computing": {name: _whole(layer) for name, layer in layers.items()},
+            "expected": {name: layer.expected_values(found["masters"][name]) for name, layer in layers.items()},
             "learning_rates": [group["lr"] for group in self.trainer.optimizer.param_groups],
             "schedule": self.trainer.lr_scheduler.state_dict(),
         }
@@ -176,12 +179,12 @@ def _state(trainer: SMTTrainer) -> dict[str, Any]:
     }
 
 
-def _whole(delta: torch.nn.Parameter) -> torch.Tensor:
-    """What computes, of a parameter that may be partitioned."""
-    if not hasattr(delta, "ds_id"):
-        return delta.detach().clone()
-    with deepspeed.zero.GatheredParameters([delta]):
-        return delta.detach().clone()
+def _whole(layer: SparseLayer) -> torch.Tensor:
+    """What computes, of blocks that may be partitioned."""
+    if not hasattr(layer.delta, "ds_id"):
+        return layer.computing_values().clone()
+    with deepspeed.zero.GatheredParameters([layer.delta]):
+        return layer.delta.detach().clone()
 
 
 def _tensors_alive(trainer: SMTTrainer, folder: Path) -> dict[str, int]:

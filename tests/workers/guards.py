@@ -11,6 +11,7 @@ from unittest import mock
 
 import datasets
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from smt_dist.config import SMTConfig
@@ -18,6 +19,7 @@ from smt_dist.data.batches import TrainingData
 from smt_dist.distributed import barrier, get_rank
 from smt_dist.engines import make_engine
 from smt_dist.errors import SMTError
+from smt_dist.sparse.layer import SparseLayer
 from smt_dist.sparse.surgery import sparse_layers
 from smt_dist.training.guards import GuardCallback
 from smt_dist.training.pipeline import attach_blocks, collect_and_select
@@ -28,7 +30,7 @@ from workers.training import BLOCKS, fixed_data, logged, make_trainer, release
 NON_FINITE_STEP = 2
 STEPS = 4
 OPTIONS = {"max_steps": STEPS, "train_sampling_strategy": "sequential", "save_strategy": "steps", "save_steps": 1}
-MODULE = list(BLOCKS)[1]
+MODULE = next(iter(BLOCKS))  # rank 1 of 2 has the last block's rows, where ranks share the weight
 
 
 class _At(TrainerCallback):
@@ -140,10 +142,9 @@ def _corrupt(folder: Path, model: str, engine: str, when: str) -> dict[str, Any]
         trainer = make_trainer(model, args, fixed_data())
 
         def damage() -> None:
-            delta = sparse_layers(trainer.model)[MODULE].delta
-            values = delta.ds_tensor if hasattr(delta, "ds_tensor") else delta
+            layer = sparse_layers(trainer.model)[MODULE]
             with torch.no_grad():
-                values.view(-1)[3] += 0.5
+                computing_elements(layer)[3] += 0.5
 
         event = "on_step_end" if when == "before saving" else "on_step_begin"
         if get_rank() == 1:
@@ -159,6 +160,17 @@ def _corrupt(folder: Path, model: str, engine: str, when: str) -> dict[str, Any]
         barrier()
         release(trainer)
     return result
+
+
+def computing_elements(layer: SparseLayer) -> torch.Tensor:
+    """A row of the last block's values that compute on this rank, the last of two; a view."""
+    if not layer.is_in_place:
+        return (layer.delta.ds_tensor if hasattr(layer.delta, "ds_tensor") else layer.delta).view(-1)
+    row, col = layer.blocks[-1]
+    weight, first = layer.weight, row * layer.grid.block_rows
+    if isinstance(weight, DTensor):
+        weight, first = weight.to_local(), first - (layer.grid.rows - len(weight.to_local()))
+    return weight.detach()[first, layer.grid.col_slice(col)]
 
 
 def other_data(folder: Path, model: str) -> dict[str, str]:

@@ -191,10 +191,11 @@ def _selected(request: Request, shape: Shape, selection: BlockSelection) -> dict
 
 
 def _with_more_blocks(memory: Memory, request: Request, elements: int) -> Memory:
-    width = request.base_dtype.itemsize
-    states = 12 if width < FP32 else 8  # in fp32 the masters are a part of the blocks
+    width, in_place = request.base_dtype.itemsize, request.form == "in_place"
+    states = 12 if width < FP32 or in_place else 8  # in fp32 the masters are a part of additive blocks
     share = -(-elements // request.world_size)
-    return memory.plus(blocks=width * elements, gradients=FP32 * elements, optimizer_state=states * share)
+    blocks = width * (elements + (share if in_place else 0))  # values, and this rank's share of W0
+    return memory.plus(blocks=blocks, gradients=FP32 * elements, optimizer_state=states * share)
 
 
 def _zero(request: Request, shape: Shape, trained: list[int]) -> ZeroModel:

@@ -16,6 +16,7 @@ from smt_dist.engines.fsdp2_units import UNITS
 from smt_dist.errors import SMTError, first_line
 from smt_dist.models.chunked_loss import CHUNK
 from smt_dist.sparse.blocks import BlockSelection
+from smt_dist.sparse.forms import Form
 from smt_dist.training.arguments import DTYPES
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
@@ -129,6 +130,11 @@ class Request:
     def layers(self) -> int:
         """The model's depth."""
         return int(text_config(self.model).num_hidden_layers)
+
+    @property
+    def form(self) -> Form:
+        """The form of the blocks wherever a weight allows it."""
+        return "additive" if self.engine.startswith("zero") or self.smt.form == "additive" else "in_place"
 
     @property
     def base_dtype(self) -> torch.dtype:

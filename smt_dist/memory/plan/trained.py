@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -17,8 +18,9 @@ from smt_dist.memory.plan.patches import modules_that_stay
 from smt_dist.memory.plan.request import Request
 from smt_dist.memory.plan.tracker import MemoryTracker
 from smt_dist.selection.warmup import plan_grids
+from smt_dist.sparse.block_gradients import ColumnGroup
 from smt_dist.sparse.blocks import BlockSelection
-from smt_dist.sparse.linear import SparseLinear, _Layout, _Place
+from smt_dist.sparse.linear import Place, SparseLinear
 from smt_dist.sparse.surgery import apply_selection, sparse_layers
 from smt_dist.training.trainer import block_parameter_groups
 
@@ -61,7 +63,14 @@ def _prepare_smt(task: Task) -> Step:
     if task.selection is None:
         raise SMTError("the budget leaves no block in the traced layers; trace the full depth (--exact)")
     # The fingerprint would read the weights, which have no values.
-    apply_selection(model, task.selection, dtype=request.base_dtype, fingerprint="fake", device=torch.device("cpu"))
+    apply_selection(
+        model,
+        task.selection,
+        dtype=request.base_dtype,
+        fingerprint="fake",
+        device=torch.device("cpu"),
+        auto_form=request.form,
+    )
     _join_columns(model)
     watch_gradients(model, tracker)  # these hooks must run before the optimizer's
     if request.engine.startswith("zero"):
@@ -69,7 +78,7 @@ def _prepare_smt(task: Task) -> Step:
         return _no_step
     groups = block_parameter_groups(model, 1e-4, 0.0)
     engine = ReplicatedBlocks(micro_batches=request.accumulation if request.engine == "fsdp2" else None)
-    optimizer = engine.make_optimizer(groups, torch.optim.AdamW, {"fused": True})
+    optimizer = engine.make_optimizer(groups, torch.optim.AdamW, {"fused": True}, model=model)
     tracker.register(optimizer.gradients.tensors(), "gradients")
     for layer in sparse_layers(model).values():  # sums that appear while the backward runs
         layer.delta.register_post_accumulate_grad_hook(
@@ -83,6 +92,8 @@ def _prepare_smt(task: Task) -> Step:
     step()
     states = [list(state.values()) for state in optimizer.inner.state.values()]
     tracker.register([optimizer._masters, states], "optimizer_state")
+    if optimizer._placed is not None:
+        tracker.register(optimizer._placed.original, "blocks")
     tracker.register(optimizer._flat.values, "blocks")  # in fp32 the masters are a part of them
     for layer in list(sparse_layers(model).values()) * (request.accumulation - 1):  # what earlier micro-batches left
         layer.delta.grad = torch.zeros_like(layer.delta)
@@ -99,13 +110,14 @@ def _join_columns(model: nn.Module) -> None:
     for layer in sparse_layers(model).values():
         if not isinstance(layer, SparseLinear):
             continue
-        rows, places, first = layer.grid.block_rows, [], 0
+        rows, places, groups, first = layer.grid.block_rows, [], [], 0
         heights = Counter(place.column for place in layer._layout.places)
         for column, height in sorted(heights.items()):
-            part = slice(first * rows, (first + height) * rows)
-            places.append(_Place(column, slice(0, height * rows), part))
+            part, outputs = slice(first * rows, (first + height) * rows), slice(0, height * rows)
+            places.append(Place(column, outputs, part))
+            groups.append(ColumnGroup(column, [outputs], [part]))
             first += height
-        layer._layout = _Layout(layer._layout.columns, places)
+        layer._layout = replace(layer._layout, places=places, groups=groups, dense_parts=[])
 
 
 def _prepare_full(task: Task) -> Step:
