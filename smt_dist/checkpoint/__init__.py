@@ -1,1 +1,4 @@
-"""Checkpoints and adapters: what lies on disk, saved whole or not at all, never pickled."""
+"""Save and load adapters, checkpoints and merged models, whole or not at all.
+
+Nothing is pickled.
+"""

@@ -1,4 +1,4 @@
-"""The small artefact on disk: an adapter folder, saved, checked and loaded.
+"""Save, check and load adapter folders, the small result of a training.
 
 ``smt_config.json``, ``smt_selection.json``, ``smt_blocks.safetensors`` (one fp32 tensor a module: the deltas'
 masters), ``README.md`` (model card) and ``smt_manifest.json`` (sizes and checksums). Nothing is pickled, and nothing
@@ -44,7 +44,7 @@ CARD_FILE = "README.md"
 
 
 class ActiveBlocks(BaseModel):
-    """Which of an adapter's blocks are trained; the others are frozen.
+    """Name the blocks of an adapter that are trained; the others are frozen.
 
     Attributes:
         step: the optimizer step of the last re-selection; 0: of an earlier run, whose adapter this one continues.
@@ -58,7 +58,7 @@ class ActiveBlocks(BaseModel):
 
 
 class Adapter(NamedTuple):
-    """An adapter folder's content.
+    """Hold the content of an adapter folder.
 
     Attributes:
         config: the config it was trained with.
@@ -76,7 +76,7 @@ class Adapter(NamedTuple):
 
     @property
     def trained(self) -> BlockSelection:
-        """The blocks that training goes on with."""
+        """Return the blocks that training goes on with."""
         return self.active.selection if self.active is not None else self.selection
 
 
@@ -157,7 +157,7 @@ def write_adapter(
 def _with_frozen(
     model: nn.Module, ever_trained: BlockSelection, active: BlockSelection, deltas: Iterable[tuple[str, torch.Tensor]]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """The trained masters, one at a time, each with the frozen ones of its module."""
+    """Yield each module's trained and frozen masters together, one module at a time."""
     frozen, trained = frozen_layers(model), iter(deltas)
     kept = without(ever_trained, active)
     for name in ever_trained.blocks:
@@ -334,7 +334,7 @@ def verify_fingerprint(adapter: Adapter, fingerprint: str, source: str) -> None:
 
 
 def delta_shape(selection: BlockSelection, name: str) -> tuple[int, int]:
-    """The shape of a module's block tensor."""
+    """Return the shape of a module's block tensor."""
     rows, cols = selection.block_size
     return len(selection.blocks[name]) * rows, cols
 
@@ -358,7 +358,7 @@ def config_of(selection: BlockSelection | None) -> SMTConfig:
 
 
 def model_card(model: nn.Module, config: SMTConfig, selection: BlockSelection, extra: str) -> str:
-    """The text of an adapter's README.md; ``extra`` lines at its end."""
+    """Return the text of an adapter's README.md, with ``extra`` lines at its end."""
     front = json.dumps(["smt", "sparse-matrix-tuning"])
     moved = (
         "**It needs the moved base**: the warm-up ran full fine-tuning, so the blocks don't fit the original model.\n\n"

@@ -1,4 +1,6 @@
-"""Saves that are whole or not there: written beside, with a manifest of sizes and SHA-256, synced, then put in place.
+"""Save folders whole or not at all.
+
+A save is written beside its target, with a manifest of sizes and SHA-256, synced, and then moved to its place.
 
 A folder that doesn't exist yet appears by one rename. Where it exists (an output folder with an older adapter, a
 checkpoint of the same step), the files come from a folder inside it, ``.smt_saving``, which is complete from the moment
@@ -40,7 +42,7 @@ class _Record(BaseModel):
 
 
 class Manifest(BaseModel):
-    """What a saved folder holds.
+    """List the files of a saved folder with their sizes and SHA-256.
 
     Attributes:
         format_version: of the folder's format.
@@ -160,7 +162,7 @@ def verify(folder: Path, manifest: Manifest, names: Iterable[str] | None = None,
 
 
 class Save:
-    """A folder that takes the place of ``target`` when it is complete. On one rank.
+    """Write a folder that replaces ``target`` when it is complete; on one rank.
 
     Raises:
         OSError: from :meth:`begin` and :meth:`commit`; ``target`` is what it was then.
@@ -248,7 +250,7 @@ def _finish(folder: Path) -> None:
 
 
 def _refuse_outside(path: Path, folder: Path) -> None:
-    """A link, in a folder that came from elsewhere: nothing is moved from or to where it leads."""
+    """Refuse a link in a folder from elsewhere: files must not be moved through it."""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise SMTError(f"{path}: leads out of the folder")
 

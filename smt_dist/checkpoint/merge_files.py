@@ -1,4 +1,7 @@
-"""Merging an adapter into a checkpoint on disk, one weight at a time: a 70B fits on a small host."""
+"""Merge an adapter into a checkpoint on disk, one weight at a time.
+
+So a model of 70B is merged on a small host.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What a merge did.
+    """Describe a finished merge.
 
     Attributes:
         weights: merged weights.
@@ -96,7 +99,7 @@ def _write(plan: _Plan, output: Path, dtype: torch.dtype | None, max_shard_bytes
 
 
 class _BaseFiles:
-    """The base's tensors by name, read one at a time."""
+    """Read the base's tensors by name, one at a time."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -106,7 +109,7 @@ class _BaseFiles:
         return name in self._files
 
     def names(self) -> list[str]:
-        """All tensors, file by file."""
+        """Return the names of all tensors, file by file."""
         return list(self._files)
 
     def read(self, name: str) -> torch.Tensor:
@@ -118,7 +121,7 @@ class _BaseFiles:
 
 
 class _Plan:
-    """Which tensor of the base gets which module's blocks."""
+    """Map each tensor of the base to the module whose blocks it gets."""
 
     def __init__(self, base: _BaseFiles, adapter: Adapter) -> None:
         self.base, self.adapter = base, adapter
@@ -157,11 +160,11 @@ class _Plan:
         self.modules[found] = module
 
     def names(self) -> list[str]:
-        """The output's tensors."""
+        """Return the names of the output's tensors."""
         return [*self.base.names(), *self.copied]
 
     def read(self, name: str) -> torch.Tensor:
-        """A tensor before the merge."""
+        """Return a tensor as it was before the merge."""
         return self.base.read(self.copied.get(name, name))
 
 

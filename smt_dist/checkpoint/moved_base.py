@@ -1,4 +1,4 @@
-"""The base as a full fine-tuning warm-up moved it, saved beside the run."""
+"""Save the base that a full fine-tuning warm-up has changed, beside the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ MOVED_BASE = "moved_base"  # a folder beside the checkpoints
 
 
 def save_moved_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the base as the warm-up moved it, an ordinary model folder, whole or not at all; collective.
+    """Save the base that the warm-up has changed as an ordinary model folder; collective.
+
+    The folder is written whole or not at all.
 
     Weights are gathered one at a time; rank 0 holds them all, on the CPU.
 
@@ -43,7 +45,7 @@ def save_moved_base(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, 
 
 
 def _gathered_state(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """All weights and buffers on rank 0, on the CPU; nothing on the others."""
+    """Gather all weights and buffers on rank 0's CPU; other ranks get an empty dict."""
     state: dict[str, torch.Tensor] = {}
     for name, parameter in model.named_parameters():
         with gathered(parameter) as weight:

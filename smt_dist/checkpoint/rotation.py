@@ -1,4 +1,4 @@
-"""The checkpoint folders of a run: found, verified, pruned."""
+"""Find, verify and remove the checkpoint folders of a run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ _LEFTOVER = re.compile(rf"\.{PREFIX_CHECKPOINT_DIR}-[0-9]{{1,18}}\.(saving|delet
 
 
 def checkpoint_folder(output_dir: str | Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the folder of a step's checkpoint."""
     return Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
 def checkpoint_folders(output_dir: str | Path) -> list[Path]:
-    """All folders with a checkpoint's name, whole or not, by step."""
+    """List all folders with a checkpoint's name by step, complete or not."""
     found = [(match, path) for path in Path(output_dir).glob("*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted((int(match[1]), path) for match, path in found if path.is_dir())]
 
@@ -121,7 +121,7 @@ def find_checkpoint(wanted: str | bool | VerifiedFolder | None, output_dir: str)
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint has all its files in full length; their content isn't read."""
+    """Return whether all files of a checkpoint are there in full length; contents aren't read."""
     try:
         manifest = read_manifest(folder)
         if manifest is not None:

@@ -1,4 +1,4 @@
-"""What is Trainer's own in a save: ``trainer_state.json``, typed and free of paths; results."""
+"""Save and check ``trainer_state.json``, typed and without paths, and results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _Number = Annotated[int, Field(strict=True)] | Annotated[float, Field(strict=Tru
 
 
 class CheckedState(BaseModel):
-    """The fields of transformers 5.23's ``TrainerState``, with the types that it and Trainer rely on."""
+    """Check the fields of transformers 5.23's ``TrainerState`` against the types it relies on."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -83,7 +83,9 @@ def save_trainer_state(folder: Path, state: TrainerState, exportable: list[Any])
 
 
 def save_metrics(output_dir: Path, split: str, metrics: dict[str, float], combined: bool) -> None:
-    """Write ``<split>_results.json`` and, where ``combined``, add them to ``all_results.json``, as Trainer does.
+    """Write ``<split>_results.json`` as Trainer does.
+
+    With ``combined`` they are added to ``all_results.json``, too.
 
     Raises:
         OSError: a file can't be written; the old one is untouched.

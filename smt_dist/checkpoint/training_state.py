@@ -1,4 +1,4 @@
-"""The training state on disk, beside an adapter: optimizer moments, schedule, random states.
+"""Save and load optimizer moments, schedule and random states beside an adapter.
 
 Keyed by module, free of engine and world size (random states are kept per rank), and never pickled:
 safetensors and JSON.
@@ -39,7 +39,9 @@ NUMPY_STATE = 624  # words of a Mersenne Twister
 
 
 def save_moments(folder: Path, shapes: Mapping[str, tuple[int, ...]], moments: Moments) -> None:
-    """Write the optimizer's state as ``<module>:<moment>``, tensor by tensor, with its counters in the metadata.
+    """Write the optimizer's state tensor by tensor, named ``<module>:<moment>``.
+
+    Its counters go into the metadata.
 
     Args:
         folder: of the checkpoint.
@@ -57,7 +59,7 @@ def save_moments(folder: Path, shapes: Mapping[str, tuple[int, ...]], moments: M
 def load_states(
     folder: Path, deltas: Mapping[str, torch.Tensor], kept: tuple[list[str], list[str]] | None = None
 ) -> tuple[Iterator[BlockState], dict[str, int | float]]:
-    """The saved state of each module of ``deltas``, and the optimizer's counters.
+    """Load the saved state of each module of ``deltas``, and the optimizer's counters.
 
     Tensors are views of the mapped file: what is copied out of them is all that is read.
 
@@ -133,7 +135,7 @@ def load_schedule(folder: Path, multipliers: list[float]) -> dict[str, Any]:
 
 
 def _regrouped(schedule: dict[str, Any], saved: list[float], multipliers: list[float]) -> dict[str, Any]:
-    """The schedule's state with what it keeps for each parameter group in the order of ``multipliers``."""
+    """Sort what the schedule keeps for each parameter group by ``multipliers``."""
 
     def regrouped(values: list[Any]) -> list[Any]:
         by_multiplier = dict(zip(saved, values, strict=True))
@@ -172,7 +174,7 @@ def restore_schedule(scheduler: LRScheduler, schedule: dict[str, Any], folder: P
 
 
 def _same_form(own: Any, saved: Any) -> bool:
-    """Whether ``saved`` could be a later value of ``own``: numbers for numbers, and as many of them."""
+    """Return whether ``saved`` can be a later value of ``own``: as many numbers of each kind."""
     if isinstance(own, list | tuple):
         return isinstance(saved, list) and len(own) == len(saved) and all(map(_same_form, own, saved))
     if isinstance(own, dict):
@@ -184,7 +186,10 @@ def _same_form(own: Any, saved: Any) -> bool:
 
 
 def random_state() -> dict[str, Any]:
-    """This process's random states: python, numpy, torch on the CPU and on its device; what JSON can hold."""
+    """Return this process's random states (Python, NumPy, torch) as JSON can hold them.
+
+    torch's are those of the CPU and of this process's device.
+    """
     version, numbers, gauss = random.getstate()
     name, keys, position, has_gauss, cached = np.random.get_state()
     tensors = {"torch": torch.get_rng_state()}
@@ -233,7 +238,7 @@ def load_random_state(folder: Path, rank: int) -> bool:
 
 
 def ranks_saved(folder: Path) -> int:
-    """The number of ranks whose random states a checkpoint holds."""
+    """Return the number of ranks whose random states a checkpoint holds."""
     return len(list(folder.glob(_random_file("*"))))
 
 

@@ -1,4 +1,4 @@
-"""Engines: how the base is held, how blocks are scored, who shards their optimizer state.
+"""Hold and shard the base, score its blocks, and shard their optimizer state.
 
 One file an engine; ``replicated.py`` is what ``ddp`` and ``fsdp2`` share.
 """
@@ -15,7 +15,7 @@ ENGINES: tuple[EngineName, ...] = get_args(EngineName)
 
 
 def make_engine(options: EngineOptions) -> Engine:
-    """The engine that ``options`` name.
+    """Make the engine that ``options`` name.
 
     Raises:
         SMTError: no such engine.

@@ -1,4 +1,4 @@
-"""What the rest of the package asks of an engine, and the values that pass between the two."""
+"""Define the interface of an engine, and the values that it takes and returns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class EngineOptions(NamedTuple):
-    """What an engine is made from.
+    """Hold what an engine is made from.
 
     Attributes:
         name: one of :data:`smt_dist.engines.ENGINES`.
@@ -38,7 +38,7 @@ class EngineOptions(NamedTuple):
 
 
 class BlockState(NamedTuple):
-    """One module's part of the training state, whole, on the CPU.
+    """Hold one module's part of the training state, whole, on the CPU.
 
     Attributes:
         module: its name.
@@ -52,7 +52,7 @@ class BlockState(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """The optimizer's state, to be read module by module.
+    """Hold the optimizer's state, to be read module by module.
 
     Attributes:
         names: of its elementwise states, such as ``exp_avg``; empty before the first step.
@@ -66,7 +66,7 @@ class Moments(NamedTuple):
 
 
 class Tuning(NamedTuple):
-    """How one micro-batch is trained.
+    """Hold the functions that train one micro-batch.
 
     Attributes:
         forward: keyword inputs -> model outputs.
@@ -80,7 +80,9 @@ class Tuning(NamedTuple):
 
 
 class Engine(Protocol):
-    """What the rest of the package asks of an engine. All methods are collective, iterators while they iterate.
+    """Define the interface of an engine.
+
+    All methods are collective unless they say otherwise, iterators while they iterate.
 
     ``optimizer`` is what :meth:`make_optimizer` made and accelerate wrapped; None before training.
     """
@@ -88,10 +90,13 @@ class Engine(Protocol):
     name: str
 
     def load_options(self, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:
-        """Keywords for ``from_pretrained`` that shard the base as it is read, into weights of ``dtype``."""
+        """Return keywords for ``from_pretrained`` that shard the base while it is read.
+
+        The weights are of ``dtype``.
+        """
 
     def prepare_base(self, model: nn.Module) -> None:
-        """What a base that was loaded with them wants before its first forward; not collective."""
+        """Prepare a base that was loaded with these options for its first forward; not collective."""
 
     def scoring(self, model: nn.Module) -> AbstractContextManager[None]:
         """Make forwards and backwards of the bare ``model`` possible, without an optimizer."""
@@ -102,7 +107,9 @@ class Engine(Protocol):
     def full_finetuning(
         self, model: nn.Module, learning_rate: float, accumulation: int
     ) -> AbstractContextManager[Tuning]:
-        """Train all weights with AdamW inside the context, unclipped; gradients are averaged over ranks.
+        """Train all weights with AdamW inside the context, without clipping.
+
+        Gradients are averaged over ranks.
 
         Args:
             model: moved in place.
@@ -118,7 +125,7 @@ class Engine(Protocol):
         may_be_idle: bool = False,
         model: nn.Module | None = None,
     ) -> torch.optim.Optimizer:
-        """The optimizer of the blocks.
+        """Make the optimizer of the blocks.
 
         Args:
             groups: parameter groups of blocks.
@@ -131,7 +138,7 @@ class Engine(Protocol):
     def read_blocks(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """(module, fp32 master on the CPU), one after the other in the model's order."""
+        """Yield (module, fp32 master on the CPU) in the model's order."""
 
     def write_blocks(
         self, model: nn.Module, optimizer: torch.optim.Optimizer | None, deltas: Mapping[str, torch.Tensor]
@@ -139,7 +146,7 @@ class Engine(Protocol):
         """Set masters and the parameters that compute; every rank gives the same."""
 
     def read_moments(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> Moments:
-        """The optimizer's state, in the model's order."""
+        """Return the optimizer's state, in the model's order."""
 
     def write_state(
         self,
@@ -151,17 +158,22 @@ class Engine(Protocol):
         """Put back masters, moments and counters, module by module; every rank gives the same."""
 
     def damaged_block(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
-        """A module whose values on this rank aren't the rounding of their masters; not collective, unlike the rest.
+        """Return a module whose values on this rank aren't the rounding of their masters.
+
+        Not collective, unlike the other methods.
 
         None where all are, and where the engine can't tell without the other ranks.
         """
 
     def memory_bytes(self, optimizer: torch.optim.Optimizer) -> dict[str, int]:
-        """Bytes on this rank: ``masters``, ``moments`` (0 before the first step), and what else the engine knows of."""
+        """Return bytes on this rank by kind.
+
+        ``masters``, ``moments`` (0 before the first step), and others that the engine has.
+        """
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> Any:
-    """The engine's optimizer inside accelerate's wrapper."""
+    """Return the engine's optimizer from accelerate's wrapper."""
     while type(optimizer).__module__.startswith("accelerate."):
         optimizer = optimizer.optimizer
     return optimizer

@@ -1,4 +1,7 @@
-"""``ddp``: every rank holds the whole base. The model isn't wrapped: the blocks' optimizer does what DDP would."""
+"""Run ``ddp``: every rank holds the whole base.
+
+The model isn't wrapped: the blocks' optimizer does what DDP would.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from smt_dist.engines.replicated import ReplicatedBlocks, adamw_step
 
 
 class DDPEngine(ReplicatedBlocks):
-    """One process, or several with plain replicas."""
+    """Run one process, or several with plain replicas of the base."""
 
     name = "ddp"
 

@@ -1,4 +1,6 @@
-"""``deepspeed``: ZeRO-1, 2 and 3. DeepSpeed shards the base (stage 3) and the blocks' optimizer state itself.
+"""Run DeepSpeed ZeRO-1, 2 and 3.
+
+DeepSpeed shards the base (stage 3) and the blocks' optimizer state itself.
 
 Blocks, masters and moments are read and written through ``deepspeed.utils``' public ``safe_get`` and ``safe_set``
 functions. What has no public way stands in ``_flat_partitions``, ``held_tensors``, ``_create_moments``,
@@ -50,7 +52,7 @@ class DeepSpeedEngine:
 
     @property
     def stage(self) -> int:
-        """The ZeRO stage."""
+        """Return the ZeRO stage."""
         return int(self.config.get("zero_optimization", {}).get("stage", 0))
 
     def load_options(self, config: PreTrainedConfig, dtype: torch.dtype) -> dict[str, Any]:  # noqa: ARG002
@@ -203,7 +205,9 @@ class DeepSpeedEngine:
 
 
 def _forget_engine(model: nn.Module) -> None:
-    """Take away what ``destroy`` leaves in the modules: backward functions that are bound to the dead engine.
+    """Remove what ``destroy`` leaves in the modules.
+
+    These are backward functions that are bound to the destroyed engine.
 
     The next engine would go on using them: it would keep the dead one alive, and under gradient checkpointing release
     weights between recomputation and use.
@@ -214,7 +218,10 @@ def _forget_engine(model: nn.Module) -> None:
 
 
 def _without_optimizer(config: dict[str, Any]) -> dict[str, Any]:
-    """A copy for an engine of the warm-up. Values that are still "auto" (Trainer fills them later) take defaults."""
+    """Return a copy of the config for the warm-up's engine, without an optimizer.
+
+    Values that are still "auto" (Trainer fills them later) take defaults.
+    """
 
     def without_auto(value: Any) -> Any:
         if not isinstance(value, dict):
@@ -234,7 +241,7 @@ def _zero_optimizer(optimizer: Any) -> Any:
 
 
 def _flat_partitions(zero: Any) -> list[torch.Tensor]:
-    """This rank's flat fp32 partitions, to which the inner optimizer's state belongs."""
+    """Return this rank's flat fp32 partitions, which the inner optimizer's state belongs to."""
     for name in ("single_partition_of_fp32_groups", "fp32_partitioned_groups_flat", "fp32_groups_flat_partition"):
         if hasattr(zero, name):  # ZeRO-1/2, ZeRO-3, bf16 with fp32 gradients under stage 1
             return list(getattr(zero, name))
@@ -242,7 +249,10 @@ def _flat_partitions(zero: Any) -> list[torch.Tensor]:
 
 
 def held_tensors(zero: Any) -> Iterator[tuple[str, Any]]:
-    """(category of :mod:`smt_dist.memory.plan.categories`, tensors) that DeepSpeed's optimizer holds on this rank."""
+    """Yield (category, tensors) that DeepSpeed's optimizer holds on this rank.
+
+    Categories are those of :mod:`smt_dist.memory.plan.categories`.
+    """
     flats = _flat_partitions(zero)
     yield "base_weights", getattr(zero, "fp16_partitioned_groups_flat", [])
     yield "optimizer_state", [flats, [list(zero.optimizer.state[flat].values()) for flat in flats]]
@@ -253,7 +263,7 @@ def held_tensors(zero: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """In dicts and lists, DeepSpeed's own kinds of list included."""
+    """Yield the tensors in dicts and lists, DeepSpeed's own kinds of list included."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, list | tuple | dict):
@@ -262,7 +272,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _counters(inner: torch.optim.Optimizer, flats: list[torch.Tensor]) -> dict[str, int | float]:
-    """What the inner optimizer counts for all elements alike."""
+    """Return what the inner optimizer counts for all elements alike."""
     states = [inner.state[flat] for flat in flats]
     counters = {key: counter_value(value) for state in states for key, value in state.items() if is_counter(value)}
     steps = [int(group["step"]) for group in inner.param_groups if "step" in group]  # FusedAdam
@@ -270,7 +280,10 @@ def _counters(inner: torch.optim.Optimizer, flats: list[torch.Tensor]) -> dict[s
 
 
 def _create_moments(zero: Any, keys: list[str], counters: dict[str, int | float]) -> None:
-    """Create the inner optimizer's state, which otherwise appears in its first step, and link it to the blocks."""
+    """Create the inner optimizer's state and link it to the blocks.
+
+    Without this it would be created in the first step.
+    """
     inner = zero.optimizer
     for flat in _flat_partitions(zero):
         moments = {key: torch.zeros_like(flat) for key in keys}
@@ -282,7 +295,9 @@ def _create_moments(zero: Any, keys: list[str], counters: dict[str, int | float]
 
 
 def _link_moments(zero: Any) -> None:
-    """Link the inner optimizer's state to the blocks. ZeRO-3 looks it up itself; the others keep links.
+    """Link the inner optimizer's state to the blocks.
+
+    ZeRO-3 looks it up itself; the other stages keep links.
 
     Done again before reading: DeepSpeed links all groups after the first group's first step, when the others have
     no state yet, and not again; with two learning-rate multipliers, the second group's moments would be missing.

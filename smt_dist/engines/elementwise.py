@@ -1,4 +1,7 @@
-"""Which optimizers may work on slices: those that update each element from that element's own history."""
+"""Decide which optimizers may work on slices.
+
+These are those that update each element from that element's own history.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,10 @@ ELEMENTWISE = frozenset(
 
 
 def optimizer_class_by_name(name: str) -> type[torch.optim.Optimizer]:
-    """The class that a dotted name such as ``torch.optim.Adagrad`` means. Raises SMTError, naming it."""
+    """Import an optimizer class by its dotted name, such as ``torch.optim.Adagrad``.
+
+    Raises SMTError, naming it.
+    """
     module, _, attribute = name.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), attribute)
@@ -51,7 +57,10 @@ def optimizer_class_by_name(name: str) -> type[torch.optim.Optimizer]:
 
 
 def parse_options(text: str | None) -> dict[str, Any]:
-    """``"momentum=0.9, betas=(0.9, 0.95)"`` as keyword arguments. Raises SMTError, naming ``--optim_args``."""
+    """Parse ``"momentum=0.9, betas=(0.9, 0.95)"`` as keyword arguments.
+
+    Raises SMTError, naming ``--optim_args``.
+    """
     try:
         call = ast.parse(f"f({text or ''})", mode="eval").body
         assert isinstance(call, ast.Call)
@@ -106,7 +115,7 @@ def try_slices(optimizer_class: type[torch.optim.Optimizer], options: dict[str, 
 
 
 def state_names(optimizer_class: type[torch.optim.Optimizer], options: dict[str, Any]) -> tuple[list[str], list[str]]:
-    """The moments and the counters that an optimizer keeps once it has made a step, sorted."""
+    """Return the sorted names of the moments and counters that an optimizer keeps after a step."""
     parameter = nn.Parameter(torch.ones(2))
     optimizer = optimizer_class([parameter], **options)
     _run(optimizer, [parameter], [[torch.ones(2)]])
@@ -116,24 +125,30 @@ def state_names(optimizer_class: type[torch.optim.Optimizer], options: dict[str,
 
 
 def is_moment(parameter: torch.Tensor, value: Any) -> bool:
-    """Whether a value of an optimizer's state belongs to the elements of its flat ``parameter``."""
+    """Return whether a value of an optimizer's state has one entry per element of ``parameter``."""
     return torch.is_tensor(value) and value.dim() == 1 and value.shape == parameter.shape
 
 
 def is_counter(value: Any) -> bool:
-    """Whether a value of an optimizer's state is one number for all elements, such as ``step``."""
+    """Return whether a value of an optimizer's state is one number for all elements.
+
+    An example is ``step``.
+    """
     return isinstance(value, int | float) or (torch.is_tensor(value) and value.dim() == 0)
 
 
 def counter_value(value: Any) -> int | float:
-    """A counter as JSON keeps it: every bit, and whole numbers whole."""
+    """Return a counter as JSON holds it, without losing a bit."""
     return value if isinstance(value, int) else float(value)
 
 
 def counter_state(
     optimizer: torch.optim.Optimizer, parameter: torch.Tensor, counters: dict[str, int | float]
 ) -> dict[str, Any]:
-    """Counters as ``optimizer`` keeps them: tensors for torch's own, whole numbers for DeepSpeed's and others'."""
+    """Return counters in the form in which ``optimizer`` keeps them.
+
+    torch's own optimizers keep tensors, DeepSpeed's and others' whole numbers.
+    """
     library = type(optimizer).__module__.partition(".")[0]
     # Fused kernels want theirs beside the parameter, the others on the CPU.
     beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
@@ -148,7 +163,7 @@ def counter_state(
 
 
 class _Stepped(NamedTuple):
-    """An optimizer that has made its steps.
+    """Hold an optimizer that has made its steps.
 
     Attributes:
         optimizer: it.

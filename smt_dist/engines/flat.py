@@ -1,4 +1,4 @@
-"""Parameters end to end in one flat buffer that is cut into equal shares, one a rank."""
+"""Lay parameters end to end in one flat buffer, cut into equal shares, one per rank."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smt_dist.distributed import get_rank, get_world_size, is_distributed
 
 @dataclass(frozen=True)
 class Range:
-    """Elements ``start`` to ``stop`` (exclusive) of the flat buffer."""
+    """Hold the range of elements from ``start`` to ``stop`` (exclusive) of the flat buffer."""
 
     start: int
     stop: int
@@ -23,17 +23,20 @@ class Range:
         return max(0, self.stop - self.start)
 
     def within(self, other: Range) -> Range:
-        """The part of this range that lies in ``other``; of length 0 if none does."""
+        """Return the part of this range that lies in ``other``; of length 0 if none does."""
         start = min(max(self.start, other.start), other.stop)
         return Range(start, max(start, min(self.stop, other.stop)))
 
     def of(self, tensor: torch.Tensor, first: int = 0) -> torch.Tensor:
-        """A view of these elements of a flat tensor whose own first element is number ``first``."""
+        """Return a view of these elements of a flat tensor.
+
+        Its own first element is number ``first``.
+        """
         return tensor[self.start - first : self.stop - first]
 
 
 class FlatParameters:
-    """Moves parameters into one buffer, of which they become views.
+    """Move parameters into one flat buffer, of which they become views.
 
     Args:
         parameters: of equal dtype and device.
@@ -71,12 +74,12 @@ class FlatParameters:
             raise RuntimeError("the blocks were moved (model.to?) after their optimizer was made; make it again")
 
     def share(self, rank: int) -> Range:
-        """A rank's part of the buffer."""
+        """Return a rank's part of the buffer."""
         size = len(self.values) // get_world_size()
         return Range(rank * size, (rank + 1) * size)
 
     def owners(self, place: Range) -> Iterator[tuple[int, Range]]:
-        """The ranks in whose shares a part of ``place`` lies, and the parts, in order."""
+        """Yield (rank, part) for each rank whose share has a part of ``place``, in order."""
         for rank in range(get_world_size()):
             part = place.within(self.share(rank))
             if len(part):

@@ -1,4 +1,7 @@
-"""``fsdp2``: transformers shards the base with FSDP2 (or HSDP) as it is read; the blocks are replicated."""
+"""Run FSDP2 or HSDP: transformers shards the base as it is read.
+
+The blocks are replicated.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,9 @@ class FSDP2Engine(ReplicatedBlocks):
 
 
 def _refuse_split_ties(model: nn.Module) -> None:
-    """Refuse tied weights whose rows don't divide over the shard group (seen with torch 2.13 and transformers 5.23).
+    """Refuse tied weights whose rows don't divide over the shard group.
+
+    Seen with torch 2.13 and transformers 5.23.
 
     Both owners of such a weight pad a copy of the last shard of their own, and the optimizer moves only one of them:
     the other goes on computing with old values.

@@ -1,4 +1,4 @@
-"""What FSDP2 gathers at once: whole decoder layers, or each linear weight by itself.
+"""Choose what FSDP2 gathers at once: whole decoder layers, or single linear weights.
 
 A layer that is gathered lies in memory twice for a moment: in the buffer of the all-gather and as weights. Where layers
 are large beside a rank's share of the base, that is most of the peak. Gathering weight by weight needs a fraction of
@@ -26,7 +26,9 @@ LARGE_LAYER = 2**28
 
 
 def sharding_plan(config: PreTrainedConfig, dtype: torch.dtype, units: str) -> dict[str, str]:
-    """What transformers' own plan for the model is to be changed by: ``DistributedConfig(fsdp_plan=...)``.
+    """Return the changes to transformers' own sharding plan.
+
+    They are for ``DistributedConfig(fsdp_plan=...)``.
 
     Args:
         config: the model's.
@@ -54,7 +56,10 @@ def sharding_plan(config: PreTrainedConfig, dtype: torch.dtype, units: str) -> d
 
 
 def _wildcard(name: str) -> str:
-    """``model.layers.*.mlp.up_proj`` of ``model.layers.3.mlp.up_proj``, as transformers' plans are written."""
+    """Return a module's name as transformers' plans write it.
+
+    ``model.layers.*.mlp.up_proj`` for ``model.layers.3.mlp.up_proj``.
+    """
     return re.sub(r"\.\d+(?=\.|$)", ".*", name)
 
 
@@ -80,7 +85,7 @@ def release_early(model: nn.Module, prefetch: bool) -> None:
 
 
 class _Releaser:
-    """Gives a unit's weight back after a recomputation.
+    """Reshard a unit's weight after a recomputation.
 
     FSDP2 leaves it gathered, for the backward comes soon; but that of a layer's first weights comes after those of all
     the others. A unit whose backward has begun keeps its weight.
@@ -103,7 +108,7 @@ class _Releaser:
 
 
 def in_backward() -> bool:
-    """Whether autograd is running a backward, so that a forward is a recomputation.
+    """Return whether autograd is running a backward, so that a forward is a recomputation.
 
     FSDP2 asks the same way; torch has no public one (checked on 2.13.0).
     """

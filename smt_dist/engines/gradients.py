@@ -1,4 +1,7 @@
-"""Where the blocks' gradients add up between two steps: whole on every rank, or by slices that are given up early."""
+"""Add up the blocks' gradients between two steps.
+
+The sums are whole on every rank, or in slices that are freed early.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,25 @@ from smt_dist.engines.flat import FlatParameters
 
 
 class GradientSums(Protocol):
-    """Sums in fp32 over a step's micro-batches, and their average over ranks."""
+    """Sum gradients in fp32 over a step's micro-batches, and average them over ranks."""
 
     def add(self, parameter: nn.Parameter) -> None:
         """Add ``parameter.grad`` to its sum."""
 
     def average(self) -> torch.Tensor:
-        """This rank's slice of the average over ranks, fp32; collective, the last thing in a step."""
+        """Return this rank's fp32 slice of the average over ranks; collective, last in a step."""
 
     def clear(self) -> None:
         """Forget everything, for the next step."""
 
     def tensors(self) -> list[torch.Tensor]:
-        """What is held now."""
+        """Return the tensors that are held now."""
 
 
 class WholeGradients:
-    """All sums in one buffer; one reduce-scatter a step. 4 bytes an element, all the time.
+    """Keep all sums in one buffer, with one reduce-scatter per step.
+
+    It takes 4 bytes per element all the time.
 
     Args:
         flat: the parameters.
@@ -56,7 +61,9 @@ class WholeGradients:
 
 
 class SlicedGradients:
-    """Sums by the slices of which each rank owns one: a slice is reduced to its owner, and given up, when it is full.
+    """Keep the sums in slices, one per owning rank.
+
+    A slice is reduced to its owner, and freed, when it is full.
 
     The last layers' gradients come first, so slices fill from the last to the first while the backward runs; a rank
     holds about two of them and its own. As many bytes cross the network as in one reduce-scatter, in one reduction a

@@ -1,4 +1,4 @@
-"""Keep in-place layers' weights equal to the rounding of W0 + master, as a sharded optimizer moves the masters."""
+"""Keep in-place weights equal to the rounding of W0 + master, as the masters change."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ SECONDS = 60  # in which all ranks must come to read W0
 
 
 class ReadsMasters(Protocol):
-    """What is asked of an optimizer."""
+    """Define what is needed of the optimizer."""
 
     def read_master(self, parameter: nn.Parameter) -> torch.Tensor:
-        """A parameter's fp32 master, whole, on the CPU; collective."""
+        """Return a parameter's whole fp32 master on the CPU; collective."""
 
 
 class PlacedValues:
-    """Hold W0 of this rank's share of the blocks, and write all values into this rank's part of the weights.
+    """Hold this rank's share of W0, and write all values into its part of the weights.
 
     Args:
         flat: the parameters; the values of those of in-place layers become weights, no longer deltas.
@@ -76,7 +76,7 @@ class PlacedValues:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Write the values, which all ranks have, into this rank's part of every weight; not collective."""
+        """Write all values into this rank's part of every weight; not collective."""
         self._are_gathered = True
         for unit in self._units:
             unit.reshard()  # outermost units stay gathered after a forward without a backward
@@ -97,7 +97,10 @@ class PlacedValues:
         self.write()
 
     def read_original(self, layer: InPlaceLayer) -> torch.Tensor:
-        """W0 at a layer's blocks, whole; collective, and refused after a minute in which not all ranks came."""
+        """Return a layer's whole W0; collective.
+
+        It is refused after a minute in which not all ranks came.
+        """
         place = self._flat.ranges[layer.delta]
         whole = torch.empty(len(place), dtype=self.original.dtype, device=self.original.device)
         for rank, part in self._flat.owners(place):
@@ -109,21 +112,27 @@ class PlacedValues:
         return whole.view(layer.delta.shape)
 
     def read_delta(self, layer: InPlaceLayer) -> torch.Tensor:
-        """A layer's fp32 deltas, whole; collective. Without the optimizer: those that give its values."""
+        """Return a layer's whole fp32 deltas; collective.
+
+        Without the optimizer: those that give its values.
+        """
         optimizer = self._optimizer()
         if optimizer is not None:
             return optimizer.read_master(layer.delta)
         return (layer.values.float() - self.read_original(layer).float()).cpu()
 
     def damaged_layer(self) -> InPlaceLayer | None:
-        """The first layer whose weight on this rank doesn't hold its values; not collective."""
+        """Return the first layer whose weight on this rank lacks its values; not collective."""
         layers = list(self._layers.values())
         differs = torch.stack([layer.rows.differs(layer.weight, layer.values) for layer in layers])
         return next((layer for layer, wrong in zip(layers, differs.tolist(), strict=True) if wrong), None)
 
 
 def _finish_before_forward(model: nn.Module, placed: PlacedValues) -> None:
-    """Have the model finish an interrupted write before its units are gathered, as long as ``placed`` lives."""
+    """Finish an interrupted write before the model gathers its units.
+
+    This ends when ``placed`` is gone.
+    """
     reference = weakref.ref(placed)
 
     def finish(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""The process group: how it begins, and what spoils it."""
+"""Create the process group, and warn of what could block it."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def warn_of_a_shared_store() -> None:
 
 
 def warn_of_abandoned_builds(minutes: float = 5) -> None:
-    """Name the locks of old builds: PyTorch waits for one without end, in silence, although its owner was killed.
+    """Warn of locks that killed builds left: PyTorch waits for them for ever, silently.
 
     Args:
         minutes: from which age on; a build of one of DeepSpeed's ops takes less.
@@ -73,7 +73,7 @@ def warn_of_abandoned_builds(minutes: float = 5) -> None:
 
 
 def _age(path: Path) -> float:
-    """In seconds; 0 for a lock that another node's build took away while we looked."""
+    """Return a lock's age in seconds; 0 if another node's build removed it meanwhile."""
     try:
         return time.time() - path.stat().st_mtime
     except FileNotFoundError:

@@ -1,4 +1,7 @@
-"""What ``ddp`` and ``fsdp2`` share: blocks are replicated parameters whose state ``ShardedBlockOptimizer`` shards."""
+"""Implement what ``ddp`` and ``fsdp2`` share.
+
+Blocks are replicated parameters whose state ``ShardedBlockOptimizer`` shards.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from smt_dist.sparse.surgery import sparse_layers
 
 
 class ReplicatedBlocks:
-    """The half of an engine that has to do with the blocks.
+    """Implement the half of an engine that handles the blocks.
 
     Args:
         reduce_dtype: in which their gradients cross the network.
@@ -27,7 +30,7 @@ class ReplicatedBlocks:
         self.micro_batches = micro_batches
 
     def forget(self, model: nn.Module) -> None:
-        """Nothing: no engine holds the model."""
+        """Do nothing: no engine holds the model."""
 
     def make_optimizer(
         self,

@@ -1,4 +1,4 @@
-"""``ShardedBlockOptimizer``: wraps a torch optimizer class; fp32 masters and states of the blocks sharded over ranks.
+"""Wrap a torch optimizer class and shard the blocks' masters and states over ranks.
 
 For engines whose blocks are replicated parameters (``ddp``, ``fsdp2``). A step moves the blocks once each way: one
 reduce-scatter of their gradients, the wrapped optimizer's step on this rank's slice, one all-gather of their values.
@@ -27,7 +27,9 @@ from smt_dist.sparse.blocks import merged_blocks
 
 
 class ShardedBlockOptimizer(torch.optim.Optimizer):
-    """Steps replicated parameters with an elementwise optimizer whose fp32 masters and states are sharded.
+    """Step replicated parameters with an elementwise optimizer whose state is sharded.
+
+    fp32 masters and the optimizer's states are both sharded.
 
     All parameters lie end to end in one flat buffer, cut into equal slices, one a rank (the last one is padded).
     Gradients of micro-batches add up in fp32 without communication; :meth:`clip_grad_norm_` or :meth:`step`, whichever
@@ -99,7 +101,9 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Average the gradients over ranks, step this rank's slice, share the new values; gradients are zero after.
+        """Average the gradients over ranks, step this rank's slice, and share the new values.
+
+        Gradients are zero afterwards.
 
         After :meth:`clip_grad_norm_` has found a norm that isn't finite, masters, moments and counters stay as they
         are, on all ranks alike, and :attr:`overflow` says so.
@@ -143,7 +147,9 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> torch.Tensor:
-        """Scale the gradients so that their norm over all blocks is at most ``max_norm``; the norm before.
+        """Scale the gradients so that their norm over all blocks is at most ``max_norm``.
+
+        Returns the norm before scaling.
 
         Exact: the norm of the averaged gradient, from the ranks' slices, equal bits on all ranks. Infinity only
         measures.
@@ -159,7 +165,10 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         return norm.float()
 
     def _reduce(self) -> None:
-        """Average the gradients over ranks, once a step; this rank's slice becomes the masters' gradients."""
+        """Average the gradients over ranks, once per step.
+
+        This rank's slice becomes the masters' gradients.
+        """
         if self._reduced:
             return
         own = self.gradients.average()
@@ -169,7 +178,7 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def publish(self) -> None:
-        """Round this rank's masters to what computes, give every rank all of it, and write in-place weights."""
+        """Round the masters, all-gather the values, and write in-place weights; collective."""
         if self._placed is not None:
             self._placed.begin()
         for master, part in zip(self._masters, self._group_ranges, strict=True):
@@ -180,7 +189,7 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
             self._placed.write()
 
     def _rounded(self, master: torch.Tensor, part: Range) -> torch.Tensor:
-        """What computes for this rank's part of a master, in the values' dtype."""
+        """Return what computes for this rank's part of a master, in the values' dtype."""
         if self._placed is None:
             return master.detach().to(self._flat.values.dtype)
         return merged_blocks(part.of(self._placed.original, self._flat.own.start), master.detach())
@@ -189,29 +198,41 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
 
     @property
     def counters(self) -> dict[str, int | float]:
-        """What the wrapped optimizer counts for all elements alike (``step``); empty before the first step."""
+        """Return what the wrapped optimizer counts for all elements alike, such as ``step``.
+
+        Empty before the first step.
+        """
         state = self.inner.state[self._masters[0]]
         return {key: counter_value(value) for key, value in state.items() if is_counter(value)}
 
     @property
     def moment_names(self) -> list[str]:
-        """The wrapped optimizer's elementwise states, sorted (``exp_avg``, ...); empty before the first step."""
+        """Return the sorted names of the elementwise states, such as ``exp_avg``.
+
+        Empty before the first step.
+        """
         master = self._masters[0]
         return sorted(key for key, value in self.inner.state[master].items() if is_moment(master, value))
 
     def read_master(self, parameter: nn.Parameter) -> torch.Tensor:
-        """A parameter's fp32 master, whole, on the CPU; collective."""
+        """Return a parameter's whole fp32 master on the CPU; collective."""
         group = self._group_of(parameter)
         return self._collect(parameter, self._masters[group], group)
 
     def read_moments(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
-        """Each of :attr:`moment_names` for one parameter, of its shape, whole, on the CPU; collective."""
+        """Return each of :attr:`moment_names` for one parameter, whole, on the CPU; collective.
+
+        They have the parameter's shape.
+        """
         group = self._group_of(parameter)
         state = self.inner.state[self._masters[group]]
         return {key: self._collect(parameter, state[key], group) for key in self.moment_names}
 
     def damaged_parameter(self) -> nn.Parameter | None:
-        """The first parameter of whose fp32 master this rank's values aren't the rounding; not collective."""
+        """Return the first parameter whose values here aren't the rounding of its master.
+
+        Not collective.
+        """
         for master, part in zip(self._masters, self._group_ranges, strict=True):
             values, expected = part.of(self._flat.values), self._rounded(master, part)
             wrong = values.view(torch.uint8) != expected.view(torch.uint8)
@@ -225,7 +246,9 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
     def write(
         self, parameter: nn.Parameter, master: torch.Tensor, moments: dict[str, torch.Tensor] | None = None
     ) -> None:
-        """Set this rank's part of a parameter's fp32 master and moments; every rank gives the same values.
+        """Set this rank's part of a parameter's master and moments.
+
+        Every rank gives the same values.
 
         Call :meth:`publish` after the last one: until then the old values compute.
 
@@ -248,7 +271,9 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
             self.inner.state[master] |= counter_state(self.inner, master, counters)
 
     def memory_bytes(self) -> dict[str, int]:
-        """Bytes that this rank holds: ``masters``, ``moments`` (0 before the first step), ``values``, ``gradients``.
+        """Return bytes that this rank holds.
+
+        ``masters``, ``moments`` (0 before the first step), ``values``, ``gradients``.
 
         With in-place layers also ``original``: W0. In fp32 without them the masters are a part of the values: 0. A step
         needs 4 bytes more for each of this rank's elements, and 2 for each of all with a bf16 reduction.
@@ -266,7 +291,10 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         }
 
     def held_tensors(self) -> Iterator[tuple[str, Any]]:
-        """(category of :mod:`smt_dist.memory.plan.categories`, tensors) of everything that this rank holds."""
+        """Yield (category, tensors) of everything that this rank holds.
+
+        Categories are those of :mod:`smt_dist.memory.plan.categories`.
+        """
         yield "gradients", self.gradients.tensors()
         yield "optimizer_state", [self._masters, [list(state.values()) for state in self.inner.state.values()]]
         if self._placed is not None:
@@ -274,7 +302,9 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         yield "blocks", self._flat.values  # last: in fp32 the masters are a part of them
 
     def state_dict(self) -> dict[str, Any]:
-        """The wrapped optimizer's state: this rank's slice only, without the masters; not collective.
+        """Return the wrapped optimizer's state of this rank's slice; not collective.
+
+        The masters aren't in it.
 
         Trainer and accelerate call it on one rank. To save a state, use :meth:`read_master`, :meth:`read_moments` and
         :attr:`counters`, which are free of world size.
@@ -296,7 +326,7 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         return next(i for i, group in enumerate(self.param_groups) if any(p is parameter for p in group["params"]))
 
     def _collect(self, parameter: nn.Parameter, own: torch.Tensor, group: int) -> torch.Tensor:
-        """The parts of ``parameter`` in all ranks' ``own`` slices of one tensor of the group."""
+        """Collect a parameter's parts from all ranks' slices of one tensor of its group."""
         place = self._flat.ranges[parameter]
         whole = torch.empty(len(place))
         for rank, part in self._flat.owners(place):
@@ -322,7 +352,7 @@ def _is_finite(norm: torch.Tensor) -> bool:
 
 
 def release_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Take away what an earlier optimizer put on its parameters: it would go on taking their gradients."""
+    """Remove an earlier optimizer's hooks, which would go on taking gradients."""
     for parameter in parameters:
         if (hook := _HOOKS.pop(parameter, None)) is not None:
             hook.remove()
@@ -333,7 +363,10 @@ _HOOKS: MutableMapping[nn.Parameter, RemovableHandle] = WeakIdKeyDictionary()
 
 
 def _collect_gradients(optimizer: ShardedBlockOptimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """Have each micro-batch's gradient added to its fp32 sum and dropped, as long as the optimizer lives."""
+    """Add each micro-batch's gradient to its fp32 sum and drop it.
+
+    This ends when the optimizer is gone.
+    """
     reference = weakref.ref(optimizer)
 
     def collect(parameter: nn.Parameter) -> None:

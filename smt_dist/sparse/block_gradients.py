@@ -1,4 +1,4 @@
-"""Multiply the gradients of a weight's blocks: grouped by column, or as one dense product that is read out.
+"""Compute the gradients of a weight's blocks, by columns or as one dense product.
 
 Many small products are slow, and a dense one computes what nobody needs: which is faster depends on the number of
 blocks and on their sides. Measured on CPU: 1024 x 1024 weights, 2,048 tokens, fp32 and bf16, one thread.
@@ -20,7 +20,7 @@ SCRATCH_BYTES = 2**26
 
 @dataclass(frozen=True)
 class ColumnGroup:
-    """The blocks of one block column.
+    """Hold the blocks of one block column.
 
     Attributes:
         column: index among the columns that blocks read.
@@ -65,7 +65,10 @@ def group_by_column(grid: BlockGrid, blocks: list[Block]) -> list[ColumnGroup]:
 
 
 def dense_parts(grid: BlockGrid, blocks: list[Block]) -> list[DensePart]:
-    """Cut the product of all rows by all columns that blocks have into parts of at most 64 MiB in fp32."""
+    """Cut the product of all rows and columns that blocks use into parts of at most 64 MiB.
+
+    The size is that of an fp32 product.
+    """
     cols = sorted({col for _, col in blocks})
     by_row: dict[int, list[int]] = defaultdict(list)
     for index, (row, _) in enumerate(blocks):
@@ -85,7 +88,7 @@ def dense_parts(grid: BlockGrid, blocks: list[Block]) -> list[DensePart]:
 
 
 def is_dense_faster(grid: BlockGrid, blocks: list[Block]) -> bool:
-    """Whether one product of all rows by all columns that blocks have takes less than one product a column."""
+    """Return whether one dense product takes less time than one product per column."""
     counts: dict[int, int] = defaultdict(int)
     for _, col in blocks:
         counts[col] += 1
@@ -119,7 +122,10 @@ def multiply_columns(
 def multiply_densely(
     grad_y: torch.Tensor, columns: list[torch.Tensor], parts: list[DensePart], gradient: torch.Tensor
 ) -> None:
-    """Fill ``gradient`` as :func:`multiply_columns` does, from a dense product; ``parts`` of :func:`dense_parts`."""
+    """Fill ``gradient`` from dense products, as :func:`multiply_columns` does.
+
+    ``parts`` are those of :func:`dense_parts`.
+    """
     width = columns[0].shape[1]
     inputs = columns[0] if len(columns) == 1 else torch.cat(columns, dim=1)
     for part in parts:

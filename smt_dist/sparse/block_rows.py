@@ -1,4 +1,4 @@
-"""Reading and writing the blocks of a weight in one pass, in this rank's shard of it or in all of it."""
+"""Read and write the blocks of a weight in one pass, whole or sharded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from smt_dist.sparse.blocks import Block, BlockGrid
 
 
 class BlockRows(nn.Module):
-    """Where the rows of stacked blocks ``[blocks * block_rows, block_cols]`` lie in a weight ``[rows, cols]``.
+    """Locate the rows of stacked blocks in a weight.
+
+    Stacked blocks are ``[blocks * block_rows, block_cols]``, the weight is ``[rows, cols]``.
 
     A module without parameters, so that its tables follow the model to its device.
 
@@ -57,7 +59,10 @@ class BlockRows(nn.Module):
 
     @torch.no_grad()
     def differs(self, weight: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-        """Compare bits of this rank's part of ``weight`` with all ranks' rows; a bool on their device."""
+        """Return whether this rank's part differs in any bit from its rows of ``values``.
+
+        A bool tensor on their device.
+        """
         own = self._own(weight)
         found, wanted = own.cut[own.rows, own.cols], self._of(own, values)
         return (found.view(torch.uint8) != wanted.contiguous().view(torch.uint8)).any()
@@ -85,7 +90,7 @@ class BlockRows(nn.Module):
 
 
 class _Own(NamedTuple):
-    """The rows that one rank has.
+    """Hold the rows that one rank has.
 
     Attributes:
         cut: its part of the weight, ``[rows, block columns, block_cols]``; a view.
@@ -101,7 +106,10 @@ class _Own(NamedTuple):
 
 
 def _first_row(weight: DTensor) -> int:
-    """Find the first row of this rank's shard; FSDP2 cuts as ``torch.chunk`` does, and the last shards may be empty."""
+    """Return the first row of this rank's shard.
+
+    FSDP2 cuts as ``torch.chunk`` does, and the last shards may be empty.
+    """
     for dimension, placement in enumerate(weight.placements):
         if isinstance(placement, Shard):
             if placement.dim != 0:

@@ -125,12 +125,15 @@ def write_blocks(weight: torch.Tensor, grid: BlockGrid, blocks: list[Block], val
 
 
 def merged_blocks(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """The rounding of fp32(base) + fp32(delta) to the base's dtype; both ``[blocks * block_rows, block_cols]``."""
+    """Return fp32(base) + fp32(delta), rounded to the base's dtype.
+
+    Both are ``[blocks * block_rows, block_cols]``.
+    """
     return summed_blocks(base, delta).to(base.dtype)
 
 
 def summed_blocks(base: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-    """fp32(base) + fp32(delta), before any rounding."""
+    """Return fp32(base) + fp32(delta), without rounding."""
     return base.float() + delta.to(base.device, torch.float32)
 
 

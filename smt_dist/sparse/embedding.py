@@ -1,4 +1,4 @@
-"""``SparseEmbedding``: a frozen embedding plus trainable blocks."""
+"""Define ``SparseEmbedding``: a frozen embedding plus trainable blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from smt_dist.sparse.layer import SparseLayer
 
 
 class SparseEmbedding(SparseLayer):
-    """``y = base(ids)``, plus row ``id`` of every block that covers it, in the block's columns.
+    """Add to ``base(ids)`` the row of every block that covers an id, in the block's columns.
 
     The weight is ``[vocabulary, hidden]``: block rows are ranges of token ids, block columns ranges of hidden features.
     Gradients of ``delta`` are those of the weight's blocks; the base's ``padding_idx`` gets neither block nor gradient,
@@ -46,7 +46,9 @@ class SparseEmbedding(SparseLayer):
         return out
 
     def looked_up(self, ids: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
-        """Find what ids ``[...]`` look up, for each block column: its features, each id's row of ``delta``, and a mask.
+        """Yield what ids ``[...]`` look up in each block column.
+
+        That is: the column's features, each id's row of ``delta``, and a mask.
 
         Ids outside of the mask have no block there and name some other row: to leave them out, the host would have to
         wait for the device.
@@ -61,22 +63,25 @@ class SparseEmbedding(SparseLayer):
 
     @property
     def padding_idx(self) -> int | None:
-        """The id that takes no gradient."""
+        """Return the id that takes no gradient."""
         return self.base.padding_idx
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of the weight."""
+        """Return the rows of the weight."""
         return self.grid.rows
 
     @property
     def embedding_dim(self) -> int:
-        """Columns of the weight."""
+        """Return the columns of the weight."""
         return self.grid.cols
 
 
 class _Rows(torch.autograd.Function):
-    """``delta[rows]``, whose gradient adds up in fp32: a frequent token has thousands of them."""
+    """Return ``delta[rows]``, whose gradient is summed in fp32.
+
+    A frequent token has thousands of rows.
+    """
 
     @staticmethod
     def forward(ctx: Any, delta: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

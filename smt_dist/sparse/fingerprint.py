@@ -15,7 +15,7 @@ from smt_dist.sparse.targets import base_modules, weight_shape
 
 
 def base_fingerprint(model: nn.Module, selection: BlockSelection) -> str:
-    """Tells whether an adapter's blocks were trained against this base (:class:`Fingerprint`).
+    """Identify a base by the content of an adapter's blocks (:class:`Fingerprint`).
 
     Collective where the base is sharded.
     """
@@ -29,7 +29,10 @@ def base_fingerprint(model: nn.Module, selection: BlockSelection) -> str:
 
 
 def _original(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
-    """The base's weight, also where it holds the values of blocks; collective where an optimizer holds W0."""
+    """Return the base's weight, without the values of in-place blocks.
+
+    Collective where an optimizer holds W0.
+    """
     written = [layer for layer in layers_of(module) if isinstance(layer, InPlaceLayer) and layer.is_written]
     if written:
         weight = weight.detach().clone()
@@ -39,7 +42,10 @@ def _original(module: nn.Module, weight: torch.Tensor) -> torch.Tensor:
 
 
 class Fingerprint:
-    """A SHA-256 over a base's selected blocks, rounded to bf16 so that the dtype they were loaded in doesn't matter."""
+    """Hash a base's selected blocks with SHA-256.
+
+    They are rounded to bf16, so that the dtype they were loaded in doesn't matter.
+    """
 
     def __init__(self, selection: BlockSelection) -> None:
         self._selection = selection
@@ -56,5 +62,5 @@ class Fingerprint:
         self._digest.update(content.view(torch.uint8).numpy().tobytes())
 
     def hexdigest(self) -> str:
-        """The fingerprint."""
+        """Return the fingerprint."""
         return self._digest.hexdigest()

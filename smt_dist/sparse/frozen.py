@@ -1,4 +1,4 @@
-"""Hold blocks that are no longer trained and go on computing: what re-selection leaves of those that it drops."""
+"""Define layers with frozen blocks, which re-selection dropped and which still compute."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class FrozenBlocks(SparseLayer):
     master: torch.Tensor
 
     def freeze(self, master: torch.Tensor) -> None:
-        """Take these values, and drop the parameter; collective where a base that is written is sharded."""
+        """Set the masters and drop the parameter; collective where an in-place base is sharded."""
         self.master = master.detach().to("cpu", torch.float32, copy=True)
         dtype, device = self.delta.dtype, self.delta.device
         if isinstance(self.delta, nn.Parameter):
@@ -36,11 +36,11 @@ class FrozenBlocks(SparseLayer):
         raise NotImplementedError
 
     def replicated_values(self) -> torch.Tensor | None:
-        """The values that compute, where every rank has all of them."""
+        """Return the values that compute if every rank has all of them, else None."""
         raise NotImplementedError
 
     def is_damaged(self) -> bool:
-        """Whether what computes on this rank isn't the rounding of the masters; not collective."""
+        """Return whether this rank's values aren't the rounding of the masters; not collective."""
         raise NotImplementedError
 
 

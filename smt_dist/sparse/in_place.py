@@ -1,4 +1,4 @@
-"""Blocks inside the base's weight: the base computes them, and one autograd node makes their gradients.
+"""Define layers whose base's weight holds the blocks.
 
 The weight holds ``round(W0 + delta)`` at the blocks, so forward and input gradient are the base's own products. A block
 parameter costs 2 FLOPs a token in place of 6, and a training step computes bit for bit what the merged model does.
@@ -26,7 +26,7 @@ from smt_dist.sparse.sharded import gathered
 
 
 class InPlaceLayer(SparseLayer):
-    """A layer whose weight holds its blocks' values: what :class:`InPlaceLinear` and ``InPlaceEmbedding`` share.
+    """Share what in-place linear layers and embeddings have in common.
 
     Attributes:
         original: W0 at the blocks, of ``delta``'s shape and the weight's dtype; None while the weight still is W0, and
@@ -53,7 +53,10 @@ class InPlaceLayer(SparseLayer):
         self.holder: Holder | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the base computes, blocks included; without them where the layer is switched off."""
+        """Compute what the base does, blocks included.
+
+        Without them where the layer is switched off.
+        """
         if self.holder is not None and not self.holder.is_whole:
             raise RuntimeError(
                 "a write of the blocks' values was interrupted: call the whole model, or resume a checkpoint"
@@ -64,23 +67,26 @@ class InPlaceLayer(SparseLayer):
         return self.add_gradients(_own_tensor(y), x) if torch.is_grad_enabled() else y
 
     def add_gradients(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """``y``, whose backward also makes the gradient of ``delta``."""
+        """Return ``y``, whose backward also computes the gradient of ``delta``."""
         raise NotImplementedError
 
     def base_forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the base computes with W0. No weight is written: a backward may be waiting for it."""
+        """Compute what the base does with W0.
+
+        No weight is written, since a backward may still need it.
+        """
         raise NotImplementedError
 
     # -- values ------------------------------------------------------------------------------------------------
 
     @property
     def is_written(self) -> bool:
-        """Whether the weight may hold anything else than W0."""
+        """Return whether the weight may hold anything else than W0."""
         return self.original is not None or self.holder is not None
 
     @torch.no_grad()
     def write_values(self) -> None:
-        """Write ``round(W0 + delta)`` into the weight, after a step that an optimizer of the user's made.
+        """Write ``round(W0 + delta)`` into the weight, after a step of an optimizer of your own.
 
         Collective the first time, where the base is sharded. Raises SMTError where a sharded optimizer writes.
         """
@@ -110,7 +116,7 @@ class InPlaceLayer(SparseLayer):
             return self.rows.read(weight)
 
     def read_delta(self) -> torch.Tensor:
-        """The deltas, whole; collective where an optimizer holds them."""
+        """Return the whole deltas; collective where an optimizer holds them."""
         return self.delta.detach() if self.holder is None else self.holder.read_delta(self)
 
     @torch.no_grad()
@@ -126,7 +132,10 @@ class InPlaceLayer(SparseLayer):
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Compute what the base does, inside the context; entering it is collective where an optimizer holds W0."""
+        """Compute what the base does, inside the context.
+
+        Entering it is collective where an optimizer holds W0.
+        """
         held = self.original is None and self.holder is not None
         if held:
             self.original = self.read_original()
@@ -142,11 +151,14 @@ class InPlaceLayer(SparseLayer):
         return merged_blocks(self.read_original(), master)
 
     def written_values(self) -> torch.Tensor:
-        """What was written last, worked out anew where no optimizer has it."""
+        """Return what was written last, computed anew where no optimizer has it."""
         return merged_blocks(self.original, self.delta.detach()) if self.values is None else self.values
 
     def computing_values(self) -> torch.Tensor:
-        """What the optimizer wrote last, or the weight's own blocks; collective where the base is sharded."""
+        """Return what the optimizer wrote last, or the weight's own blocks.
+
+        Collective where the base is sharded.
+        """
         if self.values is not None:
             return self.values
         with gathered(self.weight) as weight:
@@ -154,7 +166,10 @@ class InPlaceLayer(SparseLayer):
 
     @torch.no_grad()
     def take_back(self) -> None:
-        """Hold W0 and the deltas again, rounded to ``delta``'s dtype, in place of an optimizer; collective."""
+        """Take W0 and the deltas back from an optimizer; collective.
+
+        The deltas are rounded to ``delta``'s dtype.
+        """
         if self.holder is None:
             return
         original, delta = self.read_original(), self.read_delta()
@@ -170,7 +185,7 @@ class InPlaceLayer(SparseLayer):
 
 
 class Holder(Protocol):
-    """What an in-place layer asks of the optimizer that writes its values.
+    """Define what an in-place layer needs of the optimizer that writes its values.
 
     Attributes:
         is_whole: False between the beginning of a write and its end.
@@ -182,11 +197,13 @@ class Holder(Protocol):
         """W0 at the layer's blocks, whole; collective."""
 
     def read_delta(self, layer: InPlaceLayer) -> torch.Tensor:
-        """The layer's deltas, whole; collective."""
+        """Return the layer's whole deltas; collective."""
 
 
 class InPlaceLinear(InPlaceLayer, SparseLinear):
-    """``y = x @ (W0 + blocks)^T (+ bias)`` in one product. ``[..., in]`` -> ``[..., out]``.
+    """Compute ``y = x @ (W0 + blocks)^T (+ bias)`` in one product.
+
+    ``[..., in]`` -> ``[..., out]``.
 
     Arguments and attributes: :class:`SparseLayer`, :class:`InPlaceLayer`.
     """
@@ -195,7 +212,10 @@ class InPlaceLinear(InPlaceLayer, SparseLinear):
         return _LinearGradients.apply(y, x, self.delta, self._layout)
 
     def base_forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the base computes with W0: its bits, or within rounding where the weight is an FSDP2 unit of its own."""
+        """Compute what the base does with W0.
+
+        Its bits, or within rounding where the weight is an FSDP2 unit of its own.
+        """
         if not self.is_written:
             return self.base(x)
         parts = [part for part in layers_of(self) if isinstance(part, InPlaceLinear)]
@@ -212,7 +232,9 @@ class InPlaceLinear(InPlaceLayer, SparseLinear):
 
 
 class InPlaceEmbedding(InPlaceLayer, SparseEmbedding):
-    """An embedding whose weight holds its blocks' values. ``[...]`` ids -> ``[..., hidden]``.
+    """Look up rows of a weight that holds its blocks' values.
+
+    ``[...]`` ids -> ``[..., hidden]``.
 
     Arguments and attributes: :class:`SparseLayer`, :class:`InPlaceLayer`.
     """
@@ -221,7 +243,7 @@ class InPlaceEmbedding(InPlaceLayer, SparseEmbedding):
         return _RowGradients.apply(y, x, self.delta, self)
 
     def base_forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the base looks up in W0: its bits."""
+        """Look up W0's rows, bit for bit."""
         y = self.base(x)
         if not self.is_written:
             return y
@@ -238,12 +260,15 @@ def _require_original(layer: InPlaceLayer) -> torch.Tensor:
 
 
 def _own_tensor(y: torch.Tensor) -> torch.Tensor:
-    """``y`` as a tensor of its own, which shares its memory: in front of a view autograd copies the whole gradient."""
+    """Return ``y`` as a tensor that isn't a view and shares its memory.
+
+    Before a view, autograd would copy the whole gradient.
+    """
     return torch.ops.aten._unsafe_view(y, y.shape)
 
 
 class _LinearGradients(torch.autograd.Function):
-    """The identity of a linear layer's output, with the gradients of its blocks in its backward.
+    """Return a linear layer's output unchanged; compute its blocks' gradients in the backward.
 
     The output is marked as written, which nobody does: as a view, model code couldn't write it in place.
     """
@@ -262,7 +287,7 @@ class _LinearGradients(torch.autograd.Function):
 
 
 class _RowGradients(torch.autograd.Function):
-    """The identity of an embedding's output, with the gradients of its blocks in its backward."""
+    """Return an embedding's output unchanged; compute its blocks' gradients in the backward."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""``SparseLayer``: a frozen layer plus trainable blocks, whatever the layer computes."""
+"""Define ``SparseLayer``, a frozen layer plus trainable blocks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from smt_dist.sparse.blocks import Block, BlockGrid
 
 
 class SparseLayer(nn.Module):
-    """A frozen base layer plus trainable blocks: what :class:`SparseLinear` and ``SparseEmbedding`` share.
+    """Add trainable blocks to a frozen base layer.
 
     Args:
         base: the layer, with a weight of ``[rows, cols]``.
@@ -48,16 +48,16 @@ class SparseLayer(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the base computes, plus the blocks."""
+        """Compute what the base does, plus the blocks."""
         y = self.base(x)
         return self.add_blocks(y, x) if self.enabled else y
 
     def add_blocks(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """The base's output ``y`` for the input ``x``, plus the blocks; a new tensor."""
+        """Return the base's output ``y`` for the input ``x`` plus the blocks' part, as a new tensor."""
         raise NotImplementedError
 
     def read_delta(self) -> torch.Tensor:
-        """The deltas as far as this layer holds them, of ``delta``'s shape."""
+        """Return the deltas as this layer holds them, of ``delta``'s shape."""
         return self.delta.detach()
 
     @torch.no_grad()
@@ -85,18 +85,18 @@ class SparseLayer(nn.Module):
         return master.to(self.delta.dtype)
 
     def computing_values(self) -> torch.Tensor:
-        """The values at the blocks that compute on this rank, of ``delta``'s shape; comparable between ranks."""
+        """Return the blocks' values that compute, of ``delta``'s shape; comparable between ranks."""
         return self.delta.detach()
 
     # Model code reads these of its layers (`self.q_proj.weight.dtype`), so they stay visible.
     @property
     def weight(self) -> torch.Tensor:
-        """The base's weight, without the blocks."""
+        """Return the base's weight."""
         return self.base.weight
 
     @property
     def bias(self) -> torch.Tensor | None:
-        """The base's bias."""
+        """Return the base's bias."""
         return getattr(self.base, "bias", None)
 
     def extra_repr(self) -> str:
@@ -114,7 +114,7 @@ def layers_of(module: nn.Module) -> list[SparseLayer]:
 
 
 def bare(module: nn.Module) -> nn.Module:
-    """The base below all blocks."""
+    """Return the base below all blocks."""
     while isinstance(module, SparseLayer):
         module = module.base
     return module

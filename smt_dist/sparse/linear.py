@@ -1,4 +1,4 @@
-"""``SparseLinear``: a frozen linear layer plus trainable blocks. The hot path."""
+"""Define ``SparseLinear``, a frozen linear layer plus additive blocks."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from smt_dist.sparse.layer import SparseLayer
 
 
 class SparseLinear(SparseLayer):
-    """``y = base(x) + scatter(x[:, cols] @ delta^T)``: a frozen base and additive blocks.
+    """Compute ``y = base(x) + scatter(x[:, cols] @ delta^T)``.
 
     The base computes ``x @ weight^T (+ bias)`` with a weight of ``[out, in]``, which is never written, so it may be
     sharded, quantised or tensor-parallel; the blocks can be switched off, swapped and merged. Gradients of ``delta``
@@ -46,32 +46,35 @@ class SparseLinear(SparseLayer):
         return self.change_blocks(y, x, self.delta)
 
     def change_blocks(self, y: torch.Tensor, x: torch.Tensor, change: torch.Tensor) -> torch.Tensor:
-        """The base's output ``y`` for the input ``x``, with its weight's blocks changed; ``change`` as ``delta``."""
+        """Return the base's output ``y`` for ``x`` with its weight's blocks changed.
+
+        ``change`` has ``delta``'s shape.
+        """
         return _AddBlocks.apply(y, x, change, self._layout)
 
     @property
     def copied_columns(self) -> int:
-        """Columns of the input that blocks read, each counted once."""
+        """Return the number of input columns that blocks read, each counted once."""
         return len(self._layout.columns) * self.grid.block_cols
 
     def keep_whole_input(self, whole: bool) -> None:
-        """Keep the input itself for the backward, by reference, instead of copies of the columns that blocks read."""
+        """Choose between the input itself and copies of its columns for the backward."""
         self._layout = replace(self._layout, keeps_whole=whole)
 
     @property
     def in_features(self) -> int:
-        """Columns of the weight."""
+        """Return the columns of the weight."""
         return self.grid.cols
 
     @property
     def out_features(self) -> int:
-        """Rows of the weight."""
+        """Return the rows of the weight."""
         return self.grid.rows
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where one block reads its input, writes its output and keeps its values."""
+    """Locate one block's input columns, output features and rows of ``delta``."""
 
     column: int  # index into the layout's columns
     outputs: slice  # of the base's output features
@@ -80,7 +83,7 @@ class Place:
 
 @dataclass(frozen=True)
 class Layout:
-    """The places of all blocks, worked out once."""
+    """Hold the places of all blocks, computed once."""
 
     columns: list[slice]  # of the input features; each that a block reads, once
     places: list[Place]
@@ -103,7 +106,7 @@ class Layout:
 
 
 class _AddBlocks(torch.autograd.Function):
-    """``y + scatter(x[:, cols] @ delta^T)``, computed in y's dtype; saves the needed input columns only.
+    """Compute ``y + scatter(x[:, cols] @ delta^T)`` in y's dtype; save only needed columns.
 
     Out of place: y may be a view that a custom Function made (ZeRO-3's hooks do) or a tensor that a hook on the
     base holds, and neither may be written. The copy costs under 1 % of the base's matrix products.
@@ -138,7 +141,10 @@ class _AddBlocks(torch.autograd.Function):
 
 
 def kept_inputs(x: torch.Tensor, layout: Layout, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Keep for the backward what :func:`read_columns` reads: the columns that blocks read, or ``x`` itself."""
+    """Return the tensors to save for :func:`read_columns` in the backward.
+
+    They are the columns that blocks read, or ``x`` itself.
+    """
     if layout.keeps_whole:
         return [x]
     # Copies, as a saved view would keep all of x alive. x may be wider than y: autocast converts inside the base.
@@ -146,14 +152,17 @@ def kept_inputs(x: torch.Tensor, layout: Layout, dtype: torch.dtype) -> list[tor
 
 
 def read_columns(kept: list[torch.Tensor], layout: Layout, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Read the input columns that blocks read, each once; ``[tokens, block_cols]`` each, in ``dtype``."""
+    """Return the input columns that blocks read, ``[tokens, block_cols]`` each, in ``dtype``."""
     if not layout.keeps_whole:
         return kept
     return [flat(kept[0])[:, columns].to(dtype) for columns in layout.columns]
 
 
 def block_gradients(grad_y: torch.Tensor, kept: list[torch.Tensor], layout: Layout, like: torch.Tensor) -> torch.Tensor:
-    """Multiply each block's output gradients ``[tokens, out]`` by its input columns; of ``like``'s shape and dtype."""
+    """Return the blocks' gradients, of ``like``'s shape and dtype.
+
+    ``grad_y`` is ``[tokens, out]``.
+    """
     gradient, columns = torch.empty_like(like), read_columns(kept, layout, grad_y.dtype)
     if layout.dense_parts:
         multiply_densely(grad_y, columns, layout.dense_parts, gradient)
@@ -163,5 +172,5 @@ def block_gradients(grad_y: torch.Tensor, kept: list[torch.Tensor], layout: Layo
 
 
 def flat(tensor: torch.Tensor) -> torch.Tensor:
-    """``[..., features]`` -> ``[tokens, features]``; a view of contiguous tensors."""
+    """Reshape ``[..., features]`` to ``[tokens, features]``; a view of contiguous tensors."""
     return tensor.reshape(-1, tensor.shape[-1])
