@@ -170,7 +170,7 @@ def test_blocks_and_state_are_what_the_real_optimizer_holds(dtype, form):
     selection = selection_of(even_counts(shape)[0], shape.grids, request.layers)
     planned = trace_training(request, request.layers, selection)["step"]
     model = load_model(request)
-    apply_selection(model, selection, SMTConfig(form=form), dtype=request.base_dtype, auto_form="in_place")
+    apply_selection(model, selection, request.smt, dtype=request.base_dtype, auto_form="in_place")
     groups = block_parameter_groups(model, 1e-4, 0.0)
     optimizer = ReplicatedBlocks().make_optimizer(groups, torch.optim.AdamW, {}, model=model)
     optimizer.step()

@@ -1,1 +1,1 @@
-"""Programs: the bodies of the console commands and of ``launch/*.py``."""
+"""Run the console commands and ``launch/*.py``."""

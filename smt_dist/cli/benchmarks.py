@@ -1,4 +1,7 @@
-"""The benchmarks measure the project and aren't shipped: found where this package runs from a checkout."""
+"""Find the benchmarks, where this package runs from a checkout.
+
+They measure the project and aren't shipped.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Merge an SMT adapter into its base model, one weight at a time: the result is an ordinary model folder.
+"""Merge an SMT adapter into its base model, one weight at a time.
+
+The result is an ordinary model folder.
 
 smt-merge --model_name_or_path M --adapter O --output_dir X [--dtype bfloat16]
 python launch/merge_adapter.py ...      (the same program by its path in a checkout)

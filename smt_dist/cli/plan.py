@@ -68,14 +68,20 @@ def _add_plan_flags(add: Any) -> None:
 
 
 def yes_or_no(text: str) -> bool:
-    """``yes``, ``true`` or ``1``, and their opposites. Raises ValueError."""
+    """Parse ``yes``, ``true`` or ``1``, and their opposites.
+
+    Raises ValueError.
+    """
     if text.lower() not in ("yes", "true", "1", "no", "false", "0"):
         raise ValueError(text)
     return text.lower() in ("yes", "true", "1")
 
 
 def make_request(arguments: argparse.Namespace) -> Request:
-    """What the flags ask for. Raises SMTError for what is wrong with them."""
+    """Make the request that the flags describe.
+
+    Raises SMTError for what is wrong with them.
+    """
     from smt_dist.checkpoint.adapter import config_of
     from smt_dist.config import SMTConfig
     from smt_dist.memory.plan.categories import parse_size
@@ -154,7 +160,7 @@ def run_plan(arguments: argparse.Namespace) -> None:
 
 
 def plan_table(plan: Plan) -> str:
-    """Categories down, phases across."""
+    """Format a plan as a table with a row per category and a column per phase."""
     from smt_dist.memory.plan.categories import CATEGORIES, format_size
 
     columns = dict(plan.phases) | ({"training, worst": plan.worst} if plan.worst else {})
@@ -185,7 +191,7 @@ def _aligned(cells: list[str], width: list[int]) -> str:
 
 
 def search_table(found: Any) -> str:
-    """One line a value that was planned."""
+    """Format a search as a table with a row per value that was planned."""
     from smt_dist.memory.plan.categories import format_size
 
     lines = [
@@ -197,7 +203,7 @@ def search_table(found: Any) -> str:
 
 
 def main() -> None:
-    """One subcommand."""
+    """Run one subcommand."""
     if sys.argv[1:2] == ["validate"]:  # its flags are the benchmark's own
         run_benchmark("validate_memory", sys.argv[2:])
         return

@@ -1,4 +1,4 @@
-"""What the programs share: one-line errors, exit codes, flags."""
+"""Provide one-line errors, exit codes and flag types for all programs."""
 
 from __future__ import annotations
 
@@ -59,7 +59,10 @@ def run_program(main: Callable[[], None]) -> None:
 
 
 def _print_line(text: str, error: bool = False) -> None:
-    """A line on stderr that begins with the program's name; ranks other than 0 say which they are."""
+    """Print a line on stderr that begins with the program's name.
+
+    Ranks other than 0 also print their number.
+    """
     rank = int(os.environ.get("RANK", "0"))
     parts = [os.path.basename(sys.argv[0]), *(["error"] if error else []), *([f"rank {rank}"] if rank else []), text]
     print(": ".join(parts), file=sys.stderr, flush=True)
@@ -108,7 +111,7 @@ def configure_logging() -> None:
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the description's line breaks and adds defaults."""
+    """Keep the description's line breaks and add defaults."""
 
 
 def raise_usage_error(message: str) -> NoReturn:
@@ -121,7 +124,7 @@ def raise_usage_error(message: str) -> NoReturn:
 
 
 def positive_int(text: str) -> int:
-    """An argparse type: a whole number from 1 on."""
+    """Parse a whole number from 1 on; an argparse type."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
@@ -129,7 +132,7 @@ def positive_int(text: str) -> int:
 
 
 def natural(text: str) -> int:
-    """An argparse type: a whole number from 0 on."""
+    """Parse a whole number from 0 on; an argparse type."""
     value = int(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"must be at least 0, not {value}")
@@ -137,7 +140,10 @@ def natural(text: str) -> int:
 
 
 def check_writable(flag: str, path: Path) -> None:
-    """Check that the folder ``path`` can be made, before the work. Raises SMTError with the flag."""
+    """Check that the folder ``path`` can be made, before the work starts.
+
+    Raises SMTError with the flag.
+    """
     nearest = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK):
         raise SMTError(f"{flag}: {path}: {nearest} is {'not writable' if nearest.is_dir() else 'not a folder'}")

@@ -63,7 +63,7 @@ def expand_recipe(words: list[str], parser: ArgumentParser, kinds: Sequence[type
 
 
 def _takes_mapping(kinds: Sequence[type]) -> dict[str, bool]:
-    """Each flag, and whether it takes a mapping, as JSON text."""
+    """Map each flag to whether it takes a mapping, as JSON text."""
     return {
         field.name: any((get_origin(hint) or hint) is dict for hint in get_args(hints[field.name]))
         for kind in kinds
@@ -74,7 +74,7 @@ def _takes_mapping(kinds: Sequence[type]) -> dict[str, bool]:
 
 
 def _flag(path: str, key: str, value: Any, parser: ArgumentParser) -> list[str]:
-    """One key as words of a command line, tried; no words where it has no value."""
+    """Return one key as words of a command line, after parsing them; none without a value."""
     if value is None:
         return []
     items = value if isinstance(value, list) else [value]
@@ -98,7 +98,9 @@ def _word(value: Any) -> str:
 
 
 def read_recipe(path: str) -> dict[str, Any]:
-    """A recipe's content: key -> text, list of texts, mapping, or None; from JSON also numbers and booleans.
+    """Read a recipe's keys and values.
+
+    A value is text, a list of texts, a mapping or None; from JSON also a number or a boolean.
 
     Raises:
         SMTError: it can't be read, or holds no flags; names the file.
@@ -115,7 +117,10 @@ def read_recipe(path: str) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes without aliases, with which a few lines can stand for gigabytes; constructs nothing."""
+    """Compose nodes without aliases, and construct no objects.
+
+    With aliases a few lines can expand to gigabytes.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
@@ -138,7 +143,7 @@ def _parse_yaml(text: str, path: str) -> dict[str, Any]:
 
 
 def _plain(node: yaml.Node, typed: bool) -> Any:
-    """A node's content; where ``typed``, what JSON reads as a number or a boolean is one."""
+    """Return a node's content; if ``typed``, with JSON's numbers and booleans."""
     if node.tag not in _TAGS:
         raise yaml.MarkedYAMLError(problem=f"a recipe has no values of {node.tag}", problem_mark=node.start_mark)
     if isinstance(node, yaml.MappingNode):

@@ -40,7 +40,7 @@ from smt_dist.training.run_plan import RunPlan
 
 @dataclass
 class SelectArguments(RunArguments):
-    """What to select on, and where to write it."""
+    """Hold what to select on, and where to write the selection."""
 
     output: str = field(
         default="selection.json", metadata={"help": "the selection file to write; with --stability, the figures"}
@@ -99,7 +99,7 @@ def make_selection(run: SelectArguments, args: SMTTrainingArguments) -> None:
 
 
 def write(selection: BlockSelection, scores: BlockScores, output: Path) -> None:
-    """The selection, and the scores beside it; each whole or not at all. Collective."""
+    """Write the selection and its scores, each whole or not at all; collective."""
 
     def write_both() -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -110,7 +110,7 @@ def write(selection: BlockSelection, scores: BlockScores, output: Path) -> None:
 
 
 def plan_stability(run: SelectArguments, config: SMTConfig, args: SMTTrainingArguments) -> list[Cell]:
-    """The selections to compare; none without --stability."""
+    """Return the selections to compare; none without --stability."""
     if run.stability is None:
         return []
     seed = args.seed if args.data_seed is None else args.data_seed
@@ -130,7 +130,7 @@ def write_stability(output: Path, cells: list[Cell], paths: list[Path]) -> None:
 
 
 def summary(selection: BlockSelection) -> str:
-    """The number of blocks, and how they spread over module kinds."""
+    """Describe the number of blocks and their spread over kinds of modules."""
     kinds = Counter()
     for module, blocks in selection.blocks.items():
         kinds[module.rpartition(".")[2]] += len(blocks)

@@ -1,4 +1,4 @@
-"""What the programs keep of a selection: its report, and the scores it was chosen by."""
+"""Write a selection's report, and keep the scores it was chosen by."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Selections under settings that should not matter much: one run a setting, kept on disk, compared in pairs.
+"""Select under settings that should not matter much, and compare the selections.
+
+Each setting is one run, kept on disk; runs are compared in pairs.
 
 An axis varies one thing and keeps the rest: ``seeds`` (order of the data, dropout, random scores), ``steps`` (of the
 warm-up), ``halves`` (of the rows), ``files`` (tasks) and ``block_sizes`` (at an equal number of trained parameters).
@@ -42,7 +44,7 @@ SPLIT_SEED = 0  # of the halves
 
 @dataclass(frozen=True)
 class Cell:
-    """One selection.
+    """Describe one selection to make.
 
     Attributes:
         axis: what is varied.
@@ -62,7 +64,9 @@ class Cell:
 
 
 def parse_axes(texts: list[str]) -> dict[str, list[str]]:
-    """``["seeds=0,1", "halves"]`` as axis -> values; an axis without values has an empty list.
+    """Parse ``["seeds=0,1", "halves"]`` as axis -> values.
+
+    An axis without values has an empty list.
 
     Raises:
         SMTError: an unknown axis, one given twice, or fewer than two values; names it.
@@ -86,7 +90,7 @@ def parse_axes(texts: list[str]) -> dict[str, list[str]]:
 
 
 def plan_cells(axes: Mapping[str, list[str]], config: SMTConfig, seed: int, train_file: str | None) -> list[Cell]:
-    """The selections to make.
+    """List the selections to make.
 
     Args:
         axes: of :func:`parse_axes`. Without values, ``seeds`` takes three and ``steps`` a quarter, half and all.
@@ -134,7 +138,10 @@ def run_cells(
     model: PreTrainedModel,
     engine: Engine,
 ) -> list[Path]:
-    """Score each cell that isn't in ``folder`` yet; collective. Returns their files, which rank 0 has written."""
+    """Score each cell that ``folder`` doesn't have yet; collective.
+
+    Returns the cells' files, which rank 0 has written.
+    """
     paths = [folder / f"{_key(cell, run, args)}.safetensors" for cell in cells]
     loaded: tuple[str | None, TrainingData] | None = None
     for cell, path in tqdm(
@@ -155,7 +162,9 @@ def run_cells(
 
 
 def compare(cells: list[Cell], paths: list[Path]) -> dict[str, Any]:
-    """The figures of every pair of an axis, and their means; on one rank, from the files.
+    """Compare every pair of an axis and return all figures and their means.
+
+    Runs on one rank, from the files.
 
     Returns:
         axis -> ``pairs``: values, Jaccard, what chance would give, rank correlation; and ``mean`` and ``least``.
@@ -180,7 +189,7 @@ def compare(cells: list[Cell], paths: list[Path]) -> dict[str, Any]:
 
 
 def table(result: Mapping[str, Any]) -> str:
-    """The means as text for a terminal, or for Markdown."""
+    """Format the means as text for a terminal, or as Markdown."""
     lines = [
         "| | pairs | Jaccard, mean (least) | by chance | rank correlation, mean (least) |",
         "|---|---|---|---|---|",
@@ -221,7 +230,10 @@ def _changed(config: SMTConfig, axis: str, **sections: dict[str, Any]) -> SMTCon
 
 
 def _with_block_size(config: SMTConfig, side: int) -> SMTConfig:
-    """Budgets in blocks go on meaning as many parameters, as far as whole blocks can."""
+    """Return the config for another block size with as many parameters per budget.
+
+    As near as whole blocks allow.
+    """
     content = {**json.loads(config.to_json()), "block_size": side}
     size = config.block_size
     for group in content["groups"]:
@@ -238,7 +250,10 @@ def _with_file(run: RunArguments, train_file: str | None) -> RunArguments:
 
 
 def _half(data: TrainingData, half: str | None) -> TrainingData:
-    """Rows drawn at random, the same ones on any rank; every row is in one half."""
+    """Draw half of the rows, the same ones on every rank.
+
+    Every row is in one of the two halves.
+    """
     if half is None:
         return data
     order = torch.randperm(len(data.train), generator=torch.Generator().manual_seed(SPLIT_SEED)).tolist()
@@ -257,7 +272,10 @@ def _data_seed(args: SMTTrainingArguments, seed: int) -> Iterator[None]:
 
 
 def _key(cell: Cell, run: RunArguments, args: SMTTrainingArguments) -> str:
-    """A hash of everything that the scores depend on, but engine and world size, on which they don't."""
+    """Hash everything that the scores depend on.
+
+    Engine and world size aren't in it, since scores don't depend on them.
+    """
     content = {
         "seed": cell.seed,
         "half": cell.half,
@@ -283,7 +301,7 @@ def _file_mark(path: str | None) -> str | None:
 
 
 def _source_mark(config: SMTConfig) -> str | None:
-    """A score function that was edited is another one."""
+    """Hash a score function's source, so that an edited one counts as another."""
     if not config.selection.is_custom:
         return None
     source = inspect.getsourcefile(inspect.unwrap(load_score_function(config.selection.score).function))

@@ -48,7 +48,7 @@ logger = logging.getLogger("smt_dist.train")  # under the name whose level the c
 
 @dataclass
 class Job:
-    """What the steps of a run share."""
+    """Hold what the steps of a run share."""
 
     plan: RunPlan
     args: SMTTrainingArguments
@@ -60,7 +60,7 @@ class Job:
 
     @property
     def page(self) -> Path:
-        """The selection's page."""
+        """Return the path of the selection's report."""
         return Path(self.args.output_dir) / PAGE_FILE
 
 
@@ -156,7 +156,10 @@ def report_preemption(trainer: SMTTrainer) -> None:
 
 
 def save_results(trainer: SMTTrainer, metrics: dict[str, float], recorder: Recorder) -> None:
-    """The adapter and the metrics; those of the evaluation rows, if there are any, are worked out first."""
+    """Save the adapter and the metrics.
+
+    Evaluation rows, if there are any, are evaluated first.
+    """
     logger.info("%s", trainer.describe_optimizer())
     with recorder.phase("save", trainer.model):
         trainer.save_model()

@@ -69,7 +69,7 @@ class FlatParameters:
         self._storages[parameter] = StorageWeakRef(data.untyped_storage())
 
     def check(self) -> None:
-        """Raise RuntimeError if a parameter was moved (``model.to``): steps wouldn't reach what computes."""
+        """Raise RuntimeError if a parameter was moved (``model.to``) out of the optimizer's reach."""
         if any(StorageWeakRef(parameter.untyped_storage()) != own for parameter, own in self._storages.items()):
             raise RuntimeError("the blocks were moved (model.to?) after their optimizer was made; make it again")
 

@@ -1,1 +1,4 @@
-"""Fault tolerance: lost ranks, signals, ranks that differ, non-finite numbers. Knows of SMT only its blocks."""
+"""Detect lost ranks, signals, replica divergence and non-finite numbers.
+
+Of SMT this room uses only the blocks to compare.
+"""

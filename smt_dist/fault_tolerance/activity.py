@@ -1,4 +1,4 @@
-"""What this rank is doing, in words: for messages about ranks that are gone."""
+"""Name what this rank is doing, for messages about lost ranks."""
 
 from __future__ import annotations
 

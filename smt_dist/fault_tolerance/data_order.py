@@ -1,4 +1,4 @@
-"""Fingerprints of the training data and of the order in which it is read, to be compared between ranks."""
+"""Fingerprint the training data and its order, to compare them between ranks."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ class HashedSampler(Sampler[int]):
 
 
 def watch_order(loader: Any) -> HashedSampler | None:
-    """Put a :class:`HashedSampler` into one of accelerate's data loaders; None where it has no sampler of rows."""
+    """Wrap the sampler of one of accelerate's data loaders in a :class:`HashedSampler`.
+
+    Returns None where it has no sampler of rows.
+    """
     sampler = loader.get_sampler() if hasattr(loader, "get_sampler") else None
     if sampler is None:
         return None
@@ -53,7 +56,7 @@ def watch_order(loader: Any) -> HashedSampler | None:
 
 
 def dataset_digest(dataset: Any) -> bytes:
-    """Of the rows' content in their order; empty for data that isn't a ``datasets.Dataset``."""
+    """Hash the rows in their order; empty for data that isn't a ``datasets.Dataset``."""
     digest = hashlib.blake2b(digest_size=16)
     if not isinstance(dataset, datasets.Dataset):
         return b""

@@ -1,4 +1,4 @@
-"""``Heartbeat``: each rank learns in time that another has died, stopped, failed or become unreachable, and ends.
+"""End a rank in time when another has died, stopped, failed or become unreachable.
 
 A collective notices a dead rank at once (gloo), after the collective time-out (NCCL), or not at all while this rank
 computes, loads or compiles. So every rank keeps a connection to rank 0 beside the process group, on which a thread of
@@ -44,7 +44,7 @@ class Verdict(NamedTuple):
 
 
 class Heartbeat:
-    """A thread that watches the other ranks; see the module.
+    """Watch the other ranks in a thread; see the module.
 
     Args:
         rank: this one.
@@ -73,7 +73,10 @@ class Heartbeat:
         self._close()
 
     def await_verdict(self, seconds: float) -> None:
-        """After an exception that another rank's end may explain: wait for the explanation, which ends the process."""
+        """Wait for the explanation of an exception that another rank's end may have caused.
+
+        If one comes, it ends the process.
+        """
         self._failing.set()
         self._stopped.wait(seconds)
 
@@ -144,7 +147,10 @@ class Heartbeat:
         return f"it was last heard of {time.monotonic() - peer.heard:.1f} s ago, in: {peer.activity}"
 
     def _conclude(self, verdict: Verdict) -> None:
-        """Pass the verdict on and end the process, unless it ends by itself within the verdict's grace."""
+        """Pass the verdict on and end the process.
+
+        It may end by itself within the verdict's grace.
+        """
         self._say(verdict._asdict())
         deadline = time.monotonic() + verdict.grace
         while time.monotonic() < deadline and not self._failing.is_set():

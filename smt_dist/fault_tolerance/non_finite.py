@@ -53,7 +53,7 @@ class NonFiniteCallback(TrainerCallback):
         self._hooks: list[Any] = []
 
     def note_loss(self, loss: torch.Tensor) -> None:
-        """Of this rank's next micro-batch."""
+        """Note the loss of this rank's next micro-batch."""
         self._losses.append(loss.detach())
 
     # -- Trainer's events ----------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The connections between rank 0 and the other ranks that :mod:`smt_dist.fault_tolerance.heartbeat` uses."""
+"""Connect rank 0 with the other ranks, for :mod:`smt_dist.fault_tolerance.heartbeat`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MOST_BYTES = 1 << 16  # of messages that wait to be sent or read
 
 
 class Peer:
-    """A connection to one rank; neither sending nor receiving waits.
+    """Hold a connection to one rank; neither sending nor receiving blocks.
 
     Attributes:
         rank: at the other end.
@@ -35,14 +35,17 @@ class Peer:
         connection.setblocking(False)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Send a message, or keep what doesn't fit for the next time. A broken connection shows when receiving."""
+        """Send a message, or keep what doesn't fit for the next time.
+
+        A broken connection shows when receiving.
+        """
         if len(self._unsent) < MOST_BYTES:
             self._unsent += json.dumps(message).encode() + b"\n"
         with contextlib.suppress(OSError):
             self._unsent = self._unsent[self.connection.send(self._unsent) :]
 
     def receive(self) -> tuple[list[dict[str, Any]], bool]:
-        """The messages that have come, and whether the connection is closed."""
+        """Return the messages that arrived, and whether the connection is closed."""
         closed = False
         try:
             while not closed and (data := self.connection.recv(MOST_BYTES)) is not None:
@@ -116,7 +119,7 @@ def _accept(listener: socket.socket, world_size: int, secret: str, peers: list[P
 
 
 def _caller(connection: socket.socket, secret: str) -> int | None:
-    """The rank that speaks first on a connection; None for a stranger."""
+    """Return the rank that opened a connection; None if it isn't one of this job's."""
     deadline, line = time.monotonic() + HELLO_SECONDS, b""
     try:
         while not line.endswith(b"\n") and len(line) < HELLO_BYTES:

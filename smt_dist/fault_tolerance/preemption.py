@@ -1,4 +1,6 @@
-"""Preemption: SIGTERM and SIGUSR1 ask a run to save and to end; all ranks agree on the step after which they do.
+"""Save and end a run on SIGTERM or SIGUSR1.
+
+All ranks agree on the step after which they do.
 
 transformers' ``enable_jit_checkpoint`` saves on the rank that got the signal, at the point where that rank happens to
 be: ranks that get it a step apart, or not at all, save different steps, or wait for one another.
@@ -17,7 +19,9 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class Preempted(SystemExit):
-    """The run was asked to end before there was anything to save. Exit code: 128 + the signal's number, as shells say.
+    """Report that the run was asked to end before there was anything to save.
+
+    Exit code: 128 + the signal's number, as in shells.
 
     ``text`` says so in words.
     """
@@ -30,7 +34,7 @@ class Preempted(SystemExit):
 
 
 class Preemption:
-    """Catches the signals as long as it lives.
+    """Catch the signals as long as this object lives.
 
     Before training a signal raises :class:`Preempted` at once. From :meth:`defer` on it only makes :attr:`requested`
     true, which the trainer looks at in each step.
@@ -43,7 +47,7 @@ class Preemption:
 
     @property
     def requested(self) -> int:
-        """The number of the signal that this rank got; 0 for none."""
+        """Return the number of the signal that this rank got; 0 for none."""
         return self._number
 
     def defer(self) -> None:

@@ -1,4 +1,4 @@
-"""How a process ends without being aborted by its libraries' threads."""
+"""End a process without an abort by its libraries' threads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ QUIET_LOOKS = 3  # in a row: what ends elsewhere may wake a thread
 
 
 def let_threads_settle(seconds: float = SETTLING_SECONDS) -> None:
-    """Wait until all other threads of this process sleep; to be called before the interpreter ends.
+    """Wait until all other threads of this process sleep.
+
+    To be called before the interpreter ends.
 
     Gloo's threads outlive ``destroy_process_group`` wherever something still holds a group: DDP, DTensor's caches and
     DeepSpeed do, to the end. One that frees the last collective's tensor while the interpreter ends asks for Python's
@@ -29,7 +31,10 @@ def let_threads_settle(seconds: float = SETTLING_SECONDS) -> None:
 
 
 def _other_threads_run() -> bool:
-    """Whether one computes or wants to; False where the system doesn't tell (not Linux)."""
+    """Return whether another thread runs or can run.
+
+    False where the system doesn't tell (not Linux).
+    """
     for task in Path("/proc/self/task").glob("[0-9]*"):
         try:
             state = (task / "stat").read_bytes().rpartition(b")")[2].split()[0]  # names are any bytes

@@ -1,4 +1,4 @@
-"""What watches over a program's run: heartbeats between ranks, and the signals that ask it to end."""
+"""Supervise a program's run: heartbeats between ranks, and signals that ask it to end."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ _active = _Supervision()
 
 
 def supervise(heartbeat_timeout: float) -> None:
-    """Begin: once the process group exists; collective. :func:`smt_dist.cli.program.run_program` ends it.
+    """Begin supervision, once the process group exists; collective.
+
+    :func:`smt_dist.cli.program.run_program` ends it.
 
     Args:
         heartbeat_timeout: seconds of silence after which a rank counts as lost; 0: no heartbeat.
@@ -39,7 +41,9 @@ def supervise(heartbeat_timeout: float) -> None:
 
 
 def honour_collective_timeout(model: nn.Module, seconds: float, optimizer: Any = None) -> None:
-    """Set ``--ddp_timeout`` on all process groups that there are: libraries make theirs with PyTorch's default.
+    """Set ``--ddp_timeout`` on all existing process groups.
+
+    Libraries create theirs with PyTorch's default.
 
     Args:
         model: whose shards name the groups of FSDP2 and ZeRO-3.
@@ -63,18 +67,24 @@ def honour_collective_timeout(model: nn.Module, seconds: float, optimizer: Any =
 
 
 def preemption() -> Preemption | None:
-    """Who catches the signals, if anybody does."""
+    """Return the object that catches the signals, if there is one."""
     return _active.preemption
 
 
 def await_explanation() -> None:
-    """Before an error of this rank alone is believed: if another rank's end is its cause, end here and say so."""
+    """Wait until it is clear that no other rank's end caused this rank's error.
+
+    If one did, the process ends here with that explanation.
+    """
     if _active.heartbeat is not None:
         _active.heartbeat.await_verdict(EXPLANATION_SECONDS)
 
 
 def end_supervision(error: BaseException | None = None) -> None:
-    """End it; after an ``error`` the other ranks are told, unless one of them is its cause, which ends the process."""
+    """End supervision.
+
+    After an ``error`` the other ranks are notified, unless one of them caused it, which ends the process.
+    """
     heartbeat, _active.heartbeat = _active.heartbeat, None
     caught, _active.preemption = _active.preemption, None
     if heartbeat is not None:

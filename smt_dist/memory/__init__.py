@@ -1,1 +1,4 @@
-"""Memory: planned on fake tensors before a launch, recorded during a run, and both compared. One room a file."""
+"""Plan memory before a launch, record it in a run, and compare both.
+
+Plans run on fake tensors.
+"""

@@ -1,4 +1,7 @@
-"""Merging in memory: blocks added into the base's weights, and taken out again (on disk: ``merge_files.py``)."""
+"""Merge blocks into the base's weights in memory, and undo it.
+
+On disk: ``merge_files.py``.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +59,9 @@ def merge_blocks(model: nn.Module) -> None:
 
 
 def unmerge_blocks(model: nn.Module) -> None:
-    """Undo :func:`merge_blocks`: every base weight gets its own bits back and the blocks are separate again.
+    """Undo :func:`merge_blocks`: the blocks are separate again.
+
+    Weights with additive blocks get their own bits back; weights with in-place blocks hold their values.
 
     Raises:
         SMTError: nothing was merged, or the model got other blocks since.

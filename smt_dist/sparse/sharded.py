@@ -1,4 +1,4 @@
-"""Weights that ZeRO-3 or FSDP2 shards: their full value and shape, and letting go of what is gathered."""
+"""Read weights that ZeRO-3 or FSDP2 shards, and release what is gathered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from torch.distributed.tensor import DTensor
 
 @contextmanager
 def gathered(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The full value of a parameter, gathered inside the context where ZeRO-3 or FSDP2 shards it (collective)."""
+    """Yield a parameter's full value, gathered inside the context; collective.
+
+    It is gathered where ZeRO-3 or FSDP2 shards it.
+    """
     if isinstance(parameter, DTensor):
         # An offloaded shard lies where the process group can't reach it.
         yield parameter.detach().to(parameter.device_mesh.device_type).full_tensor()
@@ -29,21 +32,24 @@ def gathered(parameter: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Let go of weights that FSDP2 keeps gathered after a forward without a backward: the outermost ones."""
+    """Release the weights that FSDP2 keeps gathered after a forward without a backward.
+
+    These are the outermost ones.
+    """
     for unit in fsdp2_units(model):
         unit.reshard()
 
 
 def fsdp2_units(model: nn.Module) -> list[FSDPModule]:
-    """The modules whose weights FSDP2 gathers together, each set once."""
+    """Return the modules whose weights FSDP2 gathers together."""
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
 def full_numel(parameter: torch.Tensor) -> int:
-    """The elements of a parameter in full, also where ZeRO-3 or FSDP2 shards it."""
+    """Return the number of elements of a whole parameter, also where it is sharded."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def full_shape(parameter: torch.Tensor) -> tuple[int, ...]:
-    """The shape of a parameter in full, also where ZeRO-3 left an empty stand-in."""
+    """Return the shape of a whole parameter, also where it is sharded."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))

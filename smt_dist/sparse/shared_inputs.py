@@ -1,4 +1,7 @@
-"""Choose which layers keep their whole input for the backward, in place of copies of the columns that blocks read."""
+"""Choose which layers save their whole input instead of copies of columns.
+
+They save it for the backward, by reference.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,7 @@ FAMILIES = (
 
 
 def choose_kept_inputs(layers: Mapping[str, SparseLayer]) -> None:
-    """Let layers that read one input keep it by reference where their copies would take as much or more.
+    """Let layers that share an input save it whole where their copies would take as much.
 
     Args:
         layers: module name -> layer; those that aren't linear keep no columns.

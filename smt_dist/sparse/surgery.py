@@ -38,7 +38,7 @@ def apply_selection(
     device: torch.device | None = None,
     auto_form: Form = "additive",
 ) -> None:
-    """Wrap each selected module in a :class:`SparseLayer`, in place, and freeze everything but the blocks.
+    """Wrap each selected module in a :class:`SparseLayer` and freeze everything but the blocks.
 
     Args:
         model: any model; its weights may be partitioned by ZeRO-3 or sharded by FSDP2.
@@ -97,7 +97,10 @@ def _build_layers(
 
 
 def _refuse_other_config(selection: BlockSelection, config: SMTConfig) -> None:
-    """A selection of other groups or blocks than the config's would lose multipliers and be saved beside a lie."""
+    """Refuse a selection of other groups or blocks than the config's.
+
+    Its multipliers would be lost, and its adapter would hold the wrong config.
+    """
     unknown = set(selection.groups.values()) - {group.name for group in config.groups}
     if unknown:
         raise SMTError(f"selection: its group {min(unknown)!r} is not in the smt config's groups")
@@ -117,19 +120,28 @@ def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
 
 
 def frozen_layers(model: nn.Module) -> dict[str, FrozenBlocks]:
-    """Module name -> layer with frozen blocks, in the model's order; it may lie below one with trainable blocks."""
+    """Return module name -> layer with frozen blocks, in the model's order.
+
+    It may lie below one with trainable blocks.
+    """
     found = {name: module for name, module in base_modules(model) if isinstance(module, SparseLayer)}
     inner = {name: layer if isinstance(layer, FrozenBlocks) else layer.base for name, layer in found.items()}
     return {name: layer for name, layer in inner.items() if isinstance(layer, FrozenBlocks)}
 
 
 def group_multipliers(model: nn.Module) -> list[float]:
-    """Those of all modules with blocks, once each, from the smallest on: one parameter group each."""
+    """Return the learning-rate multipliers of all modules with blocks, each once, ascending.
+
+    There is one parameter group for each.
+    """
     return sorted({model.smt.multiplier_of(name) for name in sparse_layers(model)})
 
 
 def ever_trained_selection(model: nn.Module) -> BlockSelection:
-    """Select all blocks ever trained: the trainable ones, and those that re-selection has frozen."""
+    """Return all blocks that differ from the base.
+
+    These are the trainable ones, and those that re-selection has frozen.
+    """
     active, frozen = model.smt.selection, frozen_layers(model)
     if not frozen:
         return active
@@ -155,7 +167,7 @@ def add_frozen_blocks(
     device: torch.device | None = None,
     forms: tuple[str, Form] = ("auto", "additive"),
 ) -> None:
-    """Put blocks into ``model`` that compute and are never trained, in place, before :func:`apply_selection`.
+    """Put frozen blocks into ``model``, before :func:`apply_selection`.
 
     Args:
         model: without blocks.
@@ -189,7 +201,7 @@ def blocks_disabled(model: nn.Module) -> Iterator[None]:
 
 
 def write_values(model: nn.Module) -> None:
-    """Write the values of in-place layers into their weights, after a step of an optimizer of your own.
+    """Write in-place layers' values into their weights, after a step of your own optimizer.
 
     :class:`~smt_dist.engines.sharded_optimizer.ShardedBlockOptimizer` does so itself. Collective the first time, where
     the base is sharded.
@@ -217,7 +229,7 @@ def remove_blocks(model: nn.Module) -> None:
 
 
 def describe_blocks(model: nn.Module) -> str:
-    """What is trained, in one line: blocks, parameters and their share of the model."""
+    """Describe in one line what is trained: blocks, parameters, share of the model."""
     layers = sparse_layers(model)
     trained = sum(full_numel(layer.delta) for layer in layers.values())
     base = sum(full_numel(p) for name, p in model.named_parameters() if not name.endswith(".delta"))

@@ -1,4 +1,7 @@
-"""``SMTTrainingArguments``: TrainingArguments with an engine and a dtype, and a clear no to what can't be honoured."""
+"""Define ``SMTTrainingArguments``: TrainingArguments with an engine and a dtype.
+
+Flags that can't be honoured are refused.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +76,7 @@ _FSDP2_ONLY = {"dp_replicate_size": 1, "cpu_offload": False, "fsdp2_units": "aut
 
 @dataclass
 class SMTTrainingArguments(TrainingArguments):
-    """``transformers.TrainingArguments`` for SMT.
+    """Extend ``transformers.TrainingArguments`` for SMT.
 
     Raises:
         SMTError: a flag that can't be honoured, by name.
@@ -179,29 +182,29 @@ class SMTTrainingArguments(TrainingArguments):
 
     @property
     def base_dtype(self) -> torch.dtype:
-        """``dtype`` as a torch dtype."""
+        """Return ``dtype`` as a torch dtype."""
         return DTYPES[self.dtype]
 
     @property
     def auto_form(self) -> Form:
-        """What the config's form ``"auto"`` means."""
+        """Return what the config's form ``"auto"`` means."""
         # DeepSpeed shares rounded deltas: added to W0 they don't give the bits of the merge.
         return "additive" if self.engine == "deepspeed" else "in_place"
 
     @property
     def reduce_torch_dtype(self) -> torch.dtype:
-        """``reduce_dtype`` as a torch dtype."""
+        """Return ``reduce_dtype`` as a torch dtype."""
         return DTYPES[self.reduce_dtype]
 
     @property
     def batch_order(self) -> BatchOrder:
-        """The rows that a global step of a warm-up takes."""
+        """Return the order in which a warm-up's global steps take rows."""
         seed = self.seed if self.data_seed is None else self.data_seed
         return BatchOrder(self.per_device_train_batch_size, self.gradient_accumulation_steps, seed)
 
     @property
     def engine_options(self) -> EngineOptions:
-        """What :func:`smt_dist.engines.make_engine` makes the engine from."""
+        """Return what :func:`smt_dist.engines.make_engine` makes the engine from."""
         return EngineOptions(
             self.engine,
             self.reduce_torch_dtype,
@@ -220,7 +223,7 @@ class SMTTrainingArguments(TrainingArguments):
             self._n_gpu = 1
 
     def filled_deepspeed_config(self) -> dict[str, Any] | None:
-        """The DeepSpeed JSON with every ``"auto"`` that TrainingArguments can fill."""
+        """Return the DeepSpeed JSON with every ``"auto"`` that TrainingArguments can fill."""
         return self.hf_deepspeed_config.config if self.deepspeed else None
 
     def _refuse_what_cannot_be_honoured(self) -> None:
@@ -267,7 +270,10 @@ class SMTTrainingArguments(TrainingArguments):
             raise SMTError("--cpu_offload: one rank shards nothing, so nothing is offloaded; start more ranks")
 
     def _meet_within_the_timeout(self) -> None:
-        """Make the process group here where TrainingArguments would do it without ``--ddp_timeout``: on CPU."""
+        """Create the process group with ``--ddp_timeout`` where TrainingArguments would ignore it.
+
+        It does on CPU.
+        """
         launched = "MASTER_ADDR" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
         if self.use_cpu and launched and not dist.is_initialized():
             dist.init_process_group(self.ddp_backend or "gloo", timeout=timedelta(seconds=self.ddp_timeout))
@@ -303,12 +309,12 @@ class SMTTrainingArguments(TrainingArguments):
 
 
 def env_flag(name: str) -> bool:
-    """Whether a launcher set this environment variable to yes."""
+    """Return whether a launcher set this environment variable to yes."""
     return os.environ.get(name, "").lower() in ("1", "true", "yes", "on")
 
 
 def accelerate_deepspeed_config() -> str:
-    """The DeepSpeed JSON that ``accelerate launch`` was given.
+    """Return the DeepSpeed JSON that ``accelerate launch`` was given.
 
     Raises:
         SMTError: there is none: accelerate would make one up from its own questionnaire.
@@ -322,7 +328,9 @@ def accelerate_deepspeed_config() -> str:
 
 
 def prepare_deepspeed_config(source: str | dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """A DeepSpeed config completed for SMT: the base's dtype, fp32 gradients, batch sizes from the flags.
+    """Complete a DeepSpeed config for SMT.
+
+    It gets the base's dtype, fp32 gradients, and batch sizes from the flags.
 
     Args:
         source: a JSON file or its content, parsed or as text.

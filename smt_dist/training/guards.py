@@ -1,4 +1,4 @@
-"""``GuardCallback``: the guards of a long run on machines that fail.
+"""Guard long runs on machines that fail.
 
 Before each optimizer step the ranks all-gather a few integers, once: whether one of them was asked to end
 (:mod:`~smt_dist.fault_tolerance.preemption`), and whether what should be equal is
@@ -35,7 +35,9 @@ from smt_dist.sparse.surgery import sparse_layers
 
 
 class GuardCallback(TrainerCallback):
-    """Checks what must be equal on all ranks: before the first step, before each step and before each save.
+    """Check what must be equal on all ranks.
+
+    Before the first step, before each step and before each save.
 
     Args:
         trainer: whose model, optimizer and state are checked.
@@ -174,7 +176,7 @@ def _spare_evaluation(args: TrainingArguments, control: TrainerControl) -> None:
 
 
 class _GuardedDeepSpeed(DeepSpeedEngineWrapper):
-    """accelerate's wrapper, whose ``backward`` takes the step too, with a check between the two."""
+    """Wrap accelerate's DeepSpeed wrapper: its ``backward`` also steps, after a check."""
 
     def __init__(self, engine: Any, before_step: Callable[[], None]) -> None:
         super().__init__(engine)

@@ -1,4 +1,4 @@
-"""The base with its tokenizer, as each engine wants it."""
+"""Load the base and its tokenizer as each engine needs them."""
 
 from __future__ import annotations
 
@@ -69,7 +69,10 @@ def _dequantize(run: RunArguments, dtype: torch.dtype) -> Path:
 
 @contextmanager
 def _without_zero_init(args: SMTTrainingArguments) -> Iterator[None]:
-    """Load an ordinary model inside although a ZeRO-3 config is active: it is converted, not trained."""
+    """Load an ordinary model inside although a ZeRO-3 config is active.
+
+    It is converted, not trained.
+    """
     if args.deepspeed:
         unset_hf_deepspeed_config()
     try:

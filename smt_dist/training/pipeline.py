@@ -1,4 +1,4 @@
-"""The steps that the programs ``train`` and ``select`` share, in the order in which they run."""
+"""Run the steps that the programs ``train`` and ``select`` share, in their order."""
 
 from __future__ import annotations
 
@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 
 def load_data(run: RunArguments, tokenizer: PreTrainedTokenizerBase) -> TrainingData:
-    """Read and tokenise the training rows, and the evaluation rows where given. Raises SMTError on all ranks."""
+    """Read and tokenise the training rows, and the evaluation rows if given.
+
+    Raises SMTError on all ranks.
+    """
 
     def build(train_file: str | None, dataset_name: str | None) -> datasets.Dataset:
         rows = load_rows(train_file, dataset_name, run.dataset_config)
@@ -65,7 +68,10 @@ def collect(
     engine: Engine,
     observe: Observer | None = None,
 ) -> BlockScores:
-    """Run the warm-up under the engine; ``data`` may be None where the score needs none, and ``observe`` looks on."""
+    """Run the warm-up under the engine.
+
+    ``data`` may be None where the score needs none; ``observe`` is called with each step.
+    """
     batches = warmup_batches(data, args.batch_order, config.warmup.steps) if data is not None else ()
     progress = not args.disable_tqdm
     if config.warmup.mode == "full_ft":
@@ -102,7 +108,7 @@ def attach_blocks(
     adapter: Adapter | None = None,
     source: str = "",
 ) -> None:
-    """Put the blocks into the model, in the dtype that the engine wants, and say what is trained.
+    """Put the blocks into the model in the engine's dtype, and log what is trained.
 
     Args:
         model: the base.
@@ -134,5 +140,5 @@ def attach_blocks(
 
 
 def _may_get_blocks(model: PreTrainedModel, config: SMTConfig) -> set[str]:
-    """The modules in which re-selection may put blocks later."""
+    """Return the modules in which re-selection may put blocks later."""
     return {name for names in find_targets(model, config).values() for name in names} if config.reselect else set()

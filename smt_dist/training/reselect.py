@@ -1,4 +1,4 @@
-"""Re-selection: drop and grow blocks of a model and of its checkpoint between two rounds of training.
+"""Drop and grow blocks of a model and its checkpoint between two rounds of training.
 
 A round ends with a checkpoint, which is free of engine and world size. The engine is taken down, all blocks of the
 targets are scored by the gradients of the model as it is, with its blocks, and the checkpoint is written anew with the
@@ -51,7 +51,9 @@ logger = logging.getLogger(__name__)
 
 
 def reselect(trainer: SMTTrainer, settings: ReselectConfig, checkpoint: VerifiedFolder) -> VerifiedFolder:
-    """Drop and grow blocks of the model and of a checkpoint; collective. No engine is left afterwards.
+    """Drop and grow blocks of the model and of a checkpoint; collective.
+
+    The engine is destroyed.
 
     Returns:
         The checkpoint as it was written anew, in its place.
@@ -115,7 +117,7 @@ def delta_magnitudes(adapter: Adapter) -> dict[str, dict[Block, float]]:
 
 
 def join(model: nn.Module, first: BlockSelection, second: BlockSelection) -> BlockSelection:
-    """All blocks of both selections, in the model's order."""
+    """Return all blocks of both selections, in the model's order."""
     modules = {name: module for name, module in base_modules(model) if name in first.blocks or name in second.blocks}
     groups = first.groups | second.groups
     return BlockSelection(

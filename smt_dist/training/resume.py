@@ -1,4 +1,7 @@
-"""What a trainer takes back from a checkpoint: blocks, moments, schedule, random states, the best blocks."""
+"""Restore a trainer from a checkpoint: blocks, moments, schedule, random states.
+
+Also the best checkpoint's blocks.
+"""
 
 from __future__ import annotations
 

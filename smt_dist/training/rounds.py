@@ -1,4 +1,7 @@
-"""``ReselectingTrainer``: training in rounds, with a re-selection between two of them (``reselect.py``)."""
+"""Define ``ReselectingTrainer``, which trains in rounds with re-selections between them.
+
+The re-selection itself is in ``reselect.py``.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +60,7 @@ class RoundEnd(TrainerCallback):
 
 
 class ReselectingTrainer(SMTTrainer):
-    """An :class:`SMTTrainer` that re-selects blocks where the model's config asks for it (``reselect``).
+    """Re-select blocks where the model's config asks for it (``reselect``).
 
     Attributes:
         settings: when and how; None: it trains like any other.
@@ -74,7 +77,7 @@ class ReselectingTrainer(SMTTrainer):
 
     @property
     def round_ended(self) -> bool:
-        """Whether the last round ended with a re-selection to be made, and not the training."""
+        """Return whether the last round ended with a re-selection, and not the training."""
         return self._round_end is not None and self._round_end.ended
 
     def train(

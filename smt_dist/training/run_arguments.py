@@ -1,4 +1,4 @@
-"""``RunArguments``: what to tune, on what."""
+"""Define ``RunArguments``: what to tune, and on what."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from smt_dist.training.choices import check_choices
 
 @dataclass
 class RunArguments:
-    """What to tune, on what."""
+    """Hold what to tune, and on what."""
 
     model_name_or_path: str | None = field(default=None, metadata={"help": "model folder or hub name"})
     # A mapping of a recipe arrives as JSON text.

@@ -1,4 +1,4 @@
-"""``RunPlan``: what a run does, once flags, checkpoint, adapter and selection are weighed against one another."""
+"""Define ``RunPlan``: what a run does, given flags, checkpoint, adapter and selection."""
 
 from __future__ import annotations
 
@@ -20,7 +20,9 @@ from smt_dist.training.run_arguments import RunArguments
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run does. The only place where one source wins over another.
+    """Decide what a run does.
+
+    This is the only place where one source takes precedence over another.
 
     Attributes:
         run: the flags; the base is the one that the run trains.
@@ -58,7 +60,7 @@ class RunPlan:
 
     @property
     def adapter_source(self) -> str:
-        """What names the adapter in errors."""
+        """Return the adapter's name for errors."""
         return str(self.checkpoint) if self.checkpoint is not None else f"--adapter {self.run.adapter}"
 
 

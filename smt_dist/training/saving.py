@@ -1,4 +1,4 @@
-"""``CheckpointWriter``: whole saves on one rank, of which all ranks know whether they worked."""
+"""Save on one rank, whole or not at all, and raise on all ranks if that fails."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ logger = logging.getLogger(__name__)
 
 
 class CheckpointWriter:
-    """Writes adapters and checkpoints of blocks, whole or not there; never the base. All methods are collective.
+    """Write adapters and checkpoints of blocks, whole or not at all, never the base.
+
+    All methods are collective.
 
     Args:
         trainer: whose model, optimizer and state are written.

@@ -1,4 +1,6 @@
-"""Rows and trained tokens of training and evaluation: each counts once, on any number of ranks.
+"""Count each row and each trained token once, on any number of ranks.
+
+In training and in evaluation.
 
 accelerate fills the last batch up with the first rows, so that every rank has as many batches as the others; Trainer
 trains these rows once more. Its evaluation loss is a mean of batch means.
@@ -77,7 +79,7 @@ def check_loader(loader: Any) -> Any:
 
 
 class TokenMean:
-    """The mean loss over trained tokens of all batches on all ranks."""
+    """Compute the mean loss over the trained tokens of all batches on all ranks."""
 
     def __init__(self) -> None:
         self._sum: torch.Tensor | float = 0.0

@@ -1,4 +1,4 @@
-"""``SMTTrainer``: ``transformers.Trainer`` whose optimizer, checkpoints and resume know blocks.
+"""Define ``SMTTrainer``: ``transformers.Trainer`` for models with blocks.
 
 Its overrides are methods of transformers 5.23 (``tests/test_checkpoint.py`` checks that each still exists); the work is
 done by :class:`~smt_dist.training.guards.GuardCallback`, :class:`~smt_dist.training.saving.CheckpointWriter` and
@@ -43,7 +43,7 @@ STATE_BYTES = 12
 
 
 class SMTTrainer(Trainer):
-    """Trains the blocks of a model.
+    """Train the blocks of a model.
 
     Args:
         model: after :func:`smt_dist.apply_selection`.
@@ -108,7 +108,7 @@ class SMTTrainer(Trainer):
 
     @property
     def preempted(self) -> int:
-        """The number of the signal that ended training before its last step; 0 otherwise."""
+        """Return the number of the signal that ended training before its last step; 0 for none."""
         return self.guard.preempted
 
     def saved_when_preempted(self) -> str:
@@ -326,7 +326,10 @@ class SMTTrainer(Trainer):
         return self.engine.make_optimizer(groups, *self.optimizer_class_and_options(), idle, self.model)
 
     def _watched_loss(self, compute: Any, model: nn.Module, inputs: Any, items: Any) -> tuple[torch.Tensor, Any]:
-        """Compute training loss and outputs; note the loss, and see that nothing comes of one that isn't finite."""
+        """Compute training loss and outputs, and note the loss.
+
+        A non-finite loss gets NaN gradients, so that its step isn't applied.
+        """
         step = f"training, step {self.state.global_step + 1}"
         begin_activity(f"{step}: forward")
         loss, outputs = compute(model, inputs, True, items)

@@ -1,1 +1,1 @@
-"""Plans: a rank's memory worked out on fake tensors, before a launch."""
+"""Plan a rank's memory on fake tensors, before a launch."""

@@ -1,4 +1,4 @@
-"""The base of a request as its engine shards it: the same code for fake tensors and for real ones."""
+"""Build a request's base as its engine shards it, from fake tensors or real ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from smt_dist.training.arguments import DTYPES
 
 
 class Sharding(NamedTuple):
-    """How ``fsdp2`` shards a base.
+    """Describe how ``fsdp2`` shards a base.
 
     Attributes:
         config: as transformers takes it.
@@ -34,7 +34,10 @@ class Sharding(NamedTuple):
 
 
 def make_sharding(request: Request, config: PreTrainedConfig) -> Sharding | None:
-    """The request's sharding, for a process group that is there; a mesh is made outside of fake tensors."""
+    """Make the request's sharding for the existing process group.
+
+    A mesh has to be made outside of fake tensors.
+    """
     if request.engine != "fsdp2" or not is_distributed():
         return None
     if request.method == "smt":
@@ -50,7 +53,7 @@ def make_sharding(request: Request, config: PreTrainedConfig) -> Sharding | None
 
 
 def build_base(request: Request, config: PreTrainedConfig, sharding: Sharding | None) -> PreTrainedModel:
-    """The base with random (or fake) weights, ready for training.
+    """Build the base with random (or fake) weights, ready for training.
 
     Raises:
         SMTError: the model can't checkpoint activations.

@@ -1,4 +1,4 @@
-"""Bytes by category, and sizes as people write them."""
+"""Count bytes by category, and parse and format sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _UNITS |= {f"{prefix}b": 10 ** (3 * power) for power, prefix in enumerate("kmgt"
 
 @dataclass(frozen=True)
 class Memory:
-    """What a rank holds at one moment, in bytes.
+    """Hold a rank's bytes by category at one moment.
 
     Attributes:
         base_weights: this rank's part of the weights, as stored (its shard, its replica).
@@ -42,7 +42,7 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All categories together."""
+        """Return the bytes of all categories together."""
         return sum(self.as_dict().values())
 
     def as_dict(self) -> dict[str, int]:
@@ -66,13 +66,13 @@ CATEGORIES = tuple(field.name for field in fields(Memory))
 
 
 def largest(moments: Mapping[str, Memory]) -> tuple[str, Memory]:
-    """The moment with the largest total, and what is held then."""
+    """Return the moment with the largest total, and its memory."""
     name = max(moments, key=lambda key: moments[key].total)
     return name, moments[name]
 
 
 def parse_size(text: str) -> int:
-    """Bytes of ``80GiB``, ``40GB``, ``512 MiB`` or a plain number.
+    """Parse ``80GiB``, ``40GB``, ``512 MiB`` or a plain number as bytes.
 
     Raises:
         SMTError: it isn't a size, or zero.
@@ -87,5 +87,5 @@ def parse_size(text: str) -> int:
 
 
 def format_size(size: int) -> str:
-    """In GiB, or MiB where it is small."""
+    """Format bytes in GiB, or in MiB where they are few."""
     return f"{size / GIB:.2f} GiB" if size >= GIB / 10 else f"{size / 2**20:.1f} MiB"

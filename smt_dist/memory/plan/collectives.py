@@ -1,4 +1,4 @@
-"""Counts every collective that a piece of code starts: kind, bytes, dtype and the size of the group.
+"""Count the collectives that code starts: kind, bytes, dtype and group size.
 
 with CollectiveCounter() as counter:
     trainer.train()
@@ -71,7 +71,7 @@ NAMESPACES = {name.partition("::")[0] for name in OPERATORS}
 
 @dataclass(frozen=True)
 class Collective:
-    """One call.
+    """Describe one call.
 
     Attributes:
         kind: ``all_gather``, ``reduce_scatter``, ``all_reduce``, ``broadcast``, ...
@@ -88,7 +88,7 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a rank sends where the collective runs as a ring; the mean over ranks."""
+        """Return the bytes that a rank sends in a ring; the mean over ranks."""
         # An all-reduce is a reduce-scatter and an all-gather. Of a message between two ranks, one sends all.
         if self.kind in ("send", "recv"):
             return self.bytes if self.kind == "send" else 0
@@ -96,7 +96,7 @@ class Collective:
 
 
 class Total(NamedTuple):
-    """Of several calls, a step."""
+    """Sum several calls, such as those of a step."""
 
     calls: float
     bytes: float
@@ -104,7 +104,7 @@ class Total(NamedTuple):
 
 
 class CollectiveCounter(TorchDispatchMode):
-    """Lists all collectives of this process inside the context, in the order in which they are started.
+    """List all collectives of this process inside the context, in the order of their start.
 
     Counted is what goes through the dispatcher, that is, what is called by ``torch.distributed``, its functional form,
     DTensor, DDP, FSDP2 and DeepSpeed, coalesced or not, on any backend and on the fake process group; not what is

@@ -1,4 +1,6 @@
-"""From two small depths to the whole model: at each moment, what is held grows evenly with the number of layers.
+"""Extrapolate from two small depths to the whole model.
+
+At each moment, memory grows linearly with the number of layers.
 
 The largest peak doesn't: with more layers another moment may take the lead. So moments are reckoned one by one, and the
 largest is looked for at the end.

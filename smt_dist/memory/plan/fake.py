@@ -1,4 +1,7 @@
-"""A model without memory: fake tensors on the fake process group, sharded as transformers shards it on loading."""
+"""Build a model of fake tensors on the fake process group.
+
+It is sharded as transformers shards it on loading.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ from smt_dist.memory.plan.request import Request
 
 @contextmanager
 def fake_group(ranks: int) -> Iterator[None]:
-    """A process group of ``ranks`` of which this process is rank 0; nothing is sent. Inside there must be none yet."""
+    """Create a process group of ``ranks`` in which this process is rank 0 and nothing is sent.
+
+    None may exist yet.
+    """
     if dist.is_initialized():
         raise RuntimeError("a plan needs a process without a process group")
     dist.init_process_group("fake", rank=0, world_size=ranks, store=FakeStore())
@@ -32,7 +38,9 @@ def fake_group(ranks: int) -> Iterator[None]:
 
 @contextmanager
 def fake_model(request: Request, layers: int) -> Iterator[PreTrainedModel]:
-    """The base of a request, ``layers`` deep, as this rank holds it; fake tensors are on inside.
+    """Yield a request's base, ``layers`` deep, as this rank holds it.
+
+    Inside the context, fake tensors are on.
 
     Raises:
         SMTError: the model can't be built or sharded; names its class.
@@ -56,7 +64,7 @@ def fake_model(request: Request, layers: int) -> Iterator[PreTrainedModel]:
 
 
 def decoder_layers(model: nn.Module, layers: int) -> list[nn.Module]:
-    """The layers that repeat, from the bottom."""
+    """Return the layers that repeat, from the bottom."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == layers:
             return list(module)
@@ -64,6 +72,6 @@ def decoder_layers(model: nn.Module, layers: int) -> list[nn.Module]:
 
 
 def fake_batch(request: Request) -> dict[str, torch.Tensor]:
-    """Rows of the full length, all of whose tokens are labels."""
+    """Return rows of the full length, all of whose tokens are labels."""
     tokens = torch.zeros(request.batch, request.sequence, dtype=torch.long)
     return {"input_ids": tokens, "labels": tokens.clone()}

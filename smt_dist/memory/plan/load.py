@@ -1,4 +1,7 @@
-"""The load phase, and host memory a node: read from how transformers 5.23 loads for each engine, not traced."""
+"""Calculate the peak of the load, and host memory per node.
+
+Read from how transformers 5.23 loads for each engine, not traced.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ HOST_PROCESS = GIB
 
 
 def load_peak(request: Request, shape: Shape) -> Memory:
-    """A device while the base is read: this rank's part, and one whole weight where parts are cut from wholes."""
+    """Return a device's peak while the base is read.
+
+    It holds this rank's part, and one whole weight where parts are cut from whole ones.
+    """
     width = request.base_dtype.itemsize
     held = width * sum(-(-size // request.shards) for size in shape.sizes)
     whole = width * shape.largest if request.shards > 1 else 0

@@ -1,4 +1,6 @@
-"""Every place where a plan or a recording replaces a part of another library, each in force only inside its context.
+"""Replace parts of other libraries for a plan or a recording.
+
+All such replacements are here, and each is in force only inside its context.
 
 Checked on torch 2.13.0, deepspeed 0.19.8 and transformers 5.23.0. A part that an upgrade renames is an AttributeError
 on entering; ``tests/test_memory_patches.py`` asks for all of them.

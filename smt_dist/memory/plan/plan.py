@@ -1,4 +1,4 @@
-"""The plan: load, warm-up and training of one request, phase by phase, and whether it fits."""
+"""Plan the load, warm-up and training of one request, and whether it fits."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Phase:
     peak: Memory
 
     def to_json(self) -> dict[str, Any]:
-        """The moment and the peak."""
+        """Return the moment and the peak as plain values."""
         return {"moment": self.moment, "peak": self.peak.to_json()}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a rank will need.
+    """Hold a rank's planned memory.
 
     Attributes:
         request: what was planned.
@@ -63,12 +63,12 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """The largest of all phases, the worst case of the blocks included."""
+        """Return the largest peak of all phases, the blocks' worst case included."""
         return max(phase.peak.total for phase in [*self.phases.values(), *([self.worst] if self.worst else [])])
 
     @property
     def fits(self) -> bool | None:
-        """Whether the peak is within the device's memory; None if that isn't known."""
+        """Return whether the peak is within the device's memory; None if that isn't known."""
         return None if self.request.device_memory is None else self.peak_bytes <= self.request.device_memory
 
     def to_json(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _warmup(request: Request, shape: Shape, exact: bool) -> dict[str, Memory]:
 def _training(
     request: Request, shape: Shape, counts: Mapping[str, int], trained: int, exact: bool, rank: int = 0
 ) -> dict[str, Memory]:
-    """Blocks in equal numbers in all layers; those that are left over are added at the end."""
+    """Plan blocks in equal numbers in all layers, and add the remaining ones at the end."""
 
     def trace(layers: int) -> dict[str, Memory]:
         return trace_training(request, layers, selection_of(counts, shape.grids, layers), rank)
@@ -212,7 +212,7 @@ def _zero(request: Request, shape: Shape, trained: list[int]) -> ZeroModel:
 
 
 def _with_zero(request: Request, shape: Shape, trained: int, moments: dict[str, Memory]) -> dict[str, Memory]:
-    """What the model itself holds as traced, all else as ZeRO partitions it."""
+    """Replace what ZeRO partitions in a traced plan."""
     sizes = shape.sizes if request.method == "full" else [trained]
     return _zero(request, shape, sizes).moments(moments, request.base_dtype.itemsize)
 
@@ -223,5 +223,5 @@ def _sides(shape: Shape) -> int:
 
 
 def lora_rank(shape: Shape) -> int:
-    """Of adapters that train as many parameters as the blocks of the budget have."""
+    """Return the LoRA rank with as many trained parameters as the budget's blocks."""
     return max(1, round(shape.blocks * shape.block_elements / _sides(shape)))

@@ -1,4 +1,4 @@
-"""``Request``: what is planned; everything in it can be checked without building anything."""
+"""Define ``Request``, which can be checked without building anything."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ BACKENDS = ("nccl", "gloo")
 
 @dataclass(frozen=True)
 class Request:
-    """One run to plan.
+    """Describe one run to plan.
 
     Attributes:
         model: the model's config.
@@ -110,14 +110,16 @@ class Request:
 
     @property
     def shards(self) -> int:
-        """Ranks over which one copy of the base is cut."""
+        """Return the number of ranks that share one copy of the base."""
         if self.engine == "fsdp2":
             return self.world_size // self.replicas
         return self.world_size if self.engine == "zero3" else 1
 
     @property
     def score(self) -> str:
-        """The gradient score whose warm-up is planned; where the config's isn't one, one that accumulates as it does.
+        """Return the gradient score whose warm-up is planned.
+
+        Where the config's isn't one, one that accumulates as it does.
 
         What ``grad_x_weight`` and a function of the user's read at the end, a whole weight or gradient, isn't in it.
         """
@@ -128,23 +130,26 @@ class Request:
 
     @property
     def layers(self) -> int:
-        """The model's depth."""
+        """Return the model's depth."""
         return int(text_config(self.model).num_hidden_layers)
 
     @property
     def form(self) -> Form:
-        """The form of the blocks wherever a weight allows it."""
+        """Return the form of the blocks wherever a weight allows it."""
         return "additive" if self.engine.startswith("zero") or self.smt.form == "additive" else "in_place"
 
     @property
     def base_dtype(self) -> torch.dtype:
-        """In which the base is stored: full fine-tuning keeps fp32 weights, except that DeepSpeed splits them."""
+        """Return the dtype in which the base is stored.
+
+        Full fine-tuning keeps fp32 weights, except that DeepSpeed splits them.
+        """
         if self.method == "full" and self.masters and not self.engine.startswith("zero"):
             return torch.float32
         return DTYPES[self.dtype]
 
     def at_depth(self, layers: int) -> PreTrainedConfig:
-        """The model's config with another number of layers."""
+        """Return the model's config with another number of layers."""
         config = copy.deepcopy(self.model)
         text = text_config(config)
         text.num_hidden_layers = layers
@@ -154,12 +159,12 @@ class Request:
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
-    """The part of a config that describes the decoder."""
+    """Return the part of a config that describes the decoder."""
     return config.get_text_config(decoder=True)
 
 
 def read_model_config(path: str, flag: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """A model's config from a config file, a model folder or a hub name. Weights aren't read.
+    """Read a model's config from a file, a model folder or a hub name, without weights.
 
     Raises:
         SMTError: it can't be read, or isn't a causal language model's.

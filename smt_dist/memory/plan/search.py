@@ -1,4 +1,4 @@
-"""What still fits: the largest micro-batch, the smallest world size, or the largest block budget."""
+"""Search for what still fits: micro-batch, world size or block budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MAX_WORLD = 4096
 
 @dataclass(frozen=True)
 class Found:
-    """The end of a search.
+    """Hold the result of a search.
 
     Attributes:
         what: one of :data:`SEARCHES`.
@@ -80,7 +80,10 @@ def _all_blocks(request: Request) -> int:
 
 
 def _world_sizes(request: Request) -> list[int]:
-    """Powers of two in a node, then whole nodes doubling; multiples of the replicas."""
+    """Yield powers of two within a node, then doubling numbers of nodes.
+
+    All are multiples of the replicas.
+    """
     node = request.ranks_per_node
     sizes = [2**power for power in range(12) if 2**power < node]
     while node <= MAX_WORLD:
@@ -90,12 +93,15 @@ def _world_sizes(request: Request) -> list[int]:
 
 
 def _smallest(values: Sequence[int], fits: Callable[[int], bool]) -> int | None:
-    """The first value that fits. They are tried from the smallest, as large worlds are slower to plan."""
+    """Return the first value that fits, trying the smallest first.
+
+    Large worlds take longer to plan.
+    """
     return next((value for value in values if fits(value)), None)
 
 
 def _largest(limit: int, peak: Callable[[int], int], memory: int) -> int | None:
-    """The largest value up to ``limit`` whose peak fits; its successor's doesn't, and was looked at.
+    """Return the largest value up to ``limit`` that fits, after checking its successor.
 
     Peaks grow nearly evenly, so the next guess is where a line through the nearest two ends at the memory.
     """

@@ -1,4 +1,4 @@
-"""Where the blocks lie: a given selection, an even spread, or the worst that a budget can do to memory."""
+"""Choose where blocks lie: as selected, evenly, or as bad for memory as a budget allows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from smt_dist.sparse.targets import count_parameters_2d
 
 @dataclass(frozen=True)
 class Shape:
-    """What a plan needs to know of the whole model.
+    """Hold what a plan needs of the whole model.
 
     Attributes:
         parameters: elements, tied ones once.
@@ -49,17 +49,20 @@ class Shape:
 
     @property
     def blocks(self) -> int:
-        """All groups' budgets together."""
+        """Return all groups' budgets together."""
         return sum(self.budgets.values())
 
     @property
     def block_elements(self) -> int:
-        """Elements of one block."""
+        """Return the elements of one block."""
         return next(iter(self.grids.values())).block_elements
 
 
 def measure_shape(request: Request) -> Shape:
-    """Build the whole model on fake tensors and look. Raises SMTError as finding targets and budgets does."""
+    """Measure the whole model on fake tensors.
+
+    Raises SMTError as finding targets and budgets does.
+    """
     with FakeTensorMode():
         kind = MODEL_FOR_CAUSAL_LM_MAPPING[type(request.model)]
         model = kind._from_config(request.at_depth(request.layers), dtype=torch.bfloat16)
@@ -89,13 +92,16 @@ def _is_uniform(model: nn.Module, request: Request) -> bool:
 
 
 def layer_of(module: str) -> int | None:
-    """``3`` of ``model.layers.3.self_attn.q_proj``; None outside the layers."""
+    """Return ``3`` for ``model.layers.3.self_attn.q_proj``; None outside the layers."""
     number = layer_key(module).rpartition(".")[2]
     return int(number) if number.isdigit() else None
 
 
 def even_counts(shape: Shape) -> tuple[dict[str, int], int]:
-    """Module -> blocks, the same for equal modules, and the blocks that are left over (fewer than modules)."""
+    """Return module -> blocks, equal for equal modules, and the remaining number of blocks.
+
+    Fewer remain than there are modules.
+    """
     counts: dict[str, int] = {}
     left = 0
     for name, modules in shape.groups.items():
@@ -108,7 +114,7 @@ def even_counts(shape: Shape) -> tuple[dict[str, int], int]:
 
 
 def worst_counts(shape: Shape) -> dict[str, int]:
-    """All blocks as low as they can lie: whole layers from the bottom.
+    """Place all blocks as low as possible: in whole layers from the bottom.
 
     The backward then goes through every layer, and the lowest layers save all of their inputs' columns.
     """
@@ -124,7 +130,7 @@ def worst_counts(shape: Shape) -> dict[str, int]:
 
 
 def selection_of(counts: Mapping[str, int], grids: Mapping[str, BlockGrid], layers: int) -> BlockSelection | None:
-    """Blocks in a model cut to ``layers``: those of a module fill its first block row, then the next; None: none."""
+    """Select blocks in a model of ``layers``, filling block rows in order; None without blocks."""
     chosen = {name: count for name, count in counts.items() if count and (layer_of(name) or 0) < layers}
     if not chosen:
         return None
@@ -134,5 +140,5 @@ def selection_of(counts: Mapping[str, int], grids: Mapping[str, BlockGrid], laye
 
 
 def highest_layer(modules: Iterable[str]) -> int:
-    """The number of the highest layer among modules; -1 if all lie outside the layers."""
+    """Return the highest layer's number among modules; -1 if all lie outside the layers."""
     return max((layer for layer in map(layer_of, modules) if layer is not None), default=-1)

@@ -1,4 +1,4 @@
-"""One phase of a rank, run on fake tensors: moment -> what is held at its peak."""
+"""Trace one phase of a rank on fake tensors: moment -> memory at its peak."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ _IGNORED = "ignored"
 def trace_training(
     request: Request, layers: int, selection: BlockSelection | None, rank: int = 0, special: int = EDGE
 ) -> dict[str, Memory]:
-    """A step of training with all of the optimizer's state there.
+    """Trace a training step with all of the optimizer's state.
 
     Under ZeRO only what the model itself holds is traced: weights, blocks and gradients count as on one plain rank.
 
@@ -156,7 +156,7 @@ def _watch_layer(layer: nn.Module, tracker: MemoryTracker, place: str, last: boo
 
 
 def _fill(accumulator: Any, grids: Mapping[str, BlockGrid], request: Request) -> None:
-    """What earlier steps left: this rank's rows of each gradient."""
+    """Make what earlier steps left: this rank's rows of each gradient."""
     starts_empty = request.score.endswith("_per_step") and request.accumulation == 1
     if isinstance(accumulator, ElementwiseAccumulator) and not starts_empty:
         ranks = get_world_size()
@@ -165,7 +165,10 @@ def _fill(accumulator: Any, grids: Mapping[str, BlockGrid], request: Request) ->
 
 
 def _end_micro_batch(accumulator: Any) -> None:
-    """As the accumulator does it, without the last question whether any rank has more, which reads a value."""
+    """End a micro-batch as the accumulator does.
+
+    Without the last question whether any rank has more, which reads a value.
+    """
     if isinstance(accumulator, ElementwiseAccumulator) and is_distributed():
         queue = accumulator._queue
         while queue._current >= 0:
@@ -178,6 +181,6 @@ def _end_micro_batch(accumulator: Any) -> None:
 
 
 def tensors_of(accumulator: Any) -> list[torch.Tensor]:
-    """What a score accumulator keeps between backwards."""
+    """Return what a score accumulator keeps between backwards."""
     tables = [accumulator._sums, getattr(accumulator, "_steps", None), getattr(accumulator, "_step_sums", None)]
     return [*(table.flat for table in tables if table is not None), *getattr(accumulator, "_shards", {}).values()]

@@ -1,4 +1,4 @@
-"""``MemoryTracker``: follows every storage from its birth to its end and says which category it belonged to.
+"""Track every storage from its creation to its end, with its category.
 
 Why not ``torch.distributed._tools.FSDPMemTracker``: it knows parameters, gradients and optimizers of ``nn.Module`` and
 ``torch.optim``, while the blocks' values, gradients and states lie in flat buffers of ``ShardedBlockOptimizer``; and it
@@ -30,7 +30,7 @@ FORWARD, RECOMPUTE, BACKWARD, OTHER = "forward", "recompute", "backward", "other
 
 @dataclass(eq=False)
 class Record:
-    """One storage."""
+    """Describe one storage."""
 
     bytes: int
     made_in: str  # the pass: forward, recompute, backward or other
@@ -41,7 +41,7 @@ class Record:
 
 @dataclass
 class _Log:
-    """What happened, in order: (storage, bytes more or less) and where moments begin."""
+    """Log (storage, change in bytes) and where moments begin, in order."""
 
     events: list[tuple[Record, int]] = field(default_factory=list)
     moments: list[tuple[int, str]] = field(default_factory=list)
@@ -49,7 +49,9 @@ class _Log:
 
 
 class MemoryTracker(TorchDispatchMode):
-    """Tracks storages made inside the context; put it inside ``FakeTensorMode`` (or around real tensors).
+    """Track storages made inside the context.
+
+    Enter it inside ``FakeTensorMode``, or around real tensors.
 
     Storages that exist before are told by :meth:`register`. A storage that nobody registered is an activation if it
     was made in the forward (or a recomputation) and outlived it, communication if a collective reads or writes it,
@@ -71,7 +73,10 @@ class MemoryTracker(TorchDispatchMode):
     # -- what the traced program says ----------------------------------------------------------------------------
 
     def register(self, value: Any, category: str) -> None:
-        """All tensors in ``value`` (nested lists and dicts too) belong to ``category``, known ones included."""
+        """Assign all tensors in ``value`` to ``category``.
+
+        Nested lists and dicts too, and tensors that already have one.
+        """
         for tensor in tree_leaves(value):
             if isinstance(tensor, torch.Tensor) and self._follows(tensor):
                 self._record_of(local_tensor(tensor)).category = category
@@ -179,14 +184,17 @@ class MemoryTracker(TorchDispatchMode):
         self._changed(record, change, storage)
 
     def _changed(self, record: Record, change: int, storage: torch.UntypedStorage | None) -> None:
-        """``record`` has ``change`` bytes more now; ``storage`` is None when it is gone."""
+        """Log that ``record`` changed by ``change`` bytes; ``storage`` is None when it is freed."""
         del storage  # for those who want to know where it lies
         self._log.events.append((record, change))
 
     # -- the result ----------------------------------------------------------------------------------------------
 
     def peaks(self) -> dict[str, Memory]:
-        """Moment -> what was held at its peak. A moment that was begun more than once has the largest."""
+        """Return moment -> memory at its peak.
+
+        A moment that began more than once has its largest.
+        """
         events, moments = self._log.events, self._log.moments
         ends = [start for start, _ in moments[1:]] + [len(events)]
         best: dict[str, tuple[int, int]] = {}
@@ -219,7 +227,7 @@ class MemoryTracker(TorchDispatchMode):
         return snapshots
 
     def category_of(self, record: Record) -> str:
-        """As is known at the end."""
+        """Return the category that is known at the end."""
         if record.category is not None:
             return record.category
         end = self._log.span_ends.get(record.span)
@@ -228,5 +236,5 @@ class MemoryTracker(TorchDispatchMode):
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a DTensor; any other tensor itself."""
+    """Return this rank's part of a DTensor, and any other tensor itself."""
     return tensor._local_tensor if isinstance(tensor, DTensor) else tensor

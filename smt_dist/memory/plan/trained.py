@@ -1,4 +1,4 @@
-"""What each method trains, and the step of its optimizer, on a fake model."""
+"""Attach what each method trains to a fake model, and make its optimizer's step."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Step = Callable[[], None]
 
 
 class Task(NamedTuple):
-    """What is needed to make a model ready for training.
+    """Hold what is needed to make a model ready for training.
 
     Attributes:
         model: the base, fake.
@@ -46,7 +46,10 @@ class Task(NamedTuple):
 
 
 def prepare(task: Task) -> Step:
-    """Attach what the method trains; the step of the optimizer, already made once, so that all of its state exists."""
+    """Attach what the method trains; return the optimizer's step.
+
+    The step is made once before, so that all of the state exists.
+    """
     kinds = {"smt": _prepare_smt, "full": _prepare_full, "lora": _prepare_lora}
     return kinds[task.request.method](task)
 
@@ -125,7 +128,9 @@ def _prepare_full(task: Task) -> Step:
 
 
 def attach_lora(model: nn.Module, request: Request, rank: int) -> None:
-    """PEFT's adapters on the targets of the SMT config, in place. Raises SMTError without PEFT.
+    """Attach PEFT's adapters to the targets of the SMT config, in place.
+
+    Raises SMTError without PEFT.
 
     They are in fp32, PEFT's default; DeepSpeed would cast them, so under ZeRO they are in the base's dtype at once.
     """
@@ -173,4 +178,4 @@ def _plain_adamw(parameters: list[nn.Parameter], task: Task) -> Step:
 
 
 def _no_step() -> None:
-    """ZeRO's optimizer is reckoned in zero.py."""
+    """Do nothing: zero.py calculates ZeRO's optimizer."""

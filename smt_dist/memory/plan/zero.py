@@ -1,4 +1,6 @@
-"""DeepSpeed's ZeRO, which doesn't run on fake tensors: what it holds beside activations, from how it partitions.
+"""Calculate what DeepSpeed's ZeRO holds beside activations, from how it partitions.
+
+ZeRO doesn't run on fake tensors.
 
 Read in DeepSpeed 0.19.8 (``runtime/zero/stage_1_and_2.py``, ``stage3.py``, ``partitioned_param_coordinator.py``,
 ``runtime/bf16_optimizer.py``) with fp32 accumulation of gradients, as ``train.py`` sets it.
@@ -19,7 +21,10 @@ FP32 = 4
 
 @dataclass(frozen=True)
 class ZeroSettings:
-    """The sizes of a ``zero_optimization`` section, in elements, with DeepSpeed's defaults."""
+    """Hold the sizes of a ``zero_optimization`` section, in elements.
+
+    With DeepSpeed's defaults.
+    """
 
     stage: int
     reduce_bucket_size: int = 500_000_000
@@ -53,7 +58,7 @@ class ZeroSettings:
 
 @dataclass(frozen=True)
 class ZeroModel:
-    """What ZeRO partitions.
+    """Describe what ZeRO partitions.
 
     Attributes:
         settings: of the stage.
@@ -78,7 +83,7 @@ class ZeroModel:
     copies: bool = False
 
     def moments(self, traced: Mapping[str, Memory], gradient_width: int) -> dict[str, Memory]:
-        """The moments of a training step under ZeRO.
+        """Return the moments of a training step under ZeRO.
 
         Args:
             traced: the moments of one plain rank: activations, what is temporary, and the gradients so far.
@@ -97,7 +102,10 @@ class ZeroModel:
         return moments
 
     def resident(self, training: bool = True) -> Memory:
-        """What is there all the time; ``training``: with the optimizer, not as in the warm-up."""
+        """Return what is held all the time.
+
+        ``training``: with the optimizer, not as in the warm-up.
+        """
         base = self.trained if self.base_is_trained else self.frozen
         blocks = [] if self.base_is_trained else self.trained
         memory = Memory(base_weights=self._held(base))
@@ -116,7 +124,9 @@ class ZeroModel:
 
     @property
     def _plain_stage_1(self) -> bool:
-        """ZeRO-1 with narrow weights and fp32 gradients is DeepSpeed's ``BF16_Optimizer``, which has no bucket.
+        """Return whether DeepSpeed uses ``BF16_Optimizer``, which has no bucket.
+
+        It does for ZeRO-1 with narrow weights and fp32 gradients.
 
         It adds up every gradient in fp32 from the beginning, and keeps the narrow ones, zeroed.
         """
@@ -129,7 +139,7 @@ class ZeroModel:
 
     @property
     def _oversized(self) -> int:
-        """The largest trained weight, if it is too large for the bucket: then it is reduced on its own."""
+        """Return the largest trained weight if it exceeds the bucket and is reduced alone."""
         largest = max(self.trained, default=0) if self.base_is_trained else 0
         return largest if largest > self.settings.reduce_bucket_size else 0
 
@@ -169,7 +179,9 @@ class ZeroModel:
         return end.with_(gradients=gradients, temporary=self._copies(rest))
 
     def _copies(self, elements: int) -> int:
-        """Bytes while so many elements are reduced: flattened once more, and where they are narrower also in fp32.
+        """Return bytes of copies while so many elements are reduced.
+
+        They are flattened once more, and where they are narrower also in fp32.
 
         ZeRO-3's bucket is in fp32 already; a weight too large for it is brought there first.
         """
@@ -179,7 +191,9 @@ class ZeroModel:
         return (self.width + FP32 if narrow else FP32) * elements
 
     def _step(self) -> Memory:
-        """This rank's gradients: their norms are taken in fp64, then they are flattened once more.
+        """Return what the optimizer's step holds of this rank's gradients.
+
+        Their norms are taken in fp64, then they are flattened once more.
 
         Not so in ZeRO-2 in bf16, which keeps them flat.
         """
@@ -201,7 +215,7 @@ class ZeroModel:
         return self.width * (shards + whole)
 
     def with_gathered(self, traced: Mapping[str, Memory]) -> dict[str, Memory]:
-        """The moments with the weights that are whole in them, and that in which the head is gathered.
+        """Add the whole weights to each moment, and the moment in which the head is gathered.
 
         Args:
             traced: the moments of one plain rank.
@@ -228,15 +242,15 @@ class ZeroModel:
 
     @property
     def _largest(self) -> int:
-        """Bytes of the base's largest weight that is gathered: the head or the embedding."""
+        """Return the bytes of the largest gathered weight: the head or the embedding."""
         return self.width * max(self._gathers(self.trained if self.base_is_trained else self.frozen), default=0)
 
     def _gathers(self, sizes: list[int]) -> list[int]:
-        """Of those that don't stay whole."""
+        """Return the gathered weights, of those that don't stay whole."""
         return [size for size in sizes if size >= self.settings.param_persistence_threshold]
 
     def _used(self, moment: str) -> int:
-        """Bytes of the largest weight that a moment computes with, beside what is kept.
+        """Return the bytes of the largest weight that a moment uses, beside what is kept.
 
         One rank gathers nothing, except for the chunked loss, which asks for the head itself.
         """
@@ -254,7 +268,7 @@ class ZeroModel:
         return self.width * self.largest_in_layers
 
     def _window(self, used: int) -> int:
-        """Bytes of whole weights: ``used``, and beside it those that are kept as they are soon used again.
+        """Return the bytes of whole weights: ``used``, and those kept for their next use.
 
         That is within the reuse distance. Where the forward turns into the backward a weight n elements before the end
         comes back after 2 n elements; so half of the distance is kept, and what is fetched ahead, but never more than

@@ -1,4 +1,6 @@
-"""``F.linear`` as ZeRO-3 replaces it, for the trace: it keeps each input, also where the weight is frozen.
+"""Trace ``F.linear`` as ZeRO-3 replaces it.
+
+It keeps each input, even where the weight is frozen.
 
 Read in DeepSpeed 0.19.8 (``runtime/zero/linear.py``, ``memory_efficient_linear``, on by default). torch's own keeps an
 input only for the weight's gradient.
@@ -24,7 +26,7 @@ def _linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = N
 
 
 class _Linear(torch.autograd.Function):
-    """The gradients of a linear layer, from its saved input and weight."""
+    """Compute the gradients of a linear layer from its saved input and weight."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

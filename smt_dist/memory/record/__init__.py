@@ -1,1 +1,1 @@
-"""Records: a rank's memory as a run uses it, beside its plan."""
+"""Record a rank's memory in a run, beside its plan."""

@@ -1,4 +1,4 @@
-"""What an allocator gave out and took back: the CPU's as torch.profiler saw it, a GPU's as its statistics tell."""
+"""Record allocations: the CPU's from torch.profiler, a GPU's from its statistics."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = 0  # of the profiler's "Device Type"
 
 
 class Allocation(NamedTuple):
-    """One change.
+    """Describe one allocation or release.
 
     Attributes:
         nanoseconds: of the wall clock.
@@ -30,7 +30,9 @@ class Allocation(NamedTuple):
 
 
 class CpuAllocations:
-    """Every tensor's and every operator's own memory, between :meth:`start` and :meth:`stop`, of this thread.
+    """Record the memory of every tensor and operator of this thread.
+
+    From :meth:`start` to :meth:`stop`.
 
     Read from the trace that the profiler exports, its one public list with addresses.
     """
@@ -60,7 +62,7 @@ class CpuAllocations:
 
 
 class CudaStatistics:
-    """A GPU's peaks between calls, from ``torch.cuda``'s own counters.
+    """Read a GPU's peaks between calls from ``torch.cuda``'s own counters.
 
     Args:
         device: whose.
@@ -76,13 +78,13 @@ class CudaStatistics:
         self._cuda.reset_peak_memory_stats(self._device)
 
     def peak(self) -> int:
-        """Bytes of the largest moment since the last call (or :meth:`start`)."""
+        """Return the peak in bytes since the last call (or :meth:`start`)."""
         peak = self._cuda.max_memory_allocated(self._device)
         self._cuda.reset_peak_memory_stats(self._device)
         return peak
 
     def summary(self) -> dict[str, int]:
-        """What else the allocator knows: bytes that it holds for itself, and how often it had to free and try again."""
+        """Return the allocator's reserved bytes and its number of retries."""
         statistics = self._cuda.memory_stats(self._device)
         names = {
             "reserved_peak_bytes": "reserved_bytes.all.peak",
@@ -93,7 +95,10 @@ class CudaStatistics:
 
 
 def resident_bytes(field: str) -> int | None:
-    """This process's ``VmRSS`` (now) or ``VmHWM`` (the most since :func:`forget_resident_peak`); None outside Linux."""
+    """Return this process's ``VmRSS`` (now) or ``VmHWM`` (its peak); None outside Linux.
+
+    The peak counts from :func:`forget_resident_peak`.
+    """
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
     except OSError:
@@ -102,7 +107,10 @@ def resident_bytes(field: str) -> int | None:
 
 
 def forget_resident_peak(write: Callable[[str], Any] = Path("/proc/self/clear_refs").write_text) -> bool:
-    """Let ``VmHWM`` begin at what is resident now; False where that is forbidden: then it is the process's whole."""
+    """Reset ``VmHWM`` to what is resident now; return False where that is forbidden.
+
+    It is then the peak of the whole process.
+    """
     try:
         write("5")
     except OSError:

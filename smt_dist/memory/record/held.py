@@ -1,4 +1,4 @@
-"""What a rank holds between steps, and to which category it belongs."""
+"""Find what a rank holds between steps, by category."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from smt_dist.engines.sharded_optimizer import ShardedBlockOptimizer
 
 
 def all_tensors() -> list[torch.Tensor]:
-    """Every tensor that Python knows of."""
+    """Return every tensor that Python's garbage collector tracks."""
     # By type, not isinstance: a lazy module's __class__ would import it.
     return [value for value in gc.get_objects() if issubclass(type(value), torch.Tensor)]
 
 
 def held_by_model(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """(category, tensors) of a model's parameters, buffers and gradients."""
+    """Yield (category, tensors) of a model's parameters, buffers and gradients."""
     parameters = list(model.parameters())
     frozen = [parameter for parameter in parameters if not parameter.requires_grad]
     trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -33,7 +33,7 @@ def held_by_model(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def held_by_optimizer(optimizer: torch.optim.Optimizer | None) -> Iterator[tuple[str, Any]]:
-    """(category, tensors) of the blocks' optimizer, of DeepSpeed's or of a plain one."""
+    """Yield (category, tensors) of the blocks' optimizer, of DeepSpeed's or of a plain one."""
     if optimizer is None:
         return
     inner = unwrapped(optimizer)

@@ -1,4 +1,7 @@
-"""Plots of a recording, as PNG: matplotlib, the extra ``plots``, imported where it is used."""
+"""Plot a recording as PNG.
+
+matplotlib (the extra ``plots``) is imported where it is used.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``smt-train --profile_memory``: what the program asks for before the work, and leaves behind after it."""
+"""Prepare and write the results of ``smt-train --profile_memory``."""
 
 from __future__ import annotations
 
@@ -43,7 +43,10 @@ def prepare_profiling(folder: Path) -> None:
 def publish(
     recorder: Recorder, folder: Path, model: PreTrainedModel, config: SMTConfig, args: SMTTrainingArguments
 ) -> str | None:
-    """After the work, on all ranks: gather, plan, write everything on rank 0; the table there, None elsewhere."""
+    """Gather recordings, plan, and write everything on rank 0; collective.
+
+    Returns the table on rank 0, None elsewhere.
+    """
     ranks: list[Any] = [recorder.recording.to_json()]
     if is_distributed():
         ranks *= get_world_size()
@@ -65,7 +68,10 @@ def publish(
 def requests_of_run(
     ranks: list[dict[str, Any]], model: PreTrainedModel, config: SMTConfig, args: SMTTrainingArguments
 ) -> dict[str, Request]:
-    """Phase -> what was run, as the planner asks for it: with the largest micro-batch that any rank recorded in it."""
+    """Return phase -> the request of what was run.
+
+    With the largest micro-batch that any rank recorded in it.
+    """
     section = (args.filled_deepspeed_config() or {}).get("zero_optimization", {})
 
     def request(phase: str) -> Request:
@@ -94,13 +100,18 @@ def requests_of_run(
 
 
 def largest_batch(ranks: list[dict[str, Any]], phase: str) -> tuple[int, int]:
-    """(rows, tokens a row) of a phase's largest micro-batch on any rank; zeros if it had none."""
+    """Return (rows, tokens per row) of a phase's largest micro-batch; zeros if it had none.
+
+    Over all ranks.
+    """
     batches = [tuple(rank["batches"][phase].values()) for rank in ranks if phase in rank["batches"]]
     return max(batches, key=math.prod, default=(0, 0))
 
 
 def plan_in_new_process(requests: dict[str, Request]) -> dict[str, Any]:
-    """Phase -> moment and peak; in a process without a process group and without DeepSpeed's changes to torch.
+    """Return phase -> moment and peak, planned in a new process.
+
+    It has no process group and none of DeepSpeed's changes to torch.
 
     Args:
         requests: :func:`requests_of_run`.
@@ -123,7 +134,7 @@ def _plan(request: Request) -> dict[str, Any]:
 
 @contextmanager
 def _without_accelerate() -> Iterator[None]:
-    """The new process is no rank of the launcher's."""
+    """Return the environment without accelerate's variables: the new process is no rank."""
     names = [name for name in os.environ if name.startswith("ACCELERATE_")]
     taken = {name: os.environ.pop(name) for name in names}
     try:

@@ -1,4 +1,4 @@
-"""``RealTracker``: the planner's tracker around real tensors, which also notes where each lies and when."""
+"""Track real tensors with the planner's tracker, with their addresses and times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from smt_dist.memory.plan.tracker import OTHER, MemoryTracker, Record, local_ten
 
 
 class Place(NamedTuple):
-    """Where a storage lies from a moment on.
+    """Hold where a storage lies from a moment on.
 
     Attributes:
         nanoseconds: of the wall clock.
@@ -28,7 +28,7 @@ class Place(NamedTuple):
 
 
 class Mark(NamedTuple):
-    """Where a moment of a phase begins; it lasts until the next."""
+    """Mark where a moment of a phase begins; it lasts until the next."""
 
     nanoseconds: int
     phase: str
@@ -36,7 +36,7 @@ class Mark(NamedTuple):
 
 
 class RealTracker(MemoryTracker):
-    """Follows real tensors; an allocator says how much there is, this says what it is.
+    """Track real tensors: the allocator counts bytes, this class tells their category.
 
     What operators take for themselves while they run isn't seen here, as it never becomes a tensor.
 
@@ -82,7 +82,10 @@ class RealTracker(MemoryTracker):
         super()._mark(func, args, kwargs)
 
     def stretches(self) -> list[tuple[str, Place, int | None]]:
-        """(category, place, when it ended) of everything that was there; None: it still is. Call it at the end."""
+        """Yield (category, place, end time) of every storage; call it at the end.
+
+        The time is None for what still exists.
+        """
         result = []
         for record, places in self._places.items():
             category = self.category_of(record)

@@ -1,4 +1,4 @@
-"""``Recorder``: the memory of a real run, phase by phase; ``smt-train --profile_memory``.
+"""Record the memory of a real run by phase, for ``smt-train --profile_memory``.
 
 Recorded are the load, the first steps of the warm-up and its last with the selection, the engine's set-up with the
 first steps of training, and the save. Of the steps between, which are like those, only what costs nothing is kept:
@@ -27,7 +27,7 @@ PHASES = ("load", "warmup", "selection", "setup", "training", "save")
 
 
 class Recorder:
-    """Records a run of ``train.py`` on this rank.
+    """Record a run of ``train.py`` on this rank.
 
     Args:
         device: whose memory.
@@ -46,7 +46,9 @@ class Recorder:
 
     @contextmanager
     def phase(self, name: str, model: PreTrainedModel | None = None) -> Iterator[None]:
-        """Record inside, up to the number of steps if there are steps; all of it where there are none.
+        """Record a phase inside the context.
+
+        Up to the number of steps if the phase has steps, else all of it.
 
         Args:
             name: one of :data:`PHASES`.
@@ -65,12 +67,14 @@ class Recorder:
             self._note_resident(name)
 
     def see_model(self, model: PreTrainedModel) -> None:
-        """The model that a phase has made."""
+        """Register the model that a phase has made."""
         if self._window is not None:
             self._window.register_model(model)
 
     def observe_warmup(self, model: PreTrainedModel, steps: int) -> Observer | None:
-        """For :func:`smt_dist.selection.warmup.collect_scores`: records its first steps, and its end.
+        """Record the first steps and the end of a warm-up.
+
+        To be passed to :func:`smt_dist.selection.warmup.collect_scores`.
 
         The end begins with its last step.
 
@@ -97,7 +101,10 @@ class Recorder:
         return observe if self.enabled else None
 
     def watch_training(self, model: PreTrainedModel) -> list[TrainerCallback]:
-        """Call it when the blocks are there and before the trainer is, to which the callbacks belong."""
+        """Record training; call it when the blocks exist and before the trainer does.
+
+        Returns the trainer's callbacks.
+        """
         if not self.enabled:
             return []
         if self._window is not None:
@@ -108,19 +115,19 @@ class Recorder:
     # -- for _StepRecorder -----------------------------------------------------------------------------------------
 
     def begin_step(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-        """Training's step ``step`` (from 1 on in this run) begins."""
+        """Begin training's step ``step`` (from 1 on in this run)."""
         if self._window is not None:
             self._window.register_model(model, optimizer)
             self._window.mark("training", f"step {step}")
 
     def begin_update(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-        """All gradients of the step are there."""
+        """Note that all gradients of the step exist."""
         if self._window is not None:
             self._window.register_model(model, optimizer)
             self._window.mark("training", "step")
 
     def end_step(self, step: int, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> None:
-        """The step is done."""
+        """End the step."""
         if self._window is not None:
             self._window.register_model(model, optimizer)
             if step >= self._steps:
@@ -148,7 +155,10 @@ class Recorder:
             self._unrecorded = forget_resident_peak()
 
     def _note_resident(self, phase: str) -> None:
-        """The peak since it was last forgotten; steps that weren't recorded have one of their own."""
+        """Note the resident peak since it was last reset.
+
+        Steps that weren't recorded have their own.
+        """
         peak = resident_bytes("VmHWM")
         if peak is None:
             return
@@ -162,7 +172,7 @@ class Recorder:
 
 
 class _StepRecorder(TrainerCallback):
-    """Tells the recorder where Trainer's steps begin and end."""
+    """Notify the recorder where Trainer's steps begin and end."""
 
     def __init__(self, recorder: Recorder, model: PreTrainedModel) -> None:
         self._recorder, self._model, self._step = recorder, model, 0

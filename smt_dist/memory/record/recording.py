@@ -1,4 +1,4 @@
-"""``Recording``: what one rank of a run recorded of its memory."""
+"""Define ``Recording``, what one rank recorded of its memory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from smt_dist.memory.record.timeline import Timeline
 
 @dataclass
 class Recording:
-    """What one rank recorded.
+    """Hold what one rank recorded.
 
     Attributes:
         rank: its number.
@@ -34,7 +34,7 @@ class Recording:
     timelines: list[Timeline] = field(default_factory=list)
 
     def add(self, timeline: Timeline) -> None:
-        """A stretch that ended; its peaks count where they are larger than those that are there."""
+        """Add a stretch that ended; its peaks replace smaller ones."""
         for phase, (moment, memory) in timeline.peaks().items():
             if phase not in self.peaks or memory.total > self.peaks[phase][1].total:
                 self.peaks[phase] = moment, memory

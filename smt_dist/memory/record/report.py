@@ -1,4 +1,7 @@
-"""The report of a profiled run: one JSON, plots, one page that needs nothing else, and a table to print."""
+"""Write the report of a profiled run: JSON, plots, a page and a table.
+
+The page needs no other file.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,10 @@ def fullest(ranks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def comparison(report: Mapping[str, Any]) -> list[list[str]]:
-    """Rows of text: categories down; for each phase what was planned and what was measured on the fullest rank."""
+    """Return rows of text that compare plan and measurement.
+
+    Categories are rows; each phase has a planned column and one measured on the fullest rank.
+    """
     measured = fullest(report["ranks"])
     planned = {phase: value["peak"] for phase, value in report["planned"].items()}
     rows = [["", *(f"{phase}, {kind}" for phase in measured for kind in _kinds(phase, planned))]]
@@ -80,7 +86,10 @@ def comparison(report: Mapping[str, Any]) -> list[list[str]]:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """Each phase's peak as planned and as measured, what it is made of where both are known, and resident memory."""
+    """Format each phase's planned and measured peak, and resident memory.
+
+    With categories where both are known.
+    """
     measured = fullest(report["ranks"])
     lines = [f"{'peak of the fullest rank':<26}{'planned':>12}{'measured':>12}{'error':>9}  measured at"]
     for phase, value in measured.items():

@@ -1,4 +1,4 @@
-"""Resident memory of a process and all that it started, sampled from Linux's ``/proc`` while it runs."""
+"""Sample resident memory of a process and its descendants from Linux's ``/proc``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _FIELDS = {"Rss": "resident", "Pss": "proportional", "Anonymous": "anonymous"}
 
 @dataclass(frozen=True)
 class Resident:
-    """Bytes of all processes together.
+    """Hold bytes of all processes together.
 
     Attributes:
         resident: anonymous, shared and mapped from files; what processes share counts once for each.
@@ -35,13 +35,13 @@ class Resident:
 
 
 def own_bytes(field: str) -> int:
-    """A size of this process in Linux's ``/proc/self/status``: ``VmRSS``, or ``VmHWM``, the most that it ever was."""
+    """Return ``VmRSS`` or its peak ``VmHWM`` from Linux's ``/proc/self/status``."""
     lines = (_PROC / "self" / "status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def resident_of(process: int) -> Resident:
-    """One process; nothing if it has ended, or isn't ours to read."""
+    """Return one process's bytes; zero if it has ended or can't be read."""
     try:
         lines = (_PROC / str(process) / "smaps_rollup").read_text().splitlines()
     except (FileNotFoundError, ProcessLookupError, PermissionError):
@@ -51,7 +51,7 @@ def resident_of(process: int) -> Resident:
 
 
 def descendants(process: int) -> list[int]:
-    """A process and all that it started, directly or not, as far as they live."""
+    """Return a process and all its living descendants."""
     children: dict[int, list[int]] = {}
     for folder in _PROC.iterdir():
         if folder.name.isdigit() and (parent := _parent_of(folder)) is not None:
@@ -72,7 +72,7 @@ def _parent_of(folder: Path) -> int | None:
 
 @dataclass
 class ResidentSampler:
-    """Samples a process and its descendants in a thread of its own, from entering to leaving the context.
+    """Sample a process and its descendants in a thread, inside the context.
 
     Attributes:
         process: the number of the root process.
@@ -88,7 +88,7 @@ class ResidentSampler:
 
     @property
     def peak(self) -> Resident:
-        """The largest of each kind, which need not have been at one moment."""
+        """Return the largest of each kind, which need not occur at one moment."""
         found = [sample for _, sample in self.samples] or [Resident()]
         return Resident(
             max(sample.resident for sample in found),

@@ -1,4 +1,4 @@
-"""``Timeline``: what a rank held by category, change by change, and its peaks phase by phase."""
+"""Describe what a rank held by category over time, and its peaks by phase."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Piece:
 
 @dataclass
 class Timeline:
-    """What was held from each change on.
+    """Hold what was held from each change on.
 
     Attributes:
         nanoseconds: int64 ``[n]``, of the wall clock, sorted.
@@ -53,7 +53,10 @@ class Timeline:
         return {phase: (moment, self._memory(row)) for phase, (_, moment, row) in best.items()}
 
     def raised(self, peaks: list[int]) -> Timeline:
-        """With these peaks, one a mark, as the allocator counted them: what the tracker didn't see is temporary."""
+        """Raise the peaks to the allocator's, one per mark.
+
+        What the tracker didn't see is temporary.
+        """
         levels = self.levels.copy()
         totals = levels.sum(1)
         for peak, (first, last) in zip(peaks, self._rows(), strict=True):
@@ -71,7 +74,7 @@ class Timeline:
         return Timeline(self.nanoseconds[rows], self.levels[rows], self.marks)
 
     def to_json(self) -> dict[str, Any]:
-        """Seconds since the first mark, and bytes by category."""
+        """Return seconds since the first mark, and bytes by category."""
         start = self.marks[0].nanoseconds
         return {
             "seconds": [round(float(t - start) / 1e9, 6) for t in self.nanoseconds],
@@ -83,7 +86,10 @@ class Timeline:
         }
 
     def _rows(self) -> list[tuple[int, int]]:
-        """(first, end) of each mark's rows. A mark has a row of its own: what was there when it began counts too."""
+        """Return (first, end) of each mark's rows.
+
+        A mark has its own row, since what existed when it began counts too.
+        """
         starts = [mark.nanoseconds for mark in self.marks]
         last = len(self.nanoseconds)
         firsts = [min(int(row), last - 1) for row in np.searchsorted(self.nanoseconds, starts)]
@@ -96,7 +102,7 @@ class Timeline:
 def timeline_of_allocations(
     allocations: Iterable[Allocation], stretches: Iterable[tuple[str, Place, int | None]], marks: list[Mark]
 ) -> Timeline:
-    """How much there is, from the allocator; what it is, from the tracker.
+    """Combine the allocator's bytes with the tracker's categories.
 
     Args:
         allocations: between start and stop, in order.
@@ -120,14 +126,17 @@ def timeline_of_allocations(
 
 
 def timeline_of_stretches(stretches: Iterable[tuple[str, Place, int | None]], marks: list[Mark]) -> Timeline:
-    """What the tracker alone knows: tensors, without what operators take for themselves."""
+    """Build a timeline from the tracker alone, without operators' own memory."""
     start = marks[0].nanoseconds
     pieces = [_Piece(max(start, place.nanoseconds), end, place.bytes, _INDEX[name]) for name, place, end in stretches]
     return _sweep(pieces, marks)
 
 
 def _pieces(allocations: Iterable[Allocation], held: dict[int, _Piece]) -> tuple[list[_Piece], dict[int, list[_Piece]]]:
-    """What was given out, in order, also by address; ends what was there before where it is taken back."""
+    """Sort allocations in time and by address.
+
+    An allocation ends what its memory held before.
+    """
     live: dict[int, _Piece] = {}
     pieces: list[_Piece] = []
     by_address: dict[int, list[_Piece]] = {}

@@ -1,4 +1,4 @@
-"""``Window``: one stretch of a run, recorded change by change."""
+"""Record one stretch of a run, change by change."""
 
 from __future__ import annotations
 
@@ -24,7 +24,9 @@ OnBatch = Callable[[str, int, int], None]
 
 
 class Window:
-    """Records from :meth:`open` to :meth:`close`; keep it short, as the log grows with every operator that runs.
+    """Record from :meth:`open` to :meth:`close`.
+
+    Keep it short: the log grows with every operator that runs.
 
     Args:
         device_type: whose memory.
@@ -41,7 +43,10 @@ class Window:
         self._optimizer: torch.optim.Optimizer | None = None
 
     def open(self, phase: str, moment: str) -> None:
-        """Everything that is there now counts as held, as temporary until :meth:`register` says what it is."""
+        """Count everything that exists now as held.
+
+        It is temporary until :meth:`register` assigns a category.
+        """
         gc.collect()
         self._tracker.__enter__()
         self._tracker.register(all_tensors(), "temporary")
@@ -56,14 +61,17 @@ class Window:
             self._tracker.register(tensors, category)
 
     def register_model(self, model: nn.Module, optimizer: torch.optim.Optimizer | None = None) -> None:
-        """:meth:`register` what these two hold; what the optimizer holds only within a backward is looked for there."""
+        """Register what model and optimizer hold.
+
+        What the optimizer holds only within a backward is registered there.
+        """
         self._optimizer = optimizer
         self._tracker.gathers_in_place = any(hasattr(parameter, "ds_id") for parameter in model.parameters())
         self.register(held_by_model(model))
         self.register(held_by_optimizer(optimizer))
 
     def mark(self, phase: str, moment: str) -> None:
-        """A moment begins."""
+        """Begin a moment."""
         self._tracker.phase = phase
         self._tracker.moment(moment)
 
@@ -91,7 +99,10 @@ class Window:
         self._handles += watch_layers(model, self._tracker, layers)
 
     def watch_gradients(self, model: nn.Module) -> None:
-        """Name gradients as they come; before an optimizer's own hooks are there, which take them away."""
+        """Register gradients when they appear.
+
+        To be called before an optimizer installs hooks that remove them.
+        """
         for parameter in model.parameters():
             if parameter.requires_grad:
                 self._handles.append(
