@@ -203,7 +203,7 @@ class Save:
 
 @contextlib.contextmanager
 def saving(target: str | Path) -> Iterator[Path]:
-    """Give a folder to write into, which replaces ``target``'s files at the end, all or none.
+    """Yield a folder to write into, whose files replace ``target``'s at the end, all or none.
 
     To be called on one rank.
     """

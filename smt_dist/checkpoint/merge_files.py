@@ -261,7 +261,7 @@ def _copy_other_files(source: Path, target: Path, dtype: torch.dtype | None, unt
 
 
 def _other_files(folder: Path) -> Iterator[Path]:
-    """Config and tokenizer files: everything in the folder but weights and hidden files."""
+    """List configs and tokenizer: all files of the folder but weights and hidden ones."""
     for path in sorted(folder.iterdir()):
         if path.is_file() and not path.name.endswith(_WEIGHT_SUFFIXES) and not path.name.startswith("."):
             yield path

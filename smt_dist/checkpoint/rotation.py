@@ -163,7 +163,10 @@ def _saved_at(folder: Path) -> tuple[int, int]:
 
 
 def _delete(folder: Path) -> None:
-    """Under another name first: a deletion that is cut short leaves no half checkpoint."""
+    """Delete a folder, under another name first.
+
+    A deletion that is cut short then leaves no half checkpoint.
+    """
     hidden = folder.with_name(f".{folder.name}.deleted")
     shutil.rmtree(hidden, ignore_errors=True)
     os.replace(folder, hidden)

@@ -1,4 +1,4 @@
-"""Former names of flags, which go on working on the command line and in recipes."""
+"""Accept former names of flags on the command line and in recipes."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def parse_arguments(kind: type, description: str | None) -> tuple[Any, Any]:
 
 
 def configure_logging() -> None:
-    """INFO of this package on rank 0, warnings elsewhere."""
+    """Log INFO of this package on rank 0, warnings elsewhere."""
     rank = int(os.environ.get("RANK", "0"))
     logging.basicConfig(format="%(asctime)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     # DeepSpeed 0.19.8 calls collectives by names that torch 2.13 deprecates, at every step.
@@ -115,7 +115,7 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescript
 
 
 def raise_usage_error(message: str) -> NoReturn:
-    """For ``ArgumentParser.error``: one line, worded like every other error."""
+    """Raise SMTError in place of argparse's usage message; for ``ArgumentParser.error``."""
     message = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)
     if choice := re.fullmatch(r"(.*)invalid choice: (.*) \(choose from (.*)\)", message, re.DOTALL):
         accepted = choice[3].replace("'", "")

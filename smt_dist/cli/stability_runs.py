@@ -309,7 +309,10 @@ def _source_mark(config: SMTConfig) -> str | None:
 
 
 def _folder_mark(name: str | None) -> list[tuple[str, int, int]]:
-    """Size and time of a model folder's files: another model of the same name is another one."""
+    """Return size and time of a model folder's files.
+
+    Another model of the same name then counts as another one.
+    """
     folder = Path(name or "")
     if name is None or not folder.is_dir():
         return []

@@ -112,7 +112,7 @@ def load(plan: RunPlan, args: SMTTrainingArguments) -> Job:
 
 
 def choose(job: Job) -> tuple[BlockSelection, BlockScores | None]:
-    """Take the selection that was made earlier, or run the warm-up; with its scores."""
+    """Return the earlier selection with its scores, or run the warm-up."""
     plan, args, model, recorder = job.plan, job.args, job.model, job.recorder
     folder = Path(args.output_dir)
     if plan.selection is not None:
@@ -149,7 +149,7 @@ def train(job: Job, selection: BlockSelection, scores: BlockScores | None) -> tu
 
 
 def report_preemption(trainer: SMTTrainer) -> None:
-    """Say what the signal left."""
+    """Describe what the signal left."""
     if get_rank() == 0:
         saved, name = trainer.saved_when_preempted(), signal.Signals(trainer.preempted).name
         print(f"ended by {name}: saved in {saved}; go on with --resume_from_checkpoint auto", flush=True)

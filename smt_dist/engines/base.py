@@ -102,7 +102,7 @@ class Engine(Protocol):
         """Make forwards and backwards of the bare ``model`` possible, without an optimizer."""
 
     def forget(self, model: nn.Module) -> None:
-        """Take away what a training engine that was destroyed left in ``model``."""
+        """Remove what a destroyed training engine left in ``model``."""
 
     def full_finetuning(
         self, model: nn.Module, learning_rate: float, accumulation: int

@@ -39,7 +39,7 @@ DEFAULT_BUCKET = 500_000_000
 
 
 class DeepSpeedEngine:
-    """ZeRO as the DeepSpeed JSON says.
+    """Run ZeRO as the DeepSpeed JSON configures it.
 
     Args:
         config: the JSON with every ``"auto"`` filled in.
@@ -63,7 +63,10 @@ class DeepSpeedEngine:
 
     @contextmanager
     def scoring(self, model: nn.Module) -> Iterator[None]:
-        """Under ZeRO-3 an engine without optimizer gathers the weights; destroyed at the end."""
+        """Make an engine without optimizer gather the weights under ZeRO-3.
+
+        It is destroyed at the end.
+        """
         if self.stage < 3:
             yield
             return

@@ -64,7 +64,7 @@ class FlatParameters:
         self.own = self.share(get_rank() if is_distributed() else 0)
 
     def bind(self, parameter: nn.Parameter, data: torch.Tensor) -> None:
-        """Give a parameter its data, and remember where it lies."""
+        """Set a parameter's data, and remember where it lies."""
         parameter.data = data
         self._storages[parameter] = StorageWeakRef(data.untyped_storage())
 

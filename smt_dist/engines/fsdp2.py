@@ -23,7 +23,9 @@ from smt_dist.errors import SMTError
 
 
 class FSDP2Engine(ReplicatedBlocks):
-    """FSDP2 over all ranks, or HSDP: sharded inside a group of ranks and replicated over groups.
+    """Run FSDP2 over all ranks, or HSDP.
+
+    HSDP is sharded inside a group of ranks and replicated over groups.
 
     Args:
         reduce_dtype: as for :class:`ReplicatedBlocks`. The blocks' state is sharded over all ranks either way.

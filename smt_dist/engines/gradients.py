@@ -25,7 +25,7 @@ class GradientSums(Protocol):
         """Return this rank's fp32 slice of the average over ranks; collective, last in a step."""
 
     def clear(self) -> None:
-        """Forget everything, for the next step."""
+        """Drop everything, for the next step."""
 
     def tensors(self) -> list[torch.Tensor]:
         """Return the tensors that are held now."""

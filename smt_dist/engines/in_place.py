@@ -71,7 +71,7 @@ class PlacedValues:
         self._flat.bind(parameter, parameter.new_full((1,), math.nan).expand(parameter.shape))
 
     def begin(self) -> None:
-        """Say that values are about to change."""
+        """Mark the values as incomplete."""
         self.is_whole = self._are_gathered = False
 
     @torch.no_grad()
@@ -146,7 +146,7 @@ def _finish_before_forward(model: nn.Module, placed: PlacedValues) -> None:
 
 
 def in_place_layers(model: nn.Module | None, parameters: list[nn.Parameter]) -> dict[nn.Parameter, InPlaceLayer]:
-    """Parameter -> in-place layer of the model, for those of ``parameters`` that have one."""
+    """Map each of ``parameters`` to its in-place layer of the model, where it has one."""
     modules = model.modules() if model is not None else ()
     layers = {module.delta: module for module in modules if isinstance(module, InPlaceLayer)}
     return {parameter: layers[parameter] for parameter in parameters if parameter in layers}

@@ -41,7 +41,7 @@ def initialize_process_group(engine: str, timeout: float, begin: Callable[[], ob
 
 
 def warn_of_a_shared_store() -> None:
-    """Say how torchrun restarts ranks safely, where it will restart them.
+    """Log how torchrun restarts ranks safely, where it will restart them.
 
     In torch 2.13.0 its agent keeps one store for all tries: restarted ranks may read the addresses of those that are
     gone, and then wait for one another until the time-out.

@@ -93,7 +93,10 @@ class ReplicatedBlocks:
 
 
 def adamw_step(model: nn.Module, learning_rate: float, accumulation: int) -> Callable[[], None]:
-    """AdamW over all weights, called after each micro-batch; steps at the end of a global step."""
+    """Make a function that steps AdamW over all weights, called after each micro-batch.
+
+    It steps at the end of a global step.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.0)
     micro_batches = count(1)
 

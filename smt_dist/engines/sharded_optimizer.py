@@ -137,7 +137,7 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         parameter.grad = None
 
     def zero_grad(self, set_to_none: bool = True) -> None:  # noqa: ARG002
-        """Forget the gradients that were added up."""
+        """Drop the gradients that were added up."""
         for parameter in self._flat.ranges:
             parameter.grad = None
         for master in self._masters:

@@ -15,7 +15,7 @@ _ROWS = 1000
 
 
 class HashedSampler(Sampler[int]):
-    """Another sampler's indices, with a fingerprint of each epoch's order.
+    """Yield another sampler's indices, with a fingerprint of each epoch's order.
 
     Args:
         sampler: to draw from; its ``set_epoch`` is passed on.
@@ -37,7 +37,7 @@ class HashedSampler(Sampler[int]):
         return len(self.sampler)
 
     def set_epoch(self, epoch: int) -> None:
-        """For samplers that shuffle by epoch."""
+        """Set the epoch, for samplers that shuffle by it."""
         if hasattr(self.sampler, "set_epoch"):
             self.sampler.set_epoch(epoch)
 

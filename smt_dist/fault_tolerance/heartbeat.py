@@ -30,7 +30,7 @@ FAILED_GRACE = 5.0  # seconds for this rank to end by itself when another said t
 
 
 class Verdict(NamedTuple):
-    """Why all ranks end.
+    """Hold the reason why all ranks end.
 
     Attributes:
         text: what happened, to which rank, during which activity.
@@ -63,12 +63,12 @@ class Heartbeat:
     # -- for the main thread -------------------------------------------------------------------------------------
 
     def stop(self) -> None:
-        """Say goodbye: this rank's work is done."""
+        """Notify the other ranks that this rank's work is done."""
         self._say({"bye": True})
         self._close()
 
     def leave(self, text: str, code: int = EXIT_PEER_LOST, grace: float = FAILED_GRACE) -> None:
-        """Tell the other ranks that this one ends, and why: they end too."""
+        """Notify the other ranks that this one ends, and why; they end too."""
         self._say(Verdict(f"rank {self.rank} {text}", code, grace)._asdict())
         self._close()
 

@@ -1,4 +1,4 @@
-"""NaN and infinity in losses and gradients: skip the step on all ranks, or stop the run.
+"""Skip a step with NaN or infinity on all ranks, or stop the run.
 
 A loss that isn't finite makes its gradients NaN, so that one question remains: is the global gradient norm finite? It
 has the same bits on all ranks. ``ShardedBlockOptimizer`` and DeepSpeed's optimizers then leave masters, moments and

@@ -51,7 +51,7 @@ class Preemption:
         return self._number
 
     def defer(self) -> None:
-        """From now on there is something to save, and somebody who looks at :attr:`requested`."""
+        """Defer to the trainer: there is something to save, and it reads :attr:`requested`."""
         self._deferring = True
 
     def restore(self) -> None:

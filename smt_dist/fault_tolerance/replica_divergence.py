@@ -1,4 +1,4 @@
-"""Replica divergence: compare what must be equal on all ranks, name the first difference.
+"""Compare what must be equal on all ranks, and name the first difference.
 
 Under ``ddp``, ``fsdp2`` and ZeRO-1 and 2 each rank computes with a copy of its own of every block: the copies are
 compared. Under ZeRO-3 nobody holds a copy; there, and in bf16 under ``ddp`` and ``fsdp2`` too, each rank compares the

@@ -1,1 +1,1 @@
-"""Sparse: what a block is, and a model that carries blocks."""
+"""Define blocks and models that have blocks."""

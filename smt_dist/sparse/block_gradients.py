@@ -35,7 +35,7 @@ class ColumnGroup:
 
 @dataclass(frozen=True)
 class DensePart:
-    """Some block rows, multiplied by all columns that blocks read.
+    """Hold some block rows, to be multiplied by all columns that blocks read.
 
     Attributes:
         outputs: of each block row, in the weight's rows.

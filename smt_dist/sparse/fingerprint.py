@@ -1,4 +1,4 @@
-"""Telling one base from another by the content of the blocks that an adapter was trained on."""
+"""Identify a base by the content of the blocks that an adapter was trained on."""
 
 from __future__ import annotations
 

@@ -41,7 +41,7 @@ def layer_kind(model: nn.Module, name: str, wanted: str, auto_form: Form) -> typ
 
 
 def why_additive(model: nn.Module, name: str) -> str | None:
-    """Why a module's weight can't hold blocks, to follow its name; None where it can."""
+    """Return why a module's weight can't hold blocks, to follow its name, or None if it can."""
     module = model.get_submodule(name)
     weight = module.weight
     if hasattr(weight, "ds_id"):
@@ -62,7 +62,7 @@ def _is_cut_by_rows(weight: DTensor) -> bool:
 
 
 def describe_forms(layers: dict[str, SparseLayer], model: nn.Module) -> str:
-    """Say in one line which form the layers have, and why the others haven't the first."""
+    """Describe in one line which form the layers have, and why some aren't in place."""
     beside = {name: layer for name, layer in layers.items() if not layer.is_in_place}
     inside = len(layers) - len(beside)
     if not beside:

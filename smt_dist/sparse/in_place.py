@@ -107,7 +107,7 @@ class InPlaceLayer(SparseLayer):
 
     @torch.no_grad()
     def read_original(self) -> torch.Tensor:
-        """W0 at the blocks, whole; collective where the base or W0 is sharded."""
+        """Return W0 at the blocks, whole; collective where the base or W0 is sharded."""
         if self.original is not None:
             return self.original
         if self.holder is not None:
@@ -178,7 +178,7 @@ class InPlaceLayer(SparseLayer):
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the weight W0 back; collective where an optimizer holds it."""
+        """Restore W0 in the weight; collective where an optimizer holds it."""
         if self.is_written:
             self.write(self.read_original())
         self.original, self.values, self.holder = None, None, None
@@ -194,7 +194,7 @@ class Holder(Protocol):
     is_whole: bool
 
     def read_original(self, layer: InPlaceLayer) -> torch.Tensor:
-        """W0 at the layer's blocks, whole; collective."""
+        """Return W0 at the layer's blocks, whole; collective."""
 
     def read_delta(self, layer: InPlaceLayer) -> torch.Tensor:
         """Return the layer's whole deltas; collective."""

@@ -66,10 +66,10 @@ class SparseLayer(nn.Module):
         self.delta.copy_(delta)
 
     def write_out(self) -> None:
-        """Have the weight hold the values, where it does, after deltas were changed by hand."""
+        """Write the values into the weight, where it holds them, after deltas were changed by hand."""
 
     def restore(self) -> None:
-        """Give the weight W0 back, where it holds the values."""
+        """Restore W0 in the weight, where it holds the values."""
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -100,7 +100,7 @@ class SparseLayer(nn.Module):
         return getattr(self.base, "bias", None)
 
     def extra_repr(self) -> str:
-        """For ``print(model)``."""
+        """Return the layer's text for ``print(model)``."""
         return f"blocks={len(self.blocks)} of {self.grid.block_rows}x{self.grid.block_cols}"
 
 

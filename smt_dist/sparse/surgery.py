@@ -1,4 +1,4 @@
-"""Model surgery: put blocks into a model, switch them, take them out."""
+"""Put blocks into a model, switch them off, and remove them."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def _refuse_other_config(selection: BlockSelection, config: SMTConfig) -> None:
 
 
 def sparse_layers(model: nn.Module) -> dict[str, SparseLayer]:
-    """Module name -> layer with trainable blocks, in the model's order."""
+    """Return module name -> layer with trainable blocks, in the model's order."""
     return {
         name: module
         for name, module in model.named_modules()

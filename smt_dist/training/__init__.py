@@ -1,1 +1,1 @@
-"""Training: the job, from its flags to its adapter."""
+"""Run the training job, from its flags to its adapter."""

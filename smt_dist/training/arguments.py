@@ -217,7 +217,7 @@ class SMTTrainingArguments(TrainingArguments):
         )
 
     def set_up_process_group(self) -> None:
-        """Meet the other ranks, before any model is built; one GPU a process."""
+        """Create the process group before any model is built, with one GPU per process."""
         initialize_process_group(self.engine, self.ddp_timeout, lambda: self.device)
         if self.n_gpu > 1:  # one process that sees several GPUs: Trainer would use nn.DataParallel
             self._n_gpu = 1

@@ -87,7 +87,7 @@ def reselect(trainer: SMTTrainer, settings: ReselectConfig, checkpoint: Verified
 
 
 def take_down(trainer: SMTTrainer) -> None:
-    """Let go of engine and optimizer; ``train`` makes new ones."""
+    """Release engine and optimizer; ``train`` makes new ones."""
     trainer.accelerator.free_memory()  # destroys a DeepSpeed engine
     trainer.engine.forget(trainer.model)
     release_gradients(layer.delta for layer in sparse_layers(trainer.model).values())

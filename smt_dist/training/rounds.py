@@ -130,7 +130,10 @@ def check_arguments(trainer: SMTTrainer) -> None:
 
 
 def first_steps_factor(beta1: float, beta2: float) -> float:
-    """Work out how long Adam's longest step from zero moments is, late in training; 1 is right."""
+    """Compute how long Adam's longest step from zero moments is, late in training.
+
+    1 is right.
+    """
     return max((1 - beta1**k) / math.sqrt(1 - beta2**k) for k in range(1, 1000))
 
 
@@ -159,7 +162,7 @@ def train_in_rounds(
 
 
 def _is_due(trainer: SMTTrainer, settings: ReselectConfig, folder: Path) -> bool:
-    """Tell whether a checkpoint ended a round whose re-selection a killed run didn't make."""
+    """Return whether a checkpoint's round ended without the re-selection it is due."""
     path = folder / TRAINER_STATE_NAME
     state = parse_json_object(read_text(path), str(path))
     step = int(state["global_step"])

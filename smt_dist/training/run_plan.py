@@ -111,7 +111,7 @@ def _shown(smt_config: str | dict[str, Any]) -> str:
 
 
 def _on_moved_base(run: RunArguments, config: SMTConfig, checkpoint: VerifiedFolder | None) -> RunArguments:
-    """Point the flags to the base that a full fine-tuning warm-up moved, where there is one.
+    """Set the flags to the base that a full fine-tuning warm-up changed, where there is one.
 
     The checkpoint's blocks belong to it.
     """

@@ -134,7 +134,7 @@ class CheckpointWriter:
 
     @contextmanager
     def _saving(self, folder: Path) -> Iterator[Path]:
-        """Give the folder to write into, which becomes ``folder`` at the end, on all ranks or none."""
+        """Yield a folder to write into, which becomes ``folder`` on all ranks or none."""
         save = Save(folder)
 
         def begin() -> None:

@@ -202,7 +202,7 @@ class SMTTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Work the loss out, as ``Trainer.compute_loss`` does; a non-finite one has NaN gradients."""
+        """Compute the loss as ``Trainer.compute_loss`` does; a non-finite one has NaN gradients."""
         # Else a rank whose loss is infinite could have finite gradients, and the step would be applied.
         if not model.training:  # the batch's own mean, which prediction_step weighs
             return super().compute_loss(model, inputs, return_outputs, None)
@@ -342,7 +342,7 @@ class SMTTrainer(Trainer):
 
 @contextmanager
 def _meanwhile(args: SMTTrainingArguments, **values: Any) -> Iterator[None]:
-    """Give arguments other values inside the context."""
+    """Set arguments to other values inside the context."""
     before = {name: getattr(args, name) for name in values}
     vars(args).update(values)
     try:

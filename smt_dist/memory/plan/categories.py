@@ -46,19 +46,19 @@ class Memory:
         return sum(self.as_dict().values())
 
     def as_dict(self) -> dict[str, int]:
-        """Category -> bytes."""
+        """Return category -> bytes."""
         return {name: getattr(self, name) for name in CATEGORIES}
 
     def plus(self, **changes: int) -> Memory:
-        """With ``changes`` bytes more of some categories."""
+        """Return a copy with ``changes`` bytes more of some categories."""
         return replace(self, **{name: getattr(self, name) + change for name, change in changes.items()})
 
     def with_(self, **values: int) -> Memory:
-        """With other bytes of some categories."""
+        """Return a copy with other bytes of some categories."""
         return replace(self, **values)
 
     def to_json(self) -> dict[str, int]:
-        """Category -> bytes, and their ``total``."""
+        """Return category -> bytes, and their ``total``."""
         return self.as_dict() | {"total": self.total}
 
 

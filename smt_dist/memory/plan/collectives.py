@@ -143,7 +143,7 @@ class CollectiveCounter(TorchDispatchMode):
 
 
 def totals(collectives: Iterable[Collective], steps: int = 1) -> dict[str, Total]:
-    """Kind -> calls, bytes and bytes sent by a rank, divided by ``steps``."""
+    """Return kind -> calls, bytes and bytes sent by a rank, divided by ``steps``."""
     by_kind: dict[str, list[Collective]] = defaultdict(list)
     for collective in collectives:
         by_kind[collective.kind].append(collective)

@@ -19,7 +19,7 @@ STEP = 2
 def at_full_depth(
     trace: Callable[[int], dict[str, Memory]], layers: int, special: int = EDGE, exact: bool = False
 ) -> dict[str, Memory]:
-    """Moment -> peak at ``layers`` layers.
+    """Return moment -> peak at ``layers`` layers.
 
     Args:
         trace: depth -> moment -> peak.

@@ -25,7 +25,7 @@ def load_peak(request: Request, shape: Shape) -> Memory:
 
 
 def host_bytes_per_node(request: Request, shape: Shape) -> int:
-    """Host memory of the fullest node while loading, without the page cache of the files.
+    """Return host memory of the fullest node while loading, without the files' page cache.
 
     ``ddp`` and ZeRO-1/2 read the whole base in each process before it goes to the device; ZeRO-3's rank 0 reads all
     of it and the others none; under ``fsdp2`` each process reads its slices, weight by weight.

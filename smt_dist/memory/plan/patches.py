@@ -79,7 +79,7 @@ def unseen_shape_propagation() -> AbstractContextManager[None]:
 
 @contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Let ``owner`` have ``value`` inside, and afterwards what it had, which must be there."""
+    """Set an attribute of ``owner`` inside the context; it must exist before."""
     original, inherited = getattr(owner, name), name not in vars(owner)
     setattr(owner, name, value)
     try:

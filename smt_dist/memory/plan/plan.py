@@ -72,7 +72,7 @@ class Plan:
         return None if self.request.device_memory is None else self.peak_bytes <= self.request.device_memory
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; bytes are whole numbers."""
+        """Return plain values; bytes are whole numbers."""
         request = self.request
         names = ("engine", "world_size", "method", "batch", "accumulation", "sequence", "dtype")
         names += ("ranks_per_node", "device_memory")
@@ -218,7 +218,7 @@ def _with_zero(request: Request, shape: Shape, trained: int, moments: dict[str, 
 
 
 def _sides(shape: Shape) -> int:
-    """Trained elements of LoRA for each unit of rank."""
+    """Return the trained elements of LoRA for each unit of rank."""
     return sum(grid.rows + grid.cols for grid in shape.grids.values())
 
 

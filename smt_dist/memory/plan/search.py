@@ -80,7 +80,7 @@ def _all_blocks(request: Request) -> int:
 
 
 def _world_sizes(request: Request) -> list[int]:
-    """Yield powers of two within a node, then doubling numbers of nodes.
+    """Return powers of two within a node, then doubling numbers of nodes.
 
     All are multiples of the replicas.
     """

@@ -82,7 +82,7 @@ class MemoryTracker(TorchDispatchMode):
                 self._record_of(local_tensor(tensor)).category = category
 
     def moment(self, name: str) -> None:
-        """From here on peaks are those of moment ``name``, until the next call."""
+        """Count peaks for moment ``name``, until the next call."""
         self._log.moments.append((len(self._log.events), name))
 
     @property
@@ -150,7 +150,7 @@ class MemoryTracker(TorchDispatchMode):
                 record.category = record.category or category
 
     def _copy(self, args: tuple) -> None:
-        """For a moment there is the whole once more; of a collective's tensors it is the largest."""
+        """Count the copy of the whole that exists for a moment: a collective's largest tensor."""
         size = max(value.nbytes for value in tree_leaves(args) if isinstance(value, torch.Tensor))
         record = Record(size, self._pass, self._span, "communication")
         self._log.events += [(record, size), (record, -size)]
@@ -173,7 +173,7 @@ class MemoryTracker(TorchDispatchMode):
         return record
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """FSDP2 frees and fills whole weights in place, without an operation."""
+        """Track whole weights that FSDP2 frees and fills in place, without an operation."""
         found = self._records.get(storage._cdata)
         if found is None:
             return

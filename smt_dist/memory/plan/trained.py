@@ -55,7 +55,7 @@ def prepare(task: Task) -> Step:
 
 
 def watch_gradients(model: nn.Module, tracker: MemoryTracker) -> None:
-    """Before the optimizer's own hooks take them away."""
+    """Register gradients before the optimizer's own hooks remove them."""
     for parameter in model.parameters():
         if parameter.requires_grad and not isinstance(parameter, torch.distributed.tensor.DTensor):
             parameter.register_post_accumulate_grad_hook(lambda p: tracker.register(p.grad, "gradients"))
@@ -106,7 +106,7 @@ def _prepare_smt(task: Task) -> Step:
 
 
 def _join_columns(model: nn.Module) -> None:
-    """Let the blocks that read one column of a weight lie one below the other, and count as one.
+    """Stack the blocks that read one column of a weight, so that they count as one.
 
     They hold as much in as few operations as possible: a plan of 70B has thousands of blocks.
     """

@@ -36,7 +36,7 @@ class ZeroSettings:
 
     @staticmethod
     def of(stage: int, section: dict[str, Any]) -> ZeroSettings:
-        """From the JSON's section; values that are ``"auto"`` take DeepSpeed's defaults.
+        """Read the JSON's section; values that are ``"auto"`` take DeepSpeed's defaults.
 
         Raises:
             SMTError: it offloads, or a size is no number.
@@ -134,7 +134,7 @@ class ZeroModel:
 
     @property
     def share(self) -> int:
-        """Trained elements whose state this rank keeps."""
+        """Return the trained elements whose state this rank keeps."""
         return -(-sum(self.trained) // self.ranks)
 
     @property
@@ -144,7 +144,9 @@ class ZeroModel:
         return largest if largest > self.settings.reduce_bucket_size else 0
 
     def _backward(self, done: int) -> Memory:
-        """Beside what is resident, when ``done`` elements have their gradients.
+        """Return what is held beside the resident memory in the backward.
+
+        When ``done`` elements have their gradients.
 
         ZeRO-1 keeps them all to the end. ZeRO-2 and 3 copy them into the bucket, which ZeRO-1 and 2 make when
         the first comes, and reduce it when it is full: then this rank's share appears.
@@ -246,7 +248,7 @@ class ZeroModel:
         return self.width * max(self._gathers(self.trained if self.base_is_trained else self.frozen), default=0)
 
     def _gathers(self, sizes: list[int]) -> list[int]:
-        """Return the gathered weights, of those that don't stay whole."""
+        """Return the sizes that are gathered: those that don't stay whole."""
         return [size for size in sizes if size >= self.settings.param_persistence_threshold]
 
     def _used(self, moment: str) -> int:

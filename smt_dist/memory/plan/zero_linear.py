@@ -17,7 +17,7 @@ from smt_dist.memory.plan.patches import linear_function
 
 
 def linear_of(engine: str) -> AbstractContextManager[None]:
-    """Let ``torch.nn.functional.linear`` be the engine's inside."""
+    """Replace ``torch.nn.functional.linear`` by the engine's inside the context."""
     return linear_function(_linear) if engine == "zero3" else nullcontext()
 
 

@@ -38,13 +38,13 @@ class CpuAllocations:
     """
 
     def start(self) -> None:
-        """Begin; the profiler's log grows until :meth:`stop`."""
+        """Begin recording; the profiler's log grows until :meth:`stop`."""
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it would print two lines for every recording
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         self._profile.start()
 
     def stop(self) -> list[Allocation]:
-        """End, and give up the log."""
+        """End recording, and return the log."""
         self._profile.stop()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "trace.json"
@@ -74,7 +74,7 @@ class CudaStatistics:
         self._cuda = cuda
 
     def start(self) -> None:
-        """Let peaks begin at what is there now."""
+        """Reset the peaks to what exists now."""
         self._cuda.reset_peak_memory_stats(self._device)
 
     def peak(self) -> int:

@@ -134,7 +134,7 @@ def _plan(request: Request) -> dict[str, Any]:
 
 @contextmanager
 def _without_accelerate() -> Iterator[None]:
-    """Return the environment without accelerate's variables: the new process is no rank."""
+    """Remove accelerate's variables inside the context: the new process is no rank."""
     names = [name for name in os.environ if name.startswith("ACCELERATE_")]
     taken = {name: os.environ.pop(name) for name in names}
     try:

@@ -41,7 +41,7 @@ class Recording:
         self.timelines.append(timeline.thinned())
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values; bytes are whole numbers."""
+        """Return plain values; bytes are whole numbers."""
         return {
             "rank": self.rank,
             "device": self.device,

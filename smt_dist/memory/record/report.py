@@ -54,7 +54,7 @@ def render_page(report: Mapping[str, Any], plots: Mapping[str, bytes]) -> str:
 
 
 def fullest(ranks: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Phase -> ``rank``, ``moment`` and ``peak`` of the rank that held most in it."""
+    """Return phase -> ``rank``, ``moment`` and ``peak`` of the rank that held most in it."""
     found: dict[str, dict[str, Any]] = {}
     for rank in ranks:
         for phase, value in rank["phases"].items():

@@ -43,7 +43,7 @@ class Timeline:
     marks: list[Mark]
 
     def peaks(self) -> dict[str, tuple[str, Memory]]:
-        """Phase -> (moment, what was held) at its peak."""
+        """Return phase -> (moment, memory) at its peak."""
         totals = self.levels.sum(1)
         best: dict[str, tuple[int, str, int]] = {}
         for mark, (first, last) in zip(self.marks, self._rows(), strict=True):
@@ -65,7 +65,10 @@ class Timeline:
         return Timeline(self.nanoseconds, levels, self.marks)
 
     def thinned(self, points: int = 1000) -> Timeline:
-        """With about as many rows; of those that go together, the largest stays, so that peaks do."""
+        """Reduce to about as many rows, keeping peaks.
+
+        Of rows that are joined, the largest stays.
+        """
         if len(self.nanoseconds) <= points:
             return self
         totals = self.levels.sum(1)

@@ -56,7 +56,7 @@ class Window:
         self._tracker.moment(moment)
 
     def register(self, held: Iterable[tuple[str, Any]]) -> None:
-        """Say what belongs to which category, also of what was made since :meth:`open`."""
+        """Assign tensors to categories, also those made since :meth:`open`."""
         for category, tensors in held:
             self._tracker.register(tensors, category)
 
@@ -76,7 +76,7 @@ class Window:
         self._tracker.moment(moment)
 
     def watch(self, model: PreTrainedModel, on_batch: OnBatch | None = None) -> None:
-        """Tell forward from backward, and name the moments by layer.
+        """Separate forward from backward, and name the moments by layer.
 
         Args:
             model: the bare model.
