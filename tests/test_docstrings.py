@@ -20,7 +20,6 @@ NO_VERBS = frozenset(
         "Without",
     ]
 )
-)
 
 
 def docstrings() -> Iterator[tuple[str, str]]:

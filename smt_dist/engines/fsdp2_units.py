@@ -78,7 +78,7 @@ def release_early(model: nn.Module, prefetch: bool) -> None:
         if not isinstance(module, FSDPModule):
             continue
         if not prefetch:
-            # FSDP2 fetches the next unit unless it is told which; this one is there already.
+            # FSDP2 prefetches the next unit unless a unit is named; this one is gathered already.
             module.set_modules_to_backward_prefetch([module])
         if isinstance(module, nn.Linear):
             _Releaser(module)

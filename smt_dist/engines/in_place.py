@@ -67,7 +67,7 @@ class PlacedValues:
         values = place.of(self._flat.values).view(parameter.shape)
         values.copy_(merged_blocks(original, parameter.detach()))
         layer.original, layer.values, layer.holder = None, values, self
-        # No memory, and nobody takes weights for deltas.
+        # NaN, so that weights are never read as deltas; expanded, so that it takes no memory.
         self._flat.bind(parameter, parameter.new_full((1,), math.nan).expand(parameter.shape))
 
     def begin(self) -> None:

@@ -90,7 +90,7 @@ def describe_odd_ranks(values: Iterable[str | int]) -> str:
     values = list(values)
     (common, count), *_ = Counter(values).most_common()
     odd = [rank for rank, value in enumerate(values) if value != common]
-    if count <= len(odd):  # no majority: nobody can tell who is right
+    if count <= len(odd):  # no majority: it isn't known which rank is right
         return f"rank {odd[0]} and rank {values.index(common)}"
     return f"rank{'s' * (len(odd) > 1)} {', '.join(map(str, odd))} against the other {count}"
 

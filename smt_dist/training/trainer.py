@@ -312,7 +312,7 @@ class SMTTrainer(Trainer):
         if checkpoint is not None:
             restore_training(self, self.engine, checkpoint)
             if self.state.best_global_step:
-                # By its step, beside this one: a path that stands in a file could be anybody's.
+                # By its step, beside this one: a path in a file from elsewhere isn't trusted.
                 self.state.best_model_checkpoint = self.writer.best_checkpoint(checkpoint.folder.parent)
         elif self.initial_deltas is not None:
             self.engine.write_blocks(self.model, self.optimizer, self.initial_deltas)
