@@ -24,16 +24,20 @@ from tqdm import tqdm, trange
 from smt_dist import BlockScores, BlockSelection, SMTConfig, SMTError, apply_selection, select_blocks
 from smt_dist.cli.program import natural, positive_int, raise_usage_error, run_program
 from smt_dist.config import parse_model
+from smt_dist.engines.sharded_optimizer import ShardedBlockOptimizer
 from smt_dist.errors import require_peft
 from smt_dist.memory.record.resident import own_bytes
 from smt_dist.sparse.blocks import resolve_block_size
+from smt_dist.sparse.forms import Form
+from smt_dist.sparse.surgery import sparse_layers
 from smt_dist.sparse.targets import count_parameters_2d, find_targets, weight_shape
 
 if TYPE_CHECKING:  # transformers and PEFT are imported where they are used: `--help` should not wait for them
     from transformers import PreTrainedModel
 
 RATIOS = [
-    *(("smt", "floor"), ("smt", "lora"), ("smt", "lora_cast"), ("smt", "full"), ("smt_upper", "smt")),
+    *(("smt", "floor"), ("smt_additive", "floor"), ("lora_cast", "floor"), ("smt", "smt_additive")),
+    *(("smt", "lora"), ("smt", "lora_cast"), ("smt", "full"), ("smt_upper", "smt")),
     ("floor", "full"),  # the least that smt/full can be: blocks in the first layer need all input gradients
 ]
 
@@ -54,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--batch_size", type=positive_int, default=4, help="sequences a step")
     add("--sequence_length", type=positive_int, default=512, help="tokens a sequence")
     add("--block_size", type=positive_int, default=256, help="side of a square block, in elements")
+    add("--targets", choices=["qkv", "all"], default="qkv", help="the layers' linear weights that get blocks or LoRA")
     add("--fraction", type=float, default=0.0265, help="share of the 2-D parameters that SMT trains, in (0, 1]")
     add("--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="of the model's weights")
     add("--threads", type=positive_int, help="CPU threads; None leaves the choice to torch")
@@ -66,14 +71,16 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def add_blocks(model: PreTrainedModel, arguments: argparse.Namespace, layers: range) -> None:
-    """SMT with random blocks in these layers."""
-    apply_selection(model, _random_selection(model, arguments, layers))
+def add_blocks(model: PreTrainedModel, arguments: argparse.Namespace, layers: range, form: Form = "in_place") -> None:
+    """Attach random blocks in these layers, in the base's dtype: fp32 masters are the optimizer's."""
+    selection = _random_selection(model, arguments, layers)
+    apply_selection(model, selection, dtype=model.dtype, auto_form=form)
 
 
 def _random_selection(model: PreTrainedModel, arguments: argparse.Namespace, layers: range) -> BlockSelection:
     """Blocks spread evenly over the targets: random scores under the strategy ``norm_dist``."""
-    targets = rf".*\.layers\.({'|'.join(map(str, layers))})\.self_attn\.[qkv]_proj"
+    projections = r"self_attn\.[qkv]_proj" if arguments.targets == "qkv" else r"(self_attn|mlp)\.[a-z]+_proj"
+    targets = rf".*\.layers\.({'|'.join(map(str, layers))})\.{projections}"
     group = {"name": "qkv", "target_modules": targets, "fraction": arguments.fraction}
     text = json.dumps({"groups": [group], "selection": {"strategy": "norm_dist"}})
     config = parse_model(SMTConfig, text, "the flags")
@@ -96,21 +103,23 @@ def add_lora(model: PreTrainedModel, arguments: argparse.Namespace, autocast: bo
 
     selection = _random_selection(model, arguments, range(arguments.layers))
     rank = max(1, round(selection.parameters / sum(sum(shape) for shape in selection.shapes.values())))
-    config = LoraConfig(r=rank, target_modules=["q_proj", "k_proj", "v_proj"], lora_dropout=0.0)
+    names = sorted({name.rpartition(".")[2] for name in selection.shapes})
+    config = LoraConfig(r=rank, target_modules=names, lora_dropout=0.0)
     get_peft_model(model, config, autocast_adapter_dtype=autocast)
 
 
 METHODS: dict[str, tuple[str, Callable[[Any, argparse.Namespace], object]]] = {
     "smt": (
-        "SMT blocks in fp32, random, evenly spread over q, k and v",
+        "SMT blocks inside the weights, random, evenly spread over --targets",
         lambda m, a: add_blocks(m, a, range(a.layers)),
     ),
+    "smt_additive": ("the same blocks beside the weights", lambda m, a: add_blocks(m, a, range(a.layers), "additive")),
     "smt_upper": (
         "as smt, all in the upper half of the layers, so that the lower half needs no backward",
         lambda m, a: add_blocks(m, a, range(a.layers // 2, a.layers)),
     ),
     "lora": (
-        "PEFT LoRA on q, k and v, nearest number of trainable parameters, in fp32 (PEFT's default)",
+        "PEFT LoRA on --targets, nearest number of trainable parameters, in fp32 (PEFT's default)",
         lambda m, a: add_lora(m, a, autocast=True),
     ),
     "lora_cast": ("as lora, in --dtype: no fp32 masters", lambda m, a: add_lora(m, a, autocast=False)),
@@ -131,10 +140,18 @@ class Run:
         prepare(self.model, arguments)
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.trainable = sum(parameter.numel() for parameter in trained)
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True) if trained else None
+        self.optimizer = self._make_optimizer(trained)
         shape = (arguments.batch_size, arguments.sequence_length)
         generator = torch.Generator().manual_seed(arguments.seed)
         self.tokens = torch.randint(arguments.vocab_size, shape, generator=generator)
+
+    def _make_optimizer(self, trained: list[torch.nn.Parameter]) -> torch.optim.Optimizer | None:
+        if not trained:
+            return None
+        if sparse_layers(self.model):
+            groups = [{"params": trained, "lr": 1e-4}]
+            return ShardedBlockOptimizer(groups, torch.optim.AdamW, {"fused": True}, model=self.model)
+        return torch.optim.AdamW(trained, lr=1e-4, fused=True)
 
     def step(self) -> float:
         """One whole training step; returns its seconds."""
