@@ -295,7 +295,7 @@ def attach_adapter(
     """
     remove_blocks(model)
     ever_trained, trained, deltas = adapter.selection, adapter.trained, trained_deltas(adapter)
-    # Of the base under all blocks, frozen ones too: what is saved from this model is compared with it.
+    # Of the base under all blocks, frozen ones included: adapters saved from this model are compared with it.
     fingerprint = adapter.base_fingerprint or None
     if fingerprint is None and adapter.active is not None:
         fingerprint = base_fingerprint(model, ever_trained)

@@ -30,7 +30,7 @@ from smt_dist.files import read_text
 
 MANIFEST_FILE = "smt_manifest.json"
 _INSIDE = ".smt_saving"
-# People edit it, and nothing reads it.
+# Users edit it, and the package never reads it.
 _FREE_FILES = frozenset({"README.md"})
 
 
@@ -268,7 +268,7 @@ def _read(folder: Path) -> Manifest | None:
 def _old_files(folder: Path) -> set[str]:
     try:
         manifest = _read(folder)
-    except SMTError:  # damaged: nothing is known of its files
+    except SMTError:  # damaged: its files aren't known
         return set()
     return set(manifest.files) if manifest is not None else set()
 
@@ -276,7 +276,7 @@ def _old_files(folder: Path) -> set[str]:
 def _stamp(path: Path) -> tuple[int, int] | None:
     try:
         found = path.stat()
-    except OSError:  # verify says what is wrong with it
+    except OSError:  # verify reports what is wrong with it
         return None
     return found.st_mtime_ns, found.st_ino
 

@@ -65,7 +65,7 @@ def last_checkpoint(output_dir: str) -> VerifiedFolder | None:
         try:
             manifest = read_manifest(folder)
             if manifest is not None and OPTIMIZER_FILE not in manifest.files:
-                continue  # of --save_only_model: whole, but nothing to go on from
+                continue  # of --save_only_model: complete, but without the state that a resume needs
             found = verify_checkpoint(folder)
         except SMTError as error:
             logger.warning("checkpoint passed over: %s", error)
@@ -142,7 +142,7 @@ def prune_checkpoints(output_dir: str | Path, limit: int | None, keep: set[Path]
     if limit is None or limit < 1:
         return
     folders = checkpoint_folders(output_dir)
-    # By time, not by step: who goes on from an earlier step writes smaller numbers later.
+    # By time, not by step: a run that continues from an earlier step writes smaller numbers later.
     rank = {folder: (is_whole(folder), _saved_at(folder)) for folder in folders}
     excess = len(folders) - max(limit, len(keep))
     for folder in [folder for folder in sorted(folders, key=rank.get) if folder not in keep][: max(0, excess)]:

@@ -83,7 +83,7 @@ def load_states(
     counters = parse_json_object(metadata["counters"], f"{path}: counters")
     if not all(type(value) in (int, float) and 0 <= value <= MAX_COUNTER for value in counters.values()):
         raise SMTError(f"{path}: counters are {shorten(str(counters))}, not numbers from 0 to {MAX_COUNTER}")
-    # Without a step that was applied there is nothing, and nothing to go on from.
+    # Before the first applied step there is no state to restore.
     if kept is not None and (keys or counters) and kept != (keys, sorted(counters)):
         saved, given = ", ".join(keys + sorted(counters)), ", ".join(kept[0] + kept[1])
         raise SMTError(

@@ -45,7 +45,7 @@ def expand_recipe(words: list[str], parser: ArgumentParser, kinds: Sequence[type
         return words
     path, rest = words[start], words[start + 1 :]
     content = read_recipe(path)
-    if rest and not rest[0].startswith("-"):  # a recipe's last list would take it
+    if rest and not rest[0].startswith("-"):  # otherwise a recipe's last list would take it as an item
         raise SMTError(f"{shorten(rest[0])}: only flags follow a recipe (see --help)")
     refuse_both_names(content, f"{path}: ")
     takes_mapping = _takes_mapping(kinds)

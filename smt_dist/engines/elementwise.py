@@ -21,7 +21,7 @@ _CUT = 4321
 _STEPS = 3
 _LEARNING_RATE = 1e-2
 _TOLERANCE = 1e-4  # of the update; the other order of sums makes 1e-7
-_FEW = 2  # elements, for an optimizer whose results aren't looked at
+_FEW = 2  # elements, for an optimizer whose results aren't compared
 # torch's own that are elementwise whatever their options: tests/test_elementwise.py tries each of them out. At run time
 # only their options are tried, which also goes under fake tensors, whose values can't be compared.
 ELEMENTWISE = frozenset(
@@ -150,7 +150,7 @@ def counter_state(
     torch's own optimizers keep tensors, DeepSpeed's and others' whole numbers.
     """
     library = type(optimizer).__module__.partition(".")[0]
-    # Fused kernels want theirs beside the parameter, the others on the CPU.
+    # Fused kernels need their counters on the parameter's device, the others on the CPU.
     beside = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
     device = parameter.device if beside else "cpu"
 

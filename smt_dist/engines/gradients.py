@@ -88,7 +88,7 @@ class SlicedGradients:
                 raise RuntimeError(f"more than the {self._micro_batches} backwards that a step was said to have")
             part.of(self._slice(owner), self._flat.share(owner).start).add_(part.of(gradient, place.start))
             self._awaited[owner] -= 1
-        # In this order on every rank, whatever the order in which gradients come.
+        # Reduce in this order on every rank, whatever the order in which gradients arrive.
         while self._next >= 0 and self._awaited[self._next] <= 0:
             self._reduce_next()
 

@@ -36,7 +36,7 @@ def initialize_process_group(engine: str, timeout: float, begin: Callable[[], ob
 
         if int(os.environ.get("LOCAL_RANK", "0")) == 0:
             warn_of_abandoned_builds()
-        # Before from_pretrained: without it zero.Init would reckon with one rank.
+        # Before from_pretrained: otherwise zero.Init would calculate with one rank.
         deepspeed.init_distributed(timeout=timedelta(seconds=timeout))
 
 

@@ -40,7 +40,7 @@ class ReplicatedBlocks:
         may_be_idle: bool = False,
         model: nn.Module | None = None,
     ) -> ShardedBlockOptimizer:
-        # A rank that waits for a gradient that doesn't come would leave FSDP2's gathers on the others unanswered.
+        # A rank that waits for a gradient that doesn't come would block FSDP2's gathers on the other ranks.
         micro_batches = None if may_be_idle else self.micro_batches
         return ShardedBlockOptimizer(groups, optimizer_class, options, self.reduce_dtype, micro_batches, model)
 

@@ -347,7 +347,7 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
 
 
 def _is_finite(norm: torch.Tensor) -> bool:
-    # A plan's tensors have no values to look at.
+    # A plan's fake tensors have no values.
     return isinstance(norm, FakeTensor) or bool(norm.isfinite())
 
 

@@ -104,14 +104,14 @@ class Heartbeat:
                 selector.select(BEAT_SECONDS)
                 verdict = self._read(selector)
                 before, last = last, time.monotonic()
-                if last - before > self.timeout / 2:  # it was this process, or the whole machine, that stood still
+                if last - before > self.timeout / 2:  # this process, or the whole machine, was stopped
                     for peer in self._peers.values():
                         peer.heard = last
                 verdict = verdict or self._silent()
                 if verdict is not None and not self._stopped.is_set():
                     self._conclude(verdict)
                     return
-                self._stopped.wait(BEAT_SECONDS)  # not more often, however much the others say
+                self._stopped.wait(BEAT_SECONDS)  # not more often, however much the others send
 
     def _read(self, selector: selectors.BaseSelector) -> Verdict | None:
         verdict = None

@@ -123,7 +123,7 @@ def _caller(connection: socket.socket, secret: str) -> int | None:
     deadline, line = time.monotonic() + HELLO_SECONDS, b""
     try:
         while not line.endswith(b"\n") and len(line) < HELLO_BYTES:
-            connection.settimeout(max(0.01, deadline - time.monotonic()))  # for the line: a byte now and then won't do
+            connection.settimeout(max(0.01, deadline - time.monotonic()))  # for the whole line, not for each byte
             byte = connection.recv(1)  # nothing of the messages that may follow
             if not byte:
                 return None

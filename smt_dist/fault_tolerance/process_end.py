@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 SETTLING_SECONDS = 2.0  # at most, for threads to become idle
-QUIET_LOOKS = 3  # in a row: what ends elsewhere may wake a thread
+QUIET_LOOKS = 3  # in a row: a thread that ends may wake another one
 
 
 def let_threads_settle(seconds: float = SETTLING_SECONDS) -> None:

@@ -92,7 +92,7 @@ def end_supervision(error: BaseException | None = None) -> None:
             heartbeat.stop()
         elif isinstance(error, Preempted):
             heartbeat.leave(error.text, int(error.code), grace=0.0)
-        elif isinstance(error, SMTError):  # the others know, or a RankError that only this rank has seen
+        elif isinstance(error, SMTError):  # the other ranks have it too, or it is a RankError of this rank alone
             heartbeat.leave(f"failed: {error}", code=2)
         else:
             # Now: if another rank is the cause, this process ends without a traceback.

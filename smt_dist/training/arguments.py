@@ -56,7 +56,7 @@ _REFUSED: dict[str, str] = {
     "do_predict": "use smt-evaluate",
     "save_on_each_node": "checkpoints are written once, by rank 0",
 }
-# The least value of flags that Trainer, torch or the warm-up would trip over much later.
+# The least values of flags that would otherwise fail much later in Trainer, torch or the warm-up.
 _LEAST: dict[str, int] = {
     "per_device_train_batch_size": 1,
     "per_device_eval_batch_size": 1,
@@ -175,7 +175,7 @@ class SMTTrainingArguments(TrainingArguments):
             self.bf16 = self.dtype == "bfloat16"
         try:
             super().__post_init__()
-        except Exception as error:  # its checks and conversions raise anything at all
+        except Exception as error:  # its checks and conversions can raise any exception
             raise SMTError(whole_message(error)) from None
         if self.deepspeed and self.hf_deepspeed_config.mismatches:
             raise SMTError(f"--deepspeed contradicts the flags: {self.hf_deepspeed_config.mismatches[0].lstrip('- ')}")

@@ -137,7 +137,7 @@ class GuardCallback(TrainerCallback):
         self.begin_checks()
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
-        if not self.trainer.is_deepspeed_enabled:  # whose step was in the backward
+        if not self.trainer.is_deepspeed_enabled:  # DeepSpeed has stepped in the backward already
             self.before_step()
 
     def on_step_end(
@@ -148,7 +148,7 @@ class GuardCallback(TrainerCallback):
         **_: Any,
     ) -> TrainerControl:
         if state.global_step >= state.max_steps:
-            self.preempted = 0  # it is done: the rest takes no longer than a save
+            self.preempted = 0  # training is done: what is left takes no longer than a save
         if self.preempted:
             control.should_save, control.should_training_stop = True, True
             _spare_evaluation(args, control)
@@ -161,11 +161,11 @@ class GuardCallback(TrainerCallback):
         control: TrainerControl,
         **_: Any,
     ) -> TrainerControl:
-        if self.preempted and (state.epoch or 0) % 1:  # cut short: no occasion for what is done at an epoch's end
+        if self.preempted and (state.epoch or 0) % 1:  # stopped within the epoch: nothing of an epoch's end is due
             control.should_save = control.should_evaluate = False
         elif self.preempted:
             _spare_evaluation(args, control)
-            control.should_save = control.should_evaluate  # with its score, which the next launch won't ask for
+            control.should_save = control.should_evaluate  # with its score, which the next launch won't compute
         return control
 
 

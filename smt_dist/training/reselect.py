@@ -65,7 +65,7 @@ def reselect(trainer: SMTTrainer, settings: ReselectConfig, checkpoint: Verified
     adapter = raise_on_any_rank(lambda: read_adapter(checkpoint), "reading the checkpoint")
     step = _step_of(folder)
     config: SMTConfig = model.smt.config
-    # The masters' values, whatever the engine left, or a new process didn't have.
+    # The engine may have left rounded values, and a new process has none: take the masters'.
     attach_adapter(model, adapter._replace(config=config), args.base_dtype, args.device, args.auto_form)
     data = TrainingData(trainer.train_dataset, None, trainer.data_collator)
     with engine.scoring(model):

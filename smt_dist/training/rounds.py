@@ -47,7 +47,7 @@ class RoundEnd(TrainerCallback):
     def on_step_end(self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         if state.global_step % self.every == 0 and state.global_step < state.max_steps:
             self.ended = True
-            # What was added up since the last log would be lost.
+            # Otherwise the losses since the last log would be lost.
             control.should_log = control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, _args: Any, state: TrainerState, control: TrainerControl, **_: Any) -> None:
@@ -87,7 +87,7 @@ class ReselectingTrainer(SMTTrainer):
         ignore_keys_for_eval: list[str] | None = None,
     ) -> TrainOutput:
         """Train, as :class:`SMTTrainer` does, in rounds with a re-selection between them."""
-        # Trainer has one engine and one optimizer a run, and the blocks that it began with.
+        # Trainer has one engine and one optimizer per run, for the blocks that it began with.
         options = {"trial": trial, "ignore_keys_for_eval": ignore_keys_for_eval}
         if self.settings is None:
             return super().train(resume_from_checkpoint, **options)
@@ -98,7 +98,7 @@ class ReselectingTrainer(SMTTrainer):
         return super().train(checkpoint, **options)
 
     def _load_best_model(self) -> None:
-        # At the end of a round it would take back what the next one goes on from.
+        # At the end of a round it would undo what the next round continues from.
         if not self.round_ended:
             super()._load_best_model()
 

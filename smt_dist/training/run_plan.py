@@ -69,7 +69,7 @@ def _find_selection(
 ) -> tuple[BlockSelection | None, Adapter | None]:
     if checkpoint is not None:
         selection = BlockSelection.from_json_file(checkpoint.folder / SELECTION_FILE)
-        # After a re-selection it takes the frozen blocks' values too to be where it was.
+        # After a re-selection the frozen blocks' values have to be restored, too.
         reselected = read_active(checkpoint.folder, selection) is not None
         return selection, read_adapter(checkpoint) if reselected else None
     if run.adapter is not None:

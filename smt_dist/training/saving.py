@@ -84,7 +84,7 @@ class CheckpointWriter:
         """
         args, state = self.trainer.args, self.trainer.state
         best, limit = state.best_model_checkpoint, args.save_total_limit
-        # A best one that is to be loaded is verified then.
+        # A best checkpoint is verified when it is loaded.
         if best is not None and not args.load_best_model_at_end and not is_whole(Path(best)):
             logger.warning("%s, the best checkpoint, is damaged or gone: all others stay", best)
             state.best_model_checkpoint = None

@@ -88,7 +88,7 @@ class TokenMean:
     def add(self, loss: torch.Tensor, tokens: torch.Tensor) -> None:
         """Add a batch: its mean loss over ``tokens`` tokens, which is NaN where there is none."""
         tokens = tokens.to(loss.device)
-        # fp64: the order of the batches must not show.
+        # fp64: the result must not depend on the order of the batches.
         self._sum += torch.where(tokens > 0, loss.double() * tokens, 0.0)
         self._tokens += tokens
 

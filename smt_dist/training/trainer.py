@@ -137,7 +137,7 @@ class SMTTrainer(Trainer):
         Raises:
             SMTError: the checkpoint that is named is damaged, or there is none.
         """
-        # Trainer would take the newest by its name, were it half a save.
+        # Trainer would take the newest by its name, even if its save was cut short.
         checkpoint = find_checkpoint(resume_from_checkpoint or None, self.args.output_dir)
         return super().train(checkpoint, trial, ignore_keys_for_eval)
 
@@ -159,7 +159,7 @@ class SMTTrainer(Trainer):
         super()._run_epoch(*args, **kwargs)
 
     def _finalize_training(self, trial: Any, num_train_samples: int, start_time: float) -> TrainOutput:
-        # Trainer would delete what the run goes on from, where --save_total_limit is 1.
+        # With --save_total_limit 1 Trainer would delete the checkpoint that the run continues from.
         with self.writer.keeping_checkpoints(bool(self.preempted)):
             return super()._finalize_training(trial, num_train_samples, start_time)
 
@@ -232,7 +232,7 @@ class SMTTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Evaluate, as ``Trainer.evaluate`` does."""
-        # A rank that is lost or hangs here would be said to have been lost in a training step.
+        # Otherwise a rank that is lost here would be reported as lost in a training step.
         begin_activity(f"evaluation after step {self.state.global_step}")
         return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
 
@@ -277,7 +277,7 @@ class SMTTrainer(Trainer):
         self.writer.write_adapter(Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:  # noqa: ARG002
-        # Trainer's has the base in it, pickles, and is half there when the disk is full.
+        # Trainer's contains the base and pickles, and is incomplete after a full disk.
         self.guard.check_before_save()
         self.writer.write_checkpoint(Path(self._get_output_dir(trial=trial)))
 
