@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import harness
 import pytest
 from harness import launch
 from tiers import all_differences, chosen, slow_unless
@@ -99,3 +100,10 @@ def test_an_interrupted_write_is_made_good_before_anything_computes(writes, engi
         assert rank["cut"]["interrupted"]
         assert rank["cut"]["damaged"] is not None, "without the mend old values would compute"
         assert rank["cut"]["mended"]
+
+
+def test_switching_off_on_one_rank_alone_is_an_error(tmp_path, model_folder, monkeypatch):
+    """Without it that rank would wait for the others' W0 until their collectives time out, half an hour later."""
+    monkeypatch.setattr(harness, "GRACE", 1)
+    with pytest.raises(AssertionError, match=r"not all ranks came within 2 s .*blocks_disabled on every rank"):
+        launch("workers.in_place:switch_off_alone", 2, tmp_path, model=str(model_folder))

@@ -19,7 +19,7 @@ from smt_dist.sparse.blocks import merged_blocks
 from smt_dist.sparse.in_place import InPlaceLayer
 from smt_dist.sparse.sharded import fsdp2_units
 
-SECONDS = 60  # in which all ranks must come to read W0
+SECONDS = 60  # in which all ranks must come, to read W0
 
 
 class ReadsMasters(Protocol):
@@ -96,11 +96,23 @@ class PlacedValues:
             raise RuntimeError("an optimizer step was interrupted before its values were shared: resume a checkpoint")
         self.write()
 
-    def read_original(self, layer: InPlaceLayer) -> torch.Tensor:
-        """Return a layer's whole W0; collective.
+    def meet(self) -> None:
+        """Wait for all ranks, at most a minute; collective.
 
-        It is refused after a minute in which not all ranks came.
+        Raises:
+            SMTError: not all ranks came.
         """
+        if is_distributed():
+            try:
+                dist.barrier(async_op=True).wait(timedelta(seconds=SECONDS))
+            except RuntimeError as error:
+                raise SMTError(
+                    f"not all ranks came within {SECONDS} s to read the base's blocks: enter "
+                    "smt_dist.blocks_disabled on every rank"
+                ) from error
+
+    def read_original(self, layer: InPlaceLayer) -> torch.Tensor:
+        """Return a layer's whole W0; collective."""
         place = self._flat.ranges[layer.delta]
         whole = torch.empty(len(place), dtype=self.original.dtype, device=self.original.device)
         for rank, part in self._flat.owners(place):
@@ -108,7 +120,7 @@ class PlacedValues:
             if part == part.within(self._flat.own):
                 piece.copy_(part.of(self.original, self._flat.own.start))
             if is_distributed():
-                _wait(dist.broadcast(piece, src=rank, async_op=True))
+                dist.broadcast(piece, src=rank)
         return whole.view(layer.delta.shape)
 
     def read_delta(self, layer: InPlaceLayer) -> torch.Tensor:
@@ -150,14 +162,3 @@ def in_place_layers(model: nn.Module | None, parameters: list[nn.Parameter]) -> 
     modules = model.modules() if model is not None else ()
     layers = {module.delta: module for module in modules if isinstance(module, InPlaceLayer)}
     return {parameter: layers[parameter] for parameter in parameters if parameter in layers}
-
-
-def _wait(work: dist.Work | None) -> None:
-    """Wait for a collective that only some ranks may have entered."""
-    try:
-        if work is not None:
-            work.wait(timedelta(seconds=SECONDS))
-    except RuntimeError as error:
-        raise SMTError(
-            f"not all ranks came within {SECONDS} s to read the base's blocks, which is collective"
-        ) from error

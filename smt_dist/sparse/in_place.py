@@ -193,6 +193,9 @@ class Holder(Protocol):
 
     is_whole: bool
 
+    def meet(self) -> None:
+        """Wait for all ranks, at most a minute; collective."""
+
     def read_original(self, layer: InPlaceLayer) -> torch.Tensor:
         """Return W0 at the layer's blocks, whole; collective."""
 

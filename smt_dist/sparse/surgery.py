@@ -193,10 +193,13 @@ def blocks_disabled(model: nn.Module) -> Iterator[None]:
     Entering it is collective where an optimizer holds the base's blocks: in-place layers under ``ddp`` and ``fsdp2``.
     Raises SMTError where not all ranks come within a minute.
     """
+    layers = [layer for layer in model.modules() if isinstance(layer, SparseLayer)]
+    holders = (layer.holder for layer in layers if isinstance(layer, InPlaceLayer) and layer.holder is not None)
+    if (holder := next(holders, None)) is not None:
+        holder.meet()  # a rank that is alone in here would wait for the others until their collectives time out
     with ExitStack() as stack:
-        for layer in model.modules():
-            if isinstance(layer, SparseLayer):
-                stack.enter_context(layer.disabled())
+        for layer in layers:
+            stack.enter_context(layer.disabled())
         yield
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, TrainerCallback
 
 from smt_dist.distributed import barrier, get_rank, get_world_size
+from smt_dist.engines import in_place
 from smt_dist.engines.base import unwrapped
 from smt_dist.errors import SMTError
 from smt_dist.sparse.block_rows import BlockRows
@@ -166,6 +168,17 @@ def _lose(folder: Path, model: str, engine: str) -> str:
             said = str(error)
         barrier()
         return said
+
+
+def switch_off_alone(folder: Path, model: str) -> None:
+    """Switch blocks off on rank 0, while the other ranks do something else."""
+    with engine_arguments("ddp", folder / "out", **OPTIONS) as args:
+        trainer = make_trainer(model, args, fixed_data())
+        trainer.train()
+        if get_rank() == 0:
+            with mock.patch.object(in_place, "SECONDS", 2), blocks_disabled(trainer.model):
+                pass
+        time.sleep(60)
 
 
 class _Between(TrainerCallback):
