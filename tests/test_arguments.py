@@ -213,3 +213,24 @@ def test_a_deepspeed_config_is_completed_and_the_given_one_left_alone(dtype):
     assert config["train_micro_batch_size_per_gpu"] == "auto"
     assert config["bf16"]["enabled"] is (dtype == torch.bfloat16)
     assert (config.get("data_types", {}).get("grad_accum_dtype") == "fp32") is (dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("engine", "form", "refused"),
+    [
+        ("ddp", "in_place", False),
+        ("fsdp2", "in_place", False),
+        ("deepspeed", "auto", False),
+        ("deepspeed", "additive", False),
+        ("deepspeed", "in_place", True),
+    ],
+)
+def test_a_form_that_the_engine_can_not_have_is_refused_by_name(tmp_path, engine, form, refused):
+    """DeepSpeed would go on sharing deltas, which nobody writes into the weights."""
+    args = SMTTrainingArguments(output_dir=str(tmp_path), engine="ddp")
+    args.engine = engine
+    if not refused:
+        args.refuse_form(form)
+        return
+    with pytest.raises(SMTError, match=r'form in_place: DeepSpeed .* use "auto", or --engine ddp or fsdp2'):
+        args.refuse_form(form)

@@ -82,7 +82,9 @@ def tune(run: RunArguments, args: SMTTrainingArguments) -> None:
     raise_on_any_rank(lambda: check_writable("--output_dir", Path(args.output_dir)), "the output folder")
     if run.profile_memory is not None:
         raise_on_any_rank(lambda: prepare_profiling(Path(run.profile_memory)), "the folder of the memory report")
-    job = load(RunPlan.resolve(run, args.output_dir, args.resume_from_checkpoint), args)
+    plan = RunPlan.resolve(run, args.output_dir, args.resume_from_checkpoint)
+    args.refuse_form(plan.config.form)
+    job = load(plan, args)
     selection, scores = choose(job)
     trainer, metrics = train(job, selection, scores)
     if trainer.preempted:

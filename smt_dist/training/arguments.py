@@ -191,6 +191,14 @@ class SMTTrainingArguments(TrainingArguments):
         # DeepSpeed shares rounded deltas: added to W0 they don't give the bits of the merge.
         return "additive" if self.engine == "deepspeed" else "in_place"
 
+    def refuse_form(self, form: str) -> None:
+        """Raise SMTError for a form of blocks that the engine can't have."""
+        if form == "in_place" and self.auto_form != form:
+            raise SMTError(
+                "smt config form in_place: DeepSpeed shares deltas rounded to the base's dtype, from which a weight's "
+                'merged values can\'t be made; use "auto", or --engine ddp or fsdp2'
+            )
+
     @property
     def reduce_torch_dtype(self) -> torch.dtype:
         """Return ``reduce_dtype`` as a torch dtype."""

@@ -84,6 +84,8 @@ class SMTTrainer(Trainer):
                 "SMTTrainer: the model's config has reselect; use smt_dist.training.rounds.trainer_class(model)"
             )
         _refuse_dropped_multipliers(model, args)
+        for layer in sparse_layers(model).values():
+            args.refuse_form("in_place" if layer.is_in_place else "additive")
         if not model.smt.is_compared:
             assert_same_on_all_ranks(model.smt.selection.to_json().encode(), "the block selection")
         self.engine = engine or make_engine(args.engine_options)
