@@ -36,9 +36,21 @@ class Run(NamedTuple):
     dtype: str
     accumulation: int
     checkpointing: bool
+    form: str = "auto"
 
     def __str__(self) -> str:
-        return f"{self.engine}-{self.world_size}ranks-{self.dtype}-acc{self.accumulation}-ckpt{int(self.checkpointing)}"
+        steps = f"acc{self.accumulation}-ckpt{int(self.checkpointing)}"
+        form = "" if self.form == "auto" else f"-{self.form}"
+        return f"{self.engine}-{self.world_size}ranks-{self.dtype}-{steps}{form}"
+
+
+ADDITIVE = [
+    Run(1, "ddp", "bfloat16", 2, False, "additive"),
+    Run(2, "ddp", "float32", 2, True, "additive"),
+    Run(2, "fsdp2", "bfloat16", 2, False, "additive"),
+    Run(4, "fsdp2", "float32", 1, False, "additive"),
+    Run(4, "hsdp", "float32", 2, True, "additive"),
+]
 
 
 def matrix() -> list[Run]:
@@ -46,7 +58,8 @@ def matrix() -> list[Run]:
 
     Pruned: fp32 runs (1, off) and (2, on), so that each setting meets each engine and world size, and (2, off) and
     (1, on) where engines differ most (ZeRO-3 and fsdp2 on 2 ranks). bf16 runs one of them: its test is about rounding.
-    HSDP's two replicas need two ranks.
+    HSDP's two replicas need two ranks. Blocks beside the weights, which DeepSpeed always has: each engine, dtype and
+    world size once.
     """
     runs = []
     for world_size, engine in itertools.product((1, 2, 4), ENGINE_TYPES):
@@ -56,14 +69,14 @@ def matrix() -> list[Run]:
         plans = [(1, False), (2, True), *([(2, False), (1, True)] if both else [])]
         runs += [Run(world_size, engine, "float32", *plan) for plan in plans]
         runs.append(Run(world_size, engine, "bfloat16", 2, world_size == 4))
-    return runs
+    return runs + ADDITIVE
 
 
 def is_quick(run: Run) -> bool:
     """The default tier: one run of each engine on two ranks, in bf16 where engines differ most; and one process."""
     if run.dtype == "bfloat16":
         return run.world_size == 2 and run.engine in ("ddp", "fsdp2", "zero3")
-    return run == ALONE or (run.world_size == 2 and run[3:] == (2, True))
+    return run == ALONE or (run.world_size == 2 and (run.accumulation, run.checkpointing) == (2, True))
 
 
 RUNS, ALONE = matrix(), Run(1, "ddp", "float32", 1, False)
@@ -181,6 +194,7 @@ def check_claims(check: Check, run: Run, ranks: list[dict], reference: dict) -> 
             "engine": engine_type_of(run),
             "base_dtypes": [f"torch.{run.dtype}"],
             "trainable": sorted(f"{module}.delta" for module in BLOCKS),
+            "in_place": run.form == "auto" and not run.engine.startswith("zero"),
             "base_elements_held": reference["base_elements_held"] // shard_group(run.engine, run.world_size),
         }
         for key, claim in claims.items():

@@ -37,13 +37,13 @@ BLOCKS = {
 }
 
 
-def fixed_config() -> SMTConfig:
+def fixed_config(form: str = "auto") -> SMTConfig:
     """Two groups with learning rates of their own."""
     groups = [
         {"name": "attention", "target_modules": "attention", "blocks": 7, "lr_multiplier": MULTIPLIERS["attention"]},
         {"name": "mlp", "target_modules": "mlp", "blocks": 5, "lr_multiplier": MULTIPLIERS["mlp"]},
     ]
-    return SMTConfig.model_validate({"block_size": BLOCK, "groups": groups})
+    return SMTConfig.model_validate({"block_size": BLOCK, "groups": groups, "form": form})
 
 
 def fixed_selection() -> BlockSelection:
@@ -62,7 +62,11 @@ def fixed_data() -> TrainingData:
 
 
 def make_trainer(
-    model_folder: str, args: SMTTrainingArguments, data: TrainingData, gradient_checkpointing: bool = False
+    model_folder: str,
+    args: SMTTrainingArguments,
+    data: TrainingData,
+    gradient_checkpointing: bool = False,
+    form: str = "auto",
 ) -> SMTTrainer:
     """As ``launch/train.py`` does it, from the base to the trainer, with the fixed blocks."""
     model = load_model(model_folder, args)
@@ -71,7 +75,7 @@ def make_trainer(
     # The warm-up's own engine must leave nothing behind that the training engine stumbles over.
     with make_engine(args.engine_options).scoring(model):
         collect_scores(model, warmup_batches(data, args.batch_order, steps=1), fixed_config())
-    attach_blocks(model, fixed_selection(), fixed_config(), args)
+    attach_blocks(model, fixed_selection(), fixed_config(form), args)
     return SMTTrainer(model, args, train_dataset=data.train, eval_dataset=data.evaluation, data_collator=data.collator)
 
 
@@ -96,11 +100,13 @@ def release(trainer: SMTTrainer) -> None:
 
 
 def train(folder: Path, model: str, runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each run: ``engine``, ``dtype``, ``accumulation`` and ``checkpointing``."""
+    """Each run: ``engine``, ``dtype``, ``accumulation``, ``checkpointing`` and the blocks' ``form``."""
     return [_train(folder / f"run{index}", model, **run) for index, run in enumerate(runs)]
 
 
-def _train(folder: Path, model: str, engine: str, dtype: str, accumulation: int, checkpointing: bool) -> dict[str, Any]:
+def _train(
+    folder: Path, model: str, engine: str, dtype: str, accumulation: int, checkpointing: bool, form: str
+) -> dict[str, Any]:
     options = {
         "dtype": dtype,
         "max_steps": STEPS,
@@ -110,7 +116,7 @@ def _train(folder: Path, model: str, engine: str, dtype: str, accumulation: int,
         "train_sampling_strategy": "sequential",
     }
     with engine_arguments(engine, folder, accumulation, **options) as args:
-        trainer = make_trainer(model, args, fixed_data(), checkpointing)
+        trainer = make_trainer(model, args, fixed_data(), checkpointing, form)
         recomputes = sum(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
         trainer.train()
         result = {
@@ -123,6 +129,7 @@ def _train(folder: Path, model: str, engine: str, dtype: str, accumulation: int,
             "base_dtypes": sorted({str(p.dtype) for n, p in trainer.model.named_parameters() if "delta" not in n}),
             "base_elements_held": elements_held(trainer.model),
             "layers_recomputed": recomputes,
+            "in_place": all(layer.is_in_place for layer in sparse_layers(trainer.model).values()),
             "trainable": sorted(n for n, p in trainer.model.named_parameters() if p.requires_grad),
         }
         assert set(result["blocks"]) == set(sparse_layers(trainer.model))
