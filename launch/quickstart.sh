@@ -6,12 +6,22 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 source launch/environment.sh
-smt_environment quickstart
 
 steps="${STEPS:-120}"
 items="${EVAL_ITEMS:-128}"
 ranks="${RANKS:-2}"
 output="${OUTPUT:-outputs/quickstart}"
+# bash leaves a command out whose arithmetic fails, and goes on with the next.
+for given in STEPS="$steps" EVAL_ITEMS="$items" RANKS="$ranks"; do
+  [[ "${given#*=}" =~ ^[1-9][0-9]{0,5}$ ]] || {
+    echo "quickstart.sh: error: $given: expected a whole number from 1 to 999999" >&2
+    exit 2
+  }
+done
+held_out=289  # tasks in the test file
+(( items <= held_out )) || items="$held_out"
+smt_environment quickstart
+
 cores="$(python -c 'import os; print(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())')"
 # For evaluation too: more threads hardly help a model this small, and beside other jobs they wait for each other.
 export OMP_NUM_THREADS=$(( cores > ranks ? cores / ranks : 1 )) TOKENIZERS_PARALLELISM=false

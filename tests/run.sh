@@ -40,7 +40,7 @@ case "${1:-}" in
   *) options+=(-m "not slow") ;;
 esac
 case " $* " in
-  *" -m "* | *" -m="*) tier="what -m chooses" ;;  # pytest takes the last
+  *" -m"* | *" --markexpr"*) tier="what -m chooses" ;;  # pytest takes the last
 esac
 
 set_up

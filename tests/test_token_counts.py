@@ -130,6 +130,24 @@ def test_model_without_a_token_count_trains_as_one_with_it(trained):
         assert norms == pytest.approx(found[7, accumulation, "plain"]["gradient_norms"], rel=TRAINING_TOLERANCE)
 
 
+def test_losses_of_ones_own_chunked_ones_and_data_without_a_length(tmp_path, model_folder, means):
+    """From a fresh reading: each of these crashed, hung, or gave another mean on 2 ranks."""
+    for rank in launch("workers.token_counts:edges", 2, tmp_path, model=str(model_folder), count=3):
+        with all_differences() as check:
+            for key in ("own loss", "chunked, loss alone"):
+                with check(key):
+                    assert rank[key] == pytest.approx(means[3], rel=EVALUATION_TOLERANCE)
+            with check("metrics beside a chunked loss"):
+                assert rank["chunked"]["eval_loss"] == pytest.approx(means[3], rel=EVALUATION_TOLERANCE)
+                assert rank["chunked"]["eval_rows"] == 3
+                assert rank["chunked logits"][0] == 3
+            for key in ("iterable", "dispatched"):
+                with check(key):
+                    assert rank[key] == 2
+            with check("refused"):
+                assert "dispatch_batches false can't be used with data of unknown length" in rank["refused"]
+
+
 def test_without_the_mends_ranks_change_the_loss_and_the_step(tmp_path, model_folder, means):
     """Guards the tests above: Trainer's own methods give other figures."""
     options = {"model": str(model_folder), "engines": ["ddp"], "mended": False}

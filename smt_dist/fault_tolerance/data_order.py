@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pyarrow as pa
+from accelerate.data_loader import DataLoaderDispatcher
 from torch.utils.data import Sampler
 
 _ROWS = 1000
@@ -45,10 +46,11 @@ class HashedSampler(Sampler[int]):
 def watch_order(loader: Any) -> HashedSampler | None:
     """Wrap the sampler of one of accelerate's data loaders in a :class:`HashedSampler`.
 
-    Returns None where it has no sampler of rows.
+    Returns None where no order of rows can be compared: the data is iterable, or one rank reads for all.
     """
     sampler = loader.get_sampler() if hasattr(loader, "get_sampler") else None
-    if sampler is None:
+    # A sampler without a length may never end, as torch's for iterable data.
+    if sampler is None or not hasattr(sampler, "__len__") or isinstance(loader, DataLoaderDispatcher):
         return None
     hashed = HashedSampler(sampler)
     loader.set_sampler(hashed)

@@ -88,6 +88,7 @@ class ChunkedLossHead(nn.Module):
         self.head = head
         self.entries = entries
         self.answered = False
+        self.is_whole = False
         self._question: _Question | None = None
 
     @property
@@ -100,7 +101,7 @@ class ChunkedLossHead(nn.Module):
         """Keep the labels for the head, as a forward pre-hook of the model."""
         labels = options.get("labels")
         special = options.get("shift_labels") is not None or options.get("ignore_index", IGNORED) != IGNORED
-        if labels is None or special or not _keeps_all(options.get("logits_to_keep", 0)):
+        if self.is_whole or labels is None or special or not _keeps_all(options.get("logits_to_keep", 0)):
             return
         self._question = _Question(labels, options.get("num_items_in_batch"))
 
@@ -131,6 +132,19 @@ class ChunkedLossHead(nn.Module):
         items = items.to(hidden.device) if isinstance(items, torch.Tensor) else items
         with _gathered_by_zero(weight):
             return _ChunkedLoss.apply(hidden.reshape(-1, hidden.shape[-1]), targets, items, weight, self.entries)
+
+
+@contextmanager
+def whole_logits(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+    """Let the model's head return whole logits inside the context, where they are wanted."""
+    heads = [module for module in model.modules() if isinstance(module, ChunkedLossHead)] if wanted else []
+    for head in heads:
+        head.is_whole = True
+    try:
+        yield
+    finally:
+        for head in heads:
+            head.is_whole = False
 
 
 def _keeps_all(logits_to_keep: Any) -> bool:

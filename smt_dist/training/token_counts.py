@@ -13,9 +13,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, SkipBatchSampler
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, IterableDatasetShard, SkipBatchSampler
 from accelerate.state import GradientState
-from transformers.trainer_pt_utils import IterableDatasetShard
 
 from smt_dist.data.dataset import IGNORED, trained_tokens
 from smt_dist.distributed import all_reduce_sum, collective_device, get_rank
@@ -85,8 +84,10 @@ class TokenMean:
         self._sum: torch.Tensor | float = 0.0
         self._tokens: torch.Tensor | int = 0
 
-    def add(self, loss: torch.Tensor, tokens: torch.Tensor) -> None:
-        """Add a batch: its mean loss over ``tokens`` tokens, which is NaN where there is none."""
+    def add(self, loss: torch.Tensor | None, tokens: torch.Tensor | None) -> None:
+        """Add a batch: its mean loss over ``tokens`` tokens, which is NaN where there is none; or no loss."""
+        if loss is None:
+            return
         tokens = tokens.to(loss.device)
         # fp64: the result must not depend on the order of the batches.
         self._sum += torch.where(tokens > 0, loss.double() * tokens, 0.0)

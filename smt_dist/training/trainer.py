@@ -30,13 +30,14 @@ from smt_dist.errors import SMTError
 from smt_dist.fault_tolerance.activity import begin_activity
 from smt_dist.fault_tolerance.non_finite import NonFiniteCallback, nan_gradients_if_non_finite
 from smt_dist.fault_tolerance.supervision import honour_collective_timeout
+from smt_dist.models.chunked_loss import whole_logits
 from smt_dist.sparse.surgery import group_multipliers, sparse_layers
 from smt_dist.sparse.targets import may_be_idle
 from smt_dist.training.arguments import SMTTrainingArguments
 from smt_dist.training.guards import GuardCallback
 from smt_dist.training.resume import restore_best_blocks, restore_random_state, restore_training
 from smt_dist.training.saving import CheckpointWriter
-from smt_dist.training.token_counts import StepTokens, TokenMean, check_loader, mask_repeated_rows
+from smt_dist.training.token_counts import LABELS, StepTokens, TokenMean, check_loader, mask_repeated_rows
 
 # Adam keeps an fp32 master and two fp32 moments of each trained element.
 STATE_BYTES = 12
@@ -206,8 +207,8 @@ class SMTTrainer(Trainer):
     ) -> Any:
         """Compute the loss as ``Trainer.compute_loss`` does; a non-finite one has NaN gradients."""
         # Else a rank whose loss is infinite could have finite gradients, and the step would be applied.
-        if not model.training:  # the batch's own mean, which prediction_step weighs
-            return super().compute_loss(model, inputs, return_outputs, None)
+        if not model.training:
+            return self._batch_mean(super().compute_loss, model, inputs, return_outputs)
         loss, outputs = self._watched_loss(super().compute_loss, model, inputs, num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
@@ -258,11 +259,11 @@ class SMTTrainer(Trainer):
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Evaluate one batch, as ``Trainer.prediction_step`` does, and note its loss and tokens."""
-        # As in training, rows that fill up the last batch count nothing.
+        # As in training, rows that fill up the last batch count nothing. A chunked loss has no logits to hand over.
         inputs = mask_repeated_rows(inputs, self.accelerator.gradient_state)
-        result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
-        if result[0] is not None:
-            self.evaluation_mean.add(result[0], trained_tokens(inputs, self._loss_shifts_labels))
+        with whole_logits(model, wanted=not prediction_loss_only):
+            result = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        self.evaluation_mean.add(result[0], self._tokens_of(inputs))
         return result
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -326,6 +327,20 @@ class SMTTrainer(Trainer):
         release_gradients(blocks)  # of an earlier trainer's optimizer
         idle = any(may_be_idle(name) for name in layers)
         return self.engine.make_optimizer(groups, *self.optimizer_class_and_options(), idle, self.model)
+
+    def _tokens_of(self, inputs: Any) -> torch.Tensor | None:
+        """Count an evaluation batch's trained tokens; None without labels."""
+        has_labels = any(inputs.get(name) is not None for name in LABELS)
+        return trained_tokens(inputs, self._loss_shifts_labels) if has_labels else None
+
+    def _batch_mean(self, compute: Any, model: nn.Module, inputs: Any, return_outputs: bool) -> Any:
+        """Compute an evaluation batch's own mean loss, which :meth:`prediction_step` weighs by its tokens."""
+        if self.compute_loss_func is None:
+            return compute(model, inputs, return_outputs, None)
+        # A loss function of the user's divides by the tokens that it gets; Trainer would scale it to all ranks.
+        tokens = self._tokens_of(inputs)
+        with _meanwhile(self.args, average_tokens_across_devices=False):
+            return compute(model, inputs, return_outputs, tokens)
 
     def _watched_loss(self, compute: Any, model: nn.Module, inputs: Any, items: Any) -> tuple[torch.Tensor, Any]:
         """Compute training loss and outputs, and note the loss.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from unittest import mock
 import datasets
 import numpy as np
 import torch
-from tiny_models import IGNORED, make_rows
+from tiny_models import IGNORED, make_rows, sum_of_token_losses
 from transformers import EvalPrediction, Trainer
 
 import smt_dist
 from smt_dist.data.dataset import CausalLMCollator, pack, pack_lengths
 from smt_dist.distributed import get_world_size
+from smt_dist.errors import SMTError
+from smt_dist.models.chunked_loss import chunk_loss
 from smt_dist.models.packing import prepare_model_for_packing
 from smt_dist.training.arguments import SMTTrainingArguments
 from smt_dist.training.trainer import SMTTrainer
@@ -120,6 +123,52 @@ def _train(
         }
         release(trainer)
         return result
+
+
+def edges(folder: Path, model: str, count: int) -> dict[str, Any]:
+    """Return what comes of a loss function of one's own, a chunked loss, iterable data, and a dispatched loader."""
+    found: dict[str, Any] = {}
+    rows = evaluation_rows(count)
+    options = {"max_steps": 2, "learning_rate": 0.0, "per_device_eval_batch_size": 2, "per_device_train_batch_size": 1}
+    with engine_arguments("ddp", folder / "own", **options) as args:
+        trainer = _trainer(model, args, make_rows(8), compute_loss_func=_loss_per_token)
+        trainer.train()
+        found["own loss"] = trainer.evaluate(rows)["eval_loss"]
+    with engine_arguments("ddp", folder / "chunked", **options) as args:
+        trainer = _trainer(model, args, make_rows(8), compute_metrics=_count_rows)
+        assert chunk_loss(trainer.model, entries=16)
+        trainer.train()
+        found["chunked"] = trainer.evaluate(rows)
+        found["chunked logits"] = tuple(trainer.predict(rows).predictions.shape)
+        trainer.compute_metrics = None
+        found["chunked, loss alone"] = trainer.evaluate(rows)["eval_loss"]
+    equal = datasets.Dataset.from_list(8 * [make_rows(1)[0]])  # accelerate cuts one batch into the ranks'
+    for name, data, config in (("iterable", _Rows(equal), {}), ("dispatched", equal, {"dispatch_batches": True})):
+        with engine_arguments("ddp", folder / name, **options, accelerator_config=config) as args:
+            trainer = _trainer(model, args, data)
+            trainer.train()
+            found[name] = len(logged(trainer))
+    with engine_arguments("ddp", folder / "refused", **options, accelerator_config={"dispatch_batches": False}) as args:
+        trainer = _trainer(model, args, make_rows(8))
+        try:
+            trainer.evaluate(_Rows(rows))
+        except SMTError as error:
+            found["refused"] = str(error)
+    return found
+
+
+class _Rows(torch.utils.data.IterableDataset):
+    """Rows that are read in order, as from a stream."""
+
+    def __init__(self, rows: datasets.Dataset) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        return iter(self.rows)
+
+
+def _loss_per_token(outputs: Any, labels: torch.Tensor, num_items_in_batch: Any = None) -> torch.Tensor:
+    return sum_of_token_losses(outputs["logits"], labels) / num_items_in_batch
 
 
 def _trainer(
