@@ -85,7 +85,7 @@ class TokenMean:
         self._tokens: torch.Tensor | int = 0
 
     def add(self, loss: torch.Tensor | None, tokens: torch.Tensor | None) -> None:
-        """Add a batch: its mean loss over ``tokens`` tokens, which is NaN where there is none; or no loss."""
+        """Add a batch's mean loss over ``tokens`` tokens, if it has a loss; NaN without tokens."""
         if loss is None:
             return
         tokens = tokens.to(loss.device)
