@@ -334,7 +334,7 @@ class SMTTrainer(Trainer):
         return trained_tokens(inputs, self._loss_shifts_labels) if has_labels else None
 
     def _batch_mean(self, compute: Any, model: nn.Module, inputs: Any, return_outputs: bool) -> Any:
-        """Compute an evaluation batch's own mean loss, which :meth:`prediction_step` weighs by its tokens."""
+        """Compute an evaluation batch's own mean loss; :meth:`prediction_step` weighs it."""
         if self.compute_loss_func is None:
             return compute(model, inputs, return_outputs, None)
         # A loss function of the user's divides by the tokens that it gets; Trainer would scale it to all ranks.
