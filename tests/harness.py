@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import atexit
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import compiled_ops
 import torch
@@ -20,9 +20,20 @@ from forks.client import ForkServer
 from forks.environment import BENCHMARKS, TESTS, rank_environment
 from forks.job import OUTPUT, TIMEOUT, Job
 
-__all__ = ["BENCHMARKS", "GRACE", "TESTS", "TIMEOUT", "launch", "launch_engines", "rank_environment", "this_server"]
+__all__ = [
+    "BENCHMARKS",
+    "GRACE",
+    "TESTS",
+    "TIMEOUT",
+    "launch",
+    "launch_engines",
+    "launch_runs",
+    "rank_environment",
+    "this_server",
+]
 
 GRACE = 10
+Run = TypeVar("Run")
 this_server = ForkServer()  # on this machine, for all tests of a session
 atexit.register(this_server.close)
 
@@ -73,6 +84,28 @@ def launch_engines(
     for world_size, engines in launches.items():
         ranks = launch(worker, world_size, folder / f"ranks{world_size}", engines=engines, **arguments)
         results |= {(world_size, engine): [rank[engine] for rank in ranks] for engine in engines}
+    return results
+
+
+def launch_runs(
+    worker: str, runs: dict[Run, tuple[int, dict[str, Any]]], folder: Path, **arguments: Any
+) -> dict[Run, list[Any]]:
+    """One launch for each world size, all its runs in the same processes.
+
+    Args:
+        worker: as for :func:`launch`; gets ``runs``, a list of keywords, and returns as many findings.
+        runs: each with its world size and the keywords that the worker gets.
+        folder: for the ranks' files.
+        **arguments: of the worker, and ``timeout``.
+
+    Returns:
+        Run -> each rank's findings.
+    """
+    results = {}
+    for world_size in sorted({size for size, _ in runs.values()}):
+        own = {run: keywords for run, (size, keywords) in runs.items() if size == world_size}
+        ranks = launch(worker, world_size, folder / f"ranks{world_size}", runs=list(own.values()), **arguments)
+        results |= {run: [rank[index] for rank in ranks] for index, run in enumerate(own)}
     return results
 
 

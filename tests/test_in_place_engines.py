@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import harness
 import pytest
-from harness import launch
+from harness import launch, launch_runs
 from tiers import all_differences, chosen, slow_unless
 from workers.in_place import MODULE
 
@@ -31,23 +31,12 @@ each_engine = pytest.mark.parametrize("engine", slow_unless(["ddp", "fsdp2", "hs
 @pytest.fixture(scope="module")
 def looked(request, tmp_path_factory, model_folder):
     """Run -> what each rank saw."""
-    found = {}
-    asked = chosen(request, "run")
-    for world_size in sorted({run[0] for run in asked}):
-        runs = [run for run in asked if run[0] == world_size]
-        ranks = launch(
-            "workers.in_place:look",
-            world_size,
-            tmp_path_factory.mktemp(f"look{world_size}"),
-            timeout=300,
-            model=str(model_folder),
-            runs=[
-                {"engine": engine, "dtype": dtype, **({"fsdp2_units": units} if engine != "ddp" else {})}
-                for _, engine, dtype, units in runs
-            ],
-        )
-        found |= {run: [rank[index] for rank in ranks] for index, run in enumerate(runs)}
-    return found
+    runs = {}
+    for run in chosen(request, "run"):
+        world_size, engine, dtype, units = run
+        runs[run] = world_size, {"engine": engine, "dtype": dtype} | ({"fsdp2_units": units} if engine != "ddp" else {})
+    folder = tmp_path_factory.mktemp("look")
+    return launch_runs("workers.in_place:look", runs, folder, timeout=300, model=str(model_folder))
 
 
 @each_run

@@ -184,17 +184,22 @@ def test_two_forwards_before_a_backward_add_up() -> None:
     assert_close(layer.delta.grad, 2 * dense_reference(layer, x)[2])
 
 
+def evaluate(layer: SparseLinear, x: torch.Tensor, mode: Any) -> torch.Tensor:
+    """The output without gradients, for which nothing may be kept."""
+    with mode(), SavedBytes() as saved:
+        y = layer(x)
+    assert not y.requires_grad
+    assert saved.without() == 0
+    return y
+
+
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_evaluation_equals_training_and_keeps_nothing(mode: Any) -> None:
     """A failure means that evaluation sees another model, or pays for a backward that never comes."""
     layer, x = make_layer(bias=True), make_input(7)
     expected = layer.train()(x)
     layer.eval()
-    with mode(), SavedBytes() as saved:
-        y = layer(x)
-    assert torch.equal(y, expected)
-    assert not y.requires_grad
-    assert saved.without() == 0
+    assert torch.equal(evaluate(layer, x, mode), expected)
 
 
 def test_only_the_needed_columns_are_saved() -> None:

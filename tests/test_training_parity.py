@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from dense_training import masked_dense_training
-from harness import launch
+from harness import launch_runs
 from tiers import Check, all_differences, chosen, slow_unless
 from workers.runs import shard_group
 from workers.training import BLOCKS, LEARNING_RATE, MAX_GRAD_NORM, STEPS
@@ -90,19 +90,12 @@ def each_run(dtype: str):
 @pytest.fixture(scope="module")
 def found(request, tmp_path_factory, model_folder):
     """Run -> each rank's findings; one launch for each world size."""
-    results, asked = {}, {ALONE, *chosen(request, "run")}
-    for world_size in sorted({run.world_size for run in asked}):
-        runs = [run for run in RUNS if run in asked and run.world_size == world_size]
-        ranks = launch(
-            "workers.training:train",
-            world_size,
-            tmp_path_factory.mktemp(f"ranks{world_size}"),
-            timeout=300,
-            model=str(model_folder),
-            runs=[{name: value for name, value in run._asdict().items() if name != "world_size"} for run in runs],
-        )
-        results |= {run: [rank[index] for rank in ranks] for index, run in enumerate(runs)}
-    return results
+    asked = {ALONE, *chosen(request, "run")}
+    runs = {run: (run.world_size, run._asdict()) for run in RUNS if run in asked}
+    for _, keywords in runs.values():
+        del keywords["world_size"]
+    folder = tmp_path_factory.mktemp("parity")
+    return launch_runs("workers.training:train", runs, folder, timeout=300, model=str(model_folder))
 
 
 @pytest.fixture(scope="module")
