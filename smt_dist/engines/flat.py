@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
@@ -84,3 +85,23 @@ class FlatParameters:
             part = place.within(self.share(rank))
             if len(part):
                 yield rank, part
+
+    def collect(self, parameter: nn.Parameter, own: torch.Tensor, first: int, whole: torch.Tensor) -> torch.Tensor:
+        """Fill ``whole`` with a parameter's parts of all ranks; collective.
+
+        Args:
+            parameter: one of the buffer's.
+            own: flat; holds this rank's part.
+            first: the number of ``own``'s first element in the buffer.
+            whole: flat, of the parameter's size; on any device.
+
+        Returns:
+            ``whole`` in the parameter's shape.
+        """
+        place = self.ranges[parameter]
+        for rank, part in self.owners(place):
+            piece = part.of(own.detach(), first) if part == part.within(self.own) else own.new_empty(len(part))
+            if is_distributed():
+                dist.broadcast(piece, src=rank)
+            part.of(whole, place.start).copy_(piece)
+        return whole.view(parameter.shape)

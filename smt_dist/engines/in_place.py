@@ -113,15 +113,8 @@ class PlacedValues:
 
     def read_original(self, layer: InPlaceLayer) -> torch.Tensor:
         """Return a layer's whole W0; collective."""
-        place = self._flat.ranges[layer.delta]
-        whole = torch.empty(len(place), dtype=self.original.dtype, device=self.original.device)
-        for rank, part in self._flat.owners(place):
-            piece = part.of(whole, place.start)
-            if part == part.within(self._flat.own):
-                piece.copy_(part.of(self.original, self._flat.own.start))
-            if is_distributed():
-                dist.broadcast(piece, src=rank)
-        return whole.view(layer.delta.shape)
+        whole = self.original.new_empty(layer.delta.numel())
+        return self._flat.collect(layer.delta, self.original, self._flat.own.start, whole)
 
     def read_delta(self, layer: InPlaceLayer) -> torch.Tensor:
         """Return a layer's whole fp32 deltas; collective.

@@ -12,7 +12,6 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.hooks import RemovableHandle
@@ -326,18 +325,9 @@ class ShardedBlockOptimizer(torch.optim.Optimizer):
         return next(i for i, group in enumerate(self.param_groups) if any(p is parameter for p in group["params"]))
 
     def _collect(self, parameter: nn.Parameter, own: torch.Tensor, group: int) -> torch.Tensor:
-        """Collect a parameter's parts from all ranks' slices of one tensor of its group."""
-        place = self._flat.ranges[parameter]
-        whole = torch.empty(len(place))
-        for rank, part in self._flat.owners(place):
-            if part == part.within(self._flat.own):
-                piece = part.of(own.detach(), self._group_ranges[group].start)
-            else:
-                piece = own.new_empty(len(part))
-            if is_distributed():
-                dist.broadcast(piece, src=rank)
-            part.of(whole, place.start).copy_(piece)
-        return whole.view(parameter.shape)
+        """Collect a parameter's parts of one tensor of its group, in fp32 on the CPU; collective."""
+        whole = torch.empty(parameter.numel())
+        return self._flat.collect(parameter, own, self._group_ranges[group].start, whole)
 
     def _write_own(self, parameter: nn.Parameter, own: torch.Tensor, whole: torch.Tensor, group: int) -> None:
         place = self._flat.ranges[parameter]

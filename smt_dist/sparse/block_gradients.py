@@ -69,19 +69,17 @@ def dense_parts(grid: BlockGrid, blocks: list[Block]) -> list[DensePart]:
 
     The size is that of an fp32 product.
     """
-    cols = sorted({col for _, col in blocks})
+    column = {col: index for index, col in enumerate(sorted({col for _, col in blocks}))}
     by_row: dict[int, list[int]] = defaultdict(list)
     for index, (row, _) in enumerate(blocks):
         by_row[row].append(index)
-    at_once = max(1, SCRATCH_BYTES // (4 * grid.block_elements * len(cols)))
+    at_once = max(1, SCRATCH_BYTES // (4 * grid.block_elements * len(column)))
     used, parts = list(by_row), []
     for first in range(0, len(used), at_once):
         chosen = used[first : first + at_once]
         indices = [index for row in chosen for index in by_row[row]]
-        picked = (
-            [chosen.index(blocks[index][0]) for index in indices],
-            [cols.index(blocks[index][1]) for index in indices],
-        )
+        number = {row: index for index, row in enumerate(chosen)}
+        picked = ([number[blocks[index][0]] for index in indices], [column[blocks[index][1]] for index in indices])
         rows = slice(indices[0] * grid.block_rows, (indices[-1] + 1) * grid.block_rows)
         parts.append(DensePart([grid.row_slice(row) for row in chosen], picked, rows))
     return parts

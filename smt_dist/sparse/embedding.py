@@ -6,9 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 
-from smt_dist.sparse.blocks import Block, BlockGrid
 from smt_dist.sparse.layer import SparseLayer
 
 
@@ -22,18 +20,12 @@ class SparseEmbedding(SparseLayer):
     Arguments and attributes: :class:`SparseLayer`.
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        grid: BlockGrid,
-        blocks: list[Block],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(base, grid, blocks, dtype, device)
+    def set_up(self) -> None:
+        """Map each block row to its block."""
+        super().set_up()
         self._columns = sorted({col for _, col in self.blocks})
         # For each column: block row -> index of its block, -1 for none.
-        places = torch.full((len(self._columns), grid.shape[0]), -1)
+        places = torch.full((len(self._columns), self.grid.shape[0]), -1)
         for index, (row, col) in enumerate(self.blocks):
             places[self._columns.index(col), row] = index
         self.register_buffer("places", places.to(self.delta.device), persistent=False)

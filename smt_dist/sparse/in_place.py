@@ -11,14 +11,13 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
-from torch import nn
 from torch.autograd.graph import increment_version
 from torch.distributed.fsdp import FSDPModule
 from torch.func import functional_call
 
 from smt_dist.errors import SMTError
 from smt_dist.sparse.block_rows import BlockRows
-from smt_dist.sparse.blocks import Block, BlockGrid, merged_blocks
+from smt_dist.sparse.blocks import merged_blocks
 from smt_dist.sparse.embedding import SparseEmbedding
 from smt_dist.sparse.layer import SparseLayer, bare, layers_of
 from smt_dist.sparse.linear import Layout, SparseLinear, block_gradients, flat, kept_inputs
@@ -38,16 +37,10 @@ class InPlaceLayer(SparseLayer):
     is_in_place = True
     original: torch.Tensor | None
 
-    def __init__(
-        self,
-        base: nn.Module,
-        grid: BlockGrid,
-        blocks: list[Block],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(base, grid, blocks, dtype, device)
-        self.rows = BlockRows(grid, blocks, self.delta.device)
+    def set_up(self) -> None:
+        """Locate the blocks' rows in the weight."""
+        super().set_up()
+        self.rows = BlockRows(self.grid, self.blocks, self.delta.device)
         self.register_buffer("original", None, persistent=False)
         self.values: torch.Tensor | None = None
         self.holder: Holder | None = None
@@ -273,7 +266,7 @@ def _own_tensor(y: torch.Tensor) -> torch.Tensor:
 class _LinearGradients(torch.autograd.Function):
     """Return a linear layer's output unchanged; compute its blocks' gradients in the backward.
 
-    The output is marked as written, which nobody does: as a view, model code couldn't write it in place.
+    The output is marked as written, although it isn't: model code may not write a view of a Function in place.
     """
 
     @staticmethod

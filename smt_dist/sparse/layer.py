@@ -46,6 +46,10 @@ class SparseLayer(nn.Module):
         self.delta = nn.Parameter(
             torch.zeros(len(self.blocks) * grid.block_rows, grid.block_cols, dtype=dtype, device=device)
         )
+        self.set_up()
+
+    def set_up(self) -> None:
+        """Prepare what a subclass needs besides, at the end of the constructor."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Compute what the base does, plus the blocks."""
@@ -115,6 +119,5 @@ def layers_of(module: nn.Module) -> list[SparseLayer]:
 
 def bare(module: nn.Module) -> nn.Module:
     """Return the base below all blocks."""
-    while isinstance(module, SparseLayer):
-        module = module.base
-    return module
+    layers = layers_of(module)
+    return layers[-1].base if layers else module

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import nn
 
 from smt_dist.sparse.block_gradients import (
     ColumnGroup,
@@ -31,16 +30,10 @@ class SparseLinear(SparseLayer):
     Arguments and attributes: :class:`SparseLayer`.
     """
 
-    def __init__(
-        self,
-        base: nn.Module,
-        grid: BlockGrid,
-        blocks: list[Block],
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str | None = None,
-    ) -> None:
-        super().__init__(base, grid, blocks, dtype, device)
-        self._layout = Layout.of(grid, self.blocks)
+    def set_up(self) -> None:
+        """Locate the blocks."""
+        super().set_up()
+        self._layout = Layout.of(self.grid, self.blocks)
 
     def add_blocks(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         return self.change_blocks(y, x, self.delta)
@@ -93,11 +86,11 @@ class Layout:
 
     @staticmethod
     def of(grid: BlockGrid, blocks: list[Block]) -> Layout:
-        cols = sorted({col for _, col in blocks})
+        column = {col: index for index, col in enumerate(sorted({col for _, col in blocks}))}
         return Layout(
-            columns=[grid.col_slice(col) for col in cols],
+            columns=[grid.col_slice(col) for col in column],
             places=[
-                Place(cols.index(col), grid.row_slice(row), grid.row_slice(index))
+                Place(column[col], grid.row_slice(row), grid.row_slice(index))
                 for index, (row, col) in enumerate(blocks)
             ],
             groups=group_by_column(grid, blocks),

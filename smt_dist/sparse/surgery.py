@@ -124,9 +124,12 @@ def frozen_layers(model: nn.Module) -> dict[str, FrozenBlocks]:
 
     It may lie below one with trainable blocks.
     """
-    found = {name: module for name, module in base_modules(model) if isinstance(module, SparseLayer)}
-    inner = {name: layer if isinstance(layer, FrozenBlocks) else layer.base for name, layer in found.items()}
-    return {name: layer for name, layer in inner.items() if isinstance(layer, FrozenBlocks)}
+    return {
+        name: layer
+        for name, module in base_modules(model)
+        for layer in layers_of(module)
+        if isinstance(layer, FrozenBlocks)
+    }
 
 
 def group_multipliers(model: nn.Module) -> list[float]:
